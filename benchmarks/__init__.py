@@ -1,0 +1,1 @@
+"""Every speed and quality claim of the README as a command, beside the physical limit."""

@@ -1,0 +1,1 @@
+"""The model on a device: residency, bank, readers, routing, generation. No HTTP, no SQL."""

@@ -1,0 +1,1 @@
+"""The offline job: calibration text, one pass, scores, selections, evidence, store."""

@@ -1,0 +1,1 @@
+"""The HTTP edge: retrieval, scheduling, API. The composition root."""

@@ -1,0 +1,70 @@
+"""Every error a person may read. A message says what was wanted, what came, the limit, and the fix.
+
+MoepagerError                 shown as it is: exit code 2 at the command line, `status` over HTTP
+├─ InvalidInput               400  a parameter, a file or a text is wrong
+├─ NotFound                   404  a model, task, profile or job that is not there
+├─ Conflict                   409  it exists already, or another run holds it
+├─ MismatchError              409  a profile, index or store that belongs to another model or embedder
+├─ CheckpointError            422  a model folder that can't be served: missing, truncated, pickled, unsupported
+├─ BudgetError                422  a memory budget that can't hold what was asked
+├─ Busy                       503  a bounded queue is full, or something is still loading
+└─ CorruptStore               500  the database or index is damaged
+"""
+
+from __future__ import annotations
+
+
+class MoepagerError(Exception):
+    """The root of all errors that are safe and useful to show."""
+
+    status = 500
+    code = "internal_error"
+
+
+class InvalidInput(MoepagerError):
+    status = 400
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class NotFound(MoepagerError):
+    status = 404
+    code = "not_found"
+
+
+class Conflict(MoepagerError):
+    status = 409
+    code = "conflict"
+
+
+class MismatchError(MoepagerError):
+    status = 409
+    code = "mismatch"
+
+
+class CheckpointError(MoepagerError):
+    status = 422
+    code = "bad_checkpoint"
+
+
+class UnsupportedFamily(CheckpointError):
+    code = "unsupported_family"
+
+
+class BudgetError(MoepagerError):
+    status = 422
+    code = "budget_too_small"
+
+
+class Busy(MoepagerError):
+    status = 503
+    code = "busy"
+
+
+class CorruptStore(MoepagerError):
+    code = "corrupt_store"

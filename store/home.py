@@ -1,0 +1,27 @@
+"""Where things lie by default: the data folder, the embedded store, and the bundled demo model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def data_folder() -> Path:
+    """`MOEPAGER_HOME`, or the user's data folder; made if it is missing."""
+    folder = Path(os.environ.get("MOEPAGER_HOME") or platformdirs.user_data_dir("moepager"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def default_store_url() -> str:
+    return f"sqlite:///{data_folder() / 'store.db'}"
+
+
+def bundled_model() -> Path:
+    """The folder of the demo model. It is found, not imported: the rooms below do not know the demo."""
+    spec = importlib.util.find_spec("demo")
+    assert spec is not None and spec.origin is not None, "the demo package is part of the distribution"
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,176 @@
+"""The words every room shares: frozen values, numpy at most. Layers count MoE layers only, from 0; layer before expert."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+
+Mode = Literal["mask", "exact"]
+
+
+class ExpertKey(NamedTuple):
+    """Which expert: the ordinal of its MoE layer, then its id inside that layer."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The experts that a request may be routed to: for each MoE layer a sorted tuple of expert ids."""
+
+    experts: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        for layer, ids in enumerate(self.experts):
+            if list(ids) != sorted(set(ids)) or (ids and ids[0] < 0):
+                raise ValueError(f"Layer {layer} of a selection must list distinct expert ids in rising order, got {ids}.")
+
+    @classmethod
+    def whole(cls, layers: int, experts: int) -> Selection:
+        return cls(tuple(tuple(range(experts)) for _ in range(layers)))
+
+    @classmethod
+    def of(cls, layers: Sequence[Sequence[int]]) -> Selection:
+        return cls(tuple(tuple(sorted(int(e) for e in ids)) for ids in layers))
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        for layer, ids in enumerate(self.experts):
+            for expert in ids:
+                yield ExpertKey(layer, expert)
+
+    def __len__(self) -> int:
+        return sum(len(ids) for ids in self.experts)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits that name this exact set."""
+        return hashlib.sha256(repr(self.experts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A model as the store knows it. `fingerprint` covers config, weights and tokenizer."""
+
+    fingerprint: str
+    name: str
+    family: str
+    layers: int
+    experts: int
+    top_k: int
+    config_hash: str
+    weights_hash: str
+    tokenizer_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    name: str
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exemplar:
+    """One query of a task, embedded. `vector` is f32 [d], of length 1, made by `embedder`."""
+
+    task: str
+    text: str
+    vector: F32 = field(compare=False)
+    embedder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A task's expert statistics for one model: each f64 array `[L, E]` (or smaller), additive over calibration text."""
+
+    id: str
+    model: str  # fingerprint
+    task: str
+    statistics: Mapping[str, npt.NDArray[np.generic]] = field(compare=False)
+    tokens: int
+    calibration_hash: str
+    calibration_items: frozenset[str]  # content hash of every calibration item, for the disjointness rule
+    scorers: Mapping[str, str]  # scorer name -> version
+    created: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSelection:
+    """What a scorer keeps of a profile at a size. `keep` is the share of experts, 1.0 being all of them."""
+
+    id: str
+    profile: str
+    scorer: str
+    allocator: str
+    keep: float
+    selection: Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Evidence: how the model did on held-out items of a task inside a selection. `nll` in nats a response token."""
+
+    selection: str
+    evaluation_hash: str
+    items: int
+    accuracy: float | None
+    full_accuracy: float | None
+    nll: float
+    coverage: float
+
+    @property
+    def retention(self) -> float | None:
+        """Accuracy as a share of the whole model's; None where the task has no scorer or the whole model knows nothing."""
+        if self.accuracy is None or not self.full_accuracy:
+            return None
+        return self.accuracy / self.full_accuracy
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One exemplar found for a query, by cosine similarity."""
+
+    task: str
+    text: str
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What retrieval decided for one request, kept for audit. `task` is None where nothing was near enough."""
+
+    request: str
+    query_hash: str
+    task: str | None
+    nearest: str | None
+    similarity: float | None
+    threshold: float
+    reason: Literal["pinned", "retrieved", "below-threshold", "no-tasks"]
+    mode: Mode
+    created: datetime
+
+
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A profiling run. `progress` between 0 and 1; `detail` says where it is, or why it failed."""
+
+    id: str
+    model: str
+    task: str
+    state: JobState
+    progress: float
+    detail: str
+    created: datetime
+    updated: datetime
