@@ -11,6 +11,8 @@ MoepagerError                 shown as it is: exit code 2 at the command line, `
 └─ CorruptStore               500  the database or index is damaged
 """
 
+# ruff: noqa: N818 - names that say what happened need no Error at their end
+
 from __future__ import annotations
 
 

@@ -23,5 +23,6 @@ def default_store_url() -> str:
 def bundled_model() -> Path:
     """The folder of the demo model. It is found, not imported: the rooms below do not know the demo."""
     spec = importlib.util.find_spec("demo")
-    assert spec is not None and spec.origin is not None, "the demo package is part of the distribution"
+    assert spec is not None, "the demo package is part of the distribution"
+    assert spec.origin is not None, "the demo package has an __init__.py"
     return Path(spec.origin).parent / "model"

@@ -1,4 +1,4 @@
-"""The words every room shares: frozen values, numpy at most. Layers count MoE layers only, from 0; layer before expert."""
+"""The words every room shares: frozen values, numpy at most. Layers count MoE layers, from 0; layer before expert."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class Selection:
     def __post_init__(self) -> None:
         for layer, ids in enumerate(self.experts):
             if list(ids) != sorted(set(ids)) or (ids and ids[0] < 0):
-                raise ValueError(f"Layer {layer} of a selection must list distinct expert ids in rising order, got {ids}.")
+                raise ValueError(
+                    f"Layer {layer} of a selection must list distinct expert ids in rising order, got {ids}."
+                )
 
     @classmethod
     def whole(cls, layers: int, experts: int) -> Selection:
@@ -90,7 +92,7 @@ class Exemplar:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A task's expert statistics for one model: each f64 array `[L, E]` (or smaller), additive over calibration text."""
+    """A task's expert statistics for one model: f64 arrays `[L, E]` (or smaller), additive over calibration text."""
 
     id: str
     model: str  # fingerprint
@@ -129,7 +131,7 @@ class Evaluation:
 
     @property
     def retention(self) -> float | None:
-        """Accuracy as a share of the whole model's; None where the task has no scorer or the whole model knows nothing."""
+        """Accuracy as a share of the whole model's; None where the task has no scorer or that model knows nothing."""
         if self.accuracy is None or not self.full_accuracy:
             return None
         return self.accuracy / self.full_accuracy

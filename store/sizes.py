@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them. Binary units are powers of 1024, decimal ones powers of 1000; nothing is guessed."""
+"""Sizes of memory as people write them. Binary units are powers of 1024, decimal ones of 1000; nothing is guessed."""
 
 from __future__ import annotations
 

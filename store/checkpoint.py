@@ -1,0 +1,119 @@
+"""The map of an unmodified checkpoint: which tensor lies where. Reads headers, never tensor data, never a pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from store.errors import CheckpointError
+from store.fingerprint import Fingerprint, fingerprint
+from store.shard import TensorSpan, read_shard
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+
+
+@dataclass(frozen=True)
+class CheckpointMap:
+    """Every tensor of a model folder by its hub name. Opening reads headers; `fingerprint` samples the weights."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorSpan]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> CheckpointMap:
+        """Raises CheckpointError, with the fix, for a folder that can't be mapped to the byte."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"There is no model folder {folder}. Give a folder with config.json and safetensors files."
+            )
+        config = _read_config(folder)
+        tensors = read_shard(folder / SINGLE) if (folder / SINGLE).is_file() else _read_indexed(folder)
+        files = tuple(sorted({span.file for span in tensors.values()}))
+        return cls(folder, MappingProxyType(config), files, MappingProxyType(tensors))
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of all tensors, headers not counted."""
+        return sum(span.nbytes for span in self.tensors.values())
+
+    def fingerprint(self) -> Fingerprint:
+        """Hashes config, weights and tokenizer on first call; `store.fingerprint` says what exactly is covered."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> Fingerprint:
+        return fingerprint(self.folder, self.config, self.files)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json, so it is no model folder. Give the folder that holds config.json."
+        )
+    return _read_object(file)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"Can't read {file}: {error}. Download the file again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{file} must hold a JSON object, it holds a {type(value).__name__}. Download the file again."
+        )
+    return value
+
+
+def _read_indexed(folder: Path) -> dict[str, TensorSpan]:
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(_why_no_weights(folder))
+    weight_map = _read_object(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor to file. Download the file again.")
+    shards = {name: read_shard(_shard_file(folder, name)) for name in sorted(set(map(str, weight_map.values())))}
+    for tensor, shard in weight_map.items():
+        if tensor not in shards[str(shard)]:
+            raise CheckpointError(
+                f"{INDEX} says that {tensor!r} is in {shard}, but that file does not hold it. "
+                "Index and shards are of different checkpoints: download both again."
+            )
+    return {tensor: shards[str(shard)][tensor] for tensor, shard in weight_map.items()}
+
+
+def _shard_file(folder: Path, name: str) -> Path:
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{folder / INDEX} names the shard {name!r}; a shard is a .safetensors file beside the index."
+        )
+    if not (folder / name).is_file():
+        raise CheckpointError(
+            f"The shard {name} is missing in {folder}, though {INDEX} lists it. Download the missing file."
+        )
+    return folder / name
+
+
+def _why_no_weights(folder: Path) -> str:
+    names = sorted(file.name for file in folder.iterdir())
+    pickles = [name for name in names if Path(name).suffix in PICKLES]
+    if pickles:
+        return (
+            f"{folder} has its weights as pickles only ({', '.join(pickles[:3])}), and a pickle can run code. "
+            "Use a safetensors version of the model, or convert it where you trust it: model.save_pretrained(folder)."
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    found = f" It has {', '.join(others[:3])}, under names that are not the hub's." if others else ""
+    return (
+        f"{folder} has neither {SINGLE} nor {INDEX}.{found} Download the weights, or rename a single file to {SINGLE}."
+    )

@@ -1,0 +1,97 @@
+"""What makes two model folders the same model: hashes of config, weights and tokenizer. Reads files, judges nothing.
+
+The weights hash covers, for every safetensors file in name order: its name, its size, its whole header (so every
+tensor's name, dtype, shape and place) and its bytes: all up to a size of `WHOLE_FILE`, above that `BLOCKS` evenly
+spaced blocks of `BLOCK` bytes, the first and the last included. So it takes about a second for a model of any size;
+a change that touches no sampled block of a big file is not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from store.shard import read_header
+
+WHOLE_FILE = 64 * 2**20
+BLOCKS = 32
+BLOCK = 64 * 2**10
+
+# Notes of whoever saved the model: they change with the tool, not with the model.
+CONFIG_NOTES = frozenset({"_name_or_path", "transformers_version"})
+
+TOKENIZER_FILES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "merges.txt",
+        "sentencepiece.bpe.model",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tiktoken.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Sha256 in hex: of each part, and `whole` of the three together."""
+
+    config: str
+    weights: str
+    tokenizer: str
+    whole: str
+
+
+def fingerprint(folder: Path, config: Mapping[str, Any], shards: Iterable[Path]) -> Fingerprint:
+    parts = (hash_config(config), hash_weights(shards), hash_tokenizer(folder))
+    return Fingerprint(*parts, whole=hashlib.sha256(" ".join(parts).encode()).hexdigest())
+
+
+def hash_config(config: Mapping[str, Any]) -> str:
+    """Of config.json with sorted keys, so that neither its layout nor notes of the saving tool count."""
+    kept = {key: value for key, value in config.items() if key not in CONFIG_NOTES}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def hash_weights(shards: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for shard in sorted(shards, key=lambda shard: shard.name):
+        size = shard.stat().st_size
+        digest.update(f"{shard.name} {size}\n".encode())
+        digest.update(read_header(shard))
+        for block in _sampled(shard, size):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sampled(shard: Path, size: int) -> Iterator[bytes]:
+    with shard.open("rb") as stream:
+        if size <= WHOLE_FILE:
+            while block := stream.read(2**20):
+                yield block
+            return
+        for index in range(BLOCKS):
+            stream.seek((size - BLOCK) * index // (BLOCKS - 1))
+            yield stream.read(BLOCK)
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """Of every tokenizer file that is there, by name and content. A folder without any has a hash of its own."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.name in TOKENIZER_FILES and file.is_file():
+            content = file.read_bytes()
+            digest.update(f"{file.name} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()
