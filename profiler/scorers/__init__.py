@@ -1,0 +1,1 @@
+"""One file a scorer: what an expert is worth to a task, from one set of statistics."""

@@ -1,0 +1,137 @@
+"""What one pass over text says about every expert: sums only, so that parts of a text add up in any batching.
+
+L MoE layers, E experts a layer, K = top_k, B = 256 bins. Every array starts with `[2 halves, 2 roles]`: the half is the
+item's number modulo two (for split-half stability), the role is prompt or response. Knows no model and no formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from store.errors import CorruptStore
+from store.records import F64
+
+BINS = 256
+PROMPT, RESPONSE = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Sums in f64 over valid tokens; `peak` is a maximum. z are raw logits, w the router's weights, o expert outputs.
+
+    p is the softmax of z over the K largest z of a token (the pool); f(z) = max(z, sigmoid(z)).
+    """
+
+    top_k: int
+    tokens: F64  # [2, 2]            T
+    selected: F64  # [2, 2, L, E]    N    + 1 for a routed token
+    gates: F64  # [2, 2, L, E]       G    + w
+    norms: F64  # [2, 2, L, E]       R    + |o|
+    squared_norms: F64  # [2, 2, L, E] R2 + |o|^2
+    gated_norms: F64  # [2, 2, L, E] WR   + w|o|
+    shifted_norms: F64  # [2, 2, L, E] WRS + s w|o|, s = max(0, 1 - cos(h, h + y))
+    top_logits: F64  # [2, 2, L, E]  Z1   + z of the token's first expert by z
+    pool_logits: F64  # [2, 2, L, E] Z1a  + z of the token's pool
+    top_shares: F64  # [2, 2, L]     RL   + the largest p of the token
+    utility: F64  # [2, L, E, B]     HP   + f(z) in the bin of p over [1/K, 1]; no role: it is the one large array
+    peak: F64  # [L, E]              MX   max |o_i|
+
+    @classmethod
+    def zeros(cls, layers: int, experts: int, top_k: int) -> Statistics:
+        shapes = array_shapes(layers, experts)
+        return cls(top_k, **{name: np.zeros(shape) for name, shape in shapes.items()})
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Statistics:
+        """The inverse of `arrays`. Raises CorruptStore where an array is missing or has another shape."""
+        layers, experts = arrays["peak"].shape if "peak" in arrays and arrays["peak"].ndim == 2 else (0, 0)
+        for name, shape in {"top_k": (), **array_shapes(layers, experts)}.items():
+            if name not in arrays or arrays[name].shape != shape:
+                found = arrays[name].shape if name in arrays else "nothing"
+                raise CorruptStore(
+                    f"Profile statistics want {name} of shape {shape}, found {found}. Profile the task again."
+                )
+        sums = {name: np.asarray(arrays[name], np.float64) for name in array_shapes(layers, experts)}
+        return cls(int(arrays["top_k"]), **sums)
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        return {"top_k": np.asarray(self.top_k, np.int64), **self._sums()}
+
+    @property
+    def layers(self) -> int:
+        return int(self.peak.shape[0])
+
+    @property
+    def experts(self) -> int:
+        return int(self.peak.shape[1])
+
+    @property
+    def token_count(self) -> float:
+        return float(self.tokens.sum())
+
+    def total(self, name: str) -> F64:
+        """An array summed over halves and roles: `[L, E]` (`[L]` for top_shares, `[L, E, B]` for utility)."""
+        array: F64 = getattr(self, name)
+        summed: F64 = array.sum(axis=0) if name == "utility" else array.sum(axis=(0, 1))
+        return summed
+
+    def half(self, half: int) -> Statistics:
+        """The same with the other half of the items taken out. `peak` stays that of all."""
+        keep = np.zeros(2)
+        keep[half] = 1.0
+        return self._map(lambda array: array * keep.reshape(2, *[1] * (array.ndim - 1)))
+
+    def scaled(self, factor: float) -> Statistics:
+        """Every sum times `factor`: statistics per token with 1 / T."""
+        return self._map(lambda array: array * factor)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        if (self.top_k, self.peak.shape) != (other.top_k, other.peak.shape):
+            raise ValueError(
+                f"Statistics of {self.peak.shape} top-{self.top_k} and {other.peak.shape} top-{other.top_k}."
+            )
+        theirs = other._sums()
+        sums = {name: array + theirs[name] for name, array in self._sums().items() if name != "peak"}
+        return Statistics(self.top_k, peak=np.maximum(self.peak, other.peak), **sums)
+
+    def _sums(self) -> dict[str, F64]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "top_k"}
+
+    def _map(self, change: Callable[[F64], F64]) -> Statistics:
+        sums = {name: change(array) for name, array in self._sums().items() if name != "peak"}
+        return Statistics(self.top_k, peak=self.peak, **sums)
+
+
+def array_shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
+    per_expert = (2, 2, layers, experts)
+    names = ("selected", "gates", "norms", "squared_norms", "gated_norms", "shifted_norms", "top_logits", "pool_logits")
+    return {
+        "tokens": (2, 2),
+        **dict.fromkeys(names, per_expert),
+        "top_shares": (2, 2, layers),
+        "utility": (2, layers, experts, BINS),
+        "peak": (layers, experts),
+    }
+
+
+def balanced(parts: Sequence[Statistics]) -> Statistics:
+    """The mean over tasks, each counting the same whatever its length: sums per token, averaged.
+
+    `shifted_norms` are divided by their sum over the layer's experts instead, as EASY-EP mixes domains.
+    """
+    assert parts, "a mean of nothing"
+    shares = [_share(part).scaled(1 / len(parts)) for part in parts]
+    return sum(shares[1:], start=shares[0])
+
+
+def _share(part: Statistics) -> Statistics:
+    per_token = part.scaled(1 / max(part.token_count, 1.0))
+    mass = part.total("shifted_norms").sum(axis=-1, keepdims=True)  # [L, 1]
+    mixed = part.shifted_norms / np.where(mass > 0, mass, 1.0)
+    sums = {name: array for name, array in per_token._sums().items() if name != "shifted_norms"}
+    return Statistics(part.top_k, shifted_norms=mixed, **sums)

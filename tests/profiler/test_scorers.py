@@ -1,0 +1,151 @@
+"""Each scorer against the toy layer worked out by hand, and the properties its formula promises."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from profiler.allocation import uniform
+from profiler.scorers import peu
+from profiler.scorers.base import break_ties
+from profiler.scorers.registry import SCORERS, choose, versions
+from store.errors import InvalidInput
+
+TOY = {
+    "tcess": ([1.25, 0.625, 0, 0], (0, 1)),
+    "peu": ([0.75, 0.0944, 0, 0], (0, 1)),
+    "reap": ([4.0296, 1.3158, 2.2568, 0.1345], (0, 2)),
+    "easy_ep": ([2.4318, 1.9030, 1.4433, 0.0814], (0, 1)),
+    "gate": ([1.6119, 1.6678, 0.4514, 0.2689], (0, 1)),
+    "frequency": ([0.5, 0.75, 0.5, 0.25], (0, 1)),
+}
+LEARNT = sorted(TOY)
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_the_toy_layer_scores_as_worked_out_by_hand(name, toy_statistics):
+    expected, kept = TOY[name]
+    scores = SCORERS[name].score(toy_statistics)
+    np.testing.assert_allclose(scores, [expected], atol=1e-3)
+    assert uniform(scores, 0.5, top_k=2).experts == (kept,)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("name", LEARNT)
+def test_the_toy_layer_scores_alike_in_any_batching(name, rows, toy, accumulate):
+    scores = SCORERS[name].score(accumulate([toy], rows=rows, padding=2))
+    np.testing.assert_allclose(scores, [TOY[name][0]], atol=1e-3)
+
+
+def test_the_toy_layers_threshold(toy_statistics):
+    np.testing.assert_allclose(peu.thresholds(toy_statistics), [0.790122], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_renaming_the_experts_renames_the_scores(name, random_trace, accumulate):
+    trace, order = random_trace(1), torch.randperm(8, generator=torch.Generator().manual_seed(2))
+    scores = SCORERS[name].score(accumulate([trace]))
+    renamed = SCORERS[name].score(accumulate([trace.permuted(order)]))
+    np.testing.assert_allclose(renamed, scores[:, order.numpy()], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_text_given_twice_doubles_sums_and_leaves_means(name, random_trace, accumulate):
+    trace = random_trace(2)
+    once = SCORERS[name].score(accumulate([trace]))
+    twice = SCORERS[name].score(accumulate([trace.tokens([*range(40), *range(40)])]))
+    factor = 2 if name in {"gate", "easy_ep"} else 1
+    np.testing.assert_allclose(twice, once * factor, rtol=1e-9)
+
+
+def test_louder_experts_score_by_their_loudness_only_where_outputs_count(random_trace, accumulate):
+    trace = random_trace(3)
+    loud = type(trace)(trace.h, trace.z, trace.weights, trace.index, trace.o.clone())
+    loud.o[:, 5] *= 3
+    before, after = accumulate([trace]), accumulate([loud])
+    factor = np.where(np.arange(8) == 5, 3.0, 1.0)
+    np.testing.assert_allclose(SCORERS["reap"].score(after), SCORERS["reap"].score(before) * factor)
+    for name in ("gate", "frequency", "tcess", "peu"):
+        np.testing.assert_array_equal(SCORERS[name].score(after), SCORERS[name].score(before))
+    assert not np.allclose(SCORERS["easy_ep"].score(after), SCORERS["easy_ep"].score(before) * factor)
+
+
+def test_a_constant_added_to_all_logits_moves_only_the_logit_scores(random_trace, accumulate):
+    trace = random_trace(4)
+    shifted = type(trace)(trace.h, trace.z + 1.5, trace.weights, trace.index, trace.o)
+    before, after = accumulate([trace]), accumulate([shifted])
+    for name in ("reap", "easy_ep", "frequency", "gate"):
+        np.testing.assert_allclose(SCORERS[name].score(after), SCORERS[name].score(before))
+    np.testing.assert_allclose(peu.thresholds(after), peu.thresholds(before))
+    for name in ("tcess", "peu"):
+        assert not np.allclose(SCORERS[name].score(after), SCORERS[name].score(before))
+
+
+def test_an_expert_that_was_never_chosen_scores_nothing(random_trace, accumulate):
+    trace = random_trace(5)
+    trace.z[:, 6] = -30.0
+    weights, index = trace.z.topk(3)
+    statistics = accumulate([type(trace)(trace.h, trace.z, weights.softmax(-1), index, trace.o)])
+    for name in LEARNT:
+        scores = SCORERS[name].score(statistics)
+        assert np.isfinite(scores).all()
+        assert scores[0, 6] == 0
+        assert 6 not in uniform(scores, 0.75, top_k=3).experts[0]
+
+
+def test_an_output_along_the_residual_is_worth_nothing_to_easy_ep(toy, accumulate):
+    along = type(toy)(toy.h, toy.z, toy.weights, toy.index, toy.h[:, None, :].expand(4, 4, 2) * 7)
+    np.testing.assert_allclose(SCORERS["easy_ep"].score(accumulate([along])), 0, atol=1e-12)
+
+
+def exact_utility(trace) -> tuple[np.ndarray, float]:
+    """PEU from the whole trace: the threshold first, then every token again."""
+    z = trace.z.numpy()
+    pools = [np.argsort(-row)[: trace.top_k] for row in z]
+    shares = [np.exp(row[pool]) / np.exp(row[pool]).sum() for row, pool in zip(z, pools, strict=True)]
+    threshold = float(np.mean([share.max() for share in shares]))
+    scores = np.zeros(trace.experts)
+    for row, pool, share in zip(z, pools, shares, strict=True):
+        for expert, p in zip(pool, share, strict=True):
+            if p >= threshold:
+                scores[expert] += max(row[expert], 1 / (1 + np.exp(-row[expert])))
+    return scores / len(z), threshold
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_histogram_is_exact_within_its_bound(seed, top_k, random_trace, accumulate):
+    trace = random_trace(seed, tokens=300, top_k=top_k)
+    statistics = accumulate([trace])
+    expected, threshold = exact_utility(trace)
+    np.testing.assert_allclose(peu.thresholds(statistics), [threshold], rtol=1e-12)
+    error, bound = np.abs(peu.utility(statistics)[0] - expected), peu.error_bound(statistics)[0]
+    assert (error <= bound + 1e-12).all()
+    assert bound.sum() <= 0.05 * expected.sum()  # the one doubtful bin is a small part of the whole
+
+
+def test_ties_follow_the_gates_and_nothing_else_moves():
+    scores = np.array([[0.5, 0.0, 0.0, 0.0], [1e-9, 2e-9, 0.0, 0.0]])
+    gates = np.array([[0.0, 1.0, 3.0, 2.0], [9.0, 1.0, 0.0, 5.0]])
+    broken = break_ties(scores, gates)
+    assert np.argsort(-broken, axis=1, kind="stable").tolist() == [[0, 2, 3, 1], [1, 0, 3, 2]]
+    np.testing.assert_allclose(broken, scores, atol=1e-6)
+
+
+def test_random_is_the_same_every_time_and_knows_nothing(toy_statistics, random_trace, accumulate):
+    scores = SCORERS["random"].score(toy_statistics)
+    np.testing.assert_array_equal(scores, SCORERS["random"].score(toy_statistics))
+    first, second = accumulate([random_trace(1)]), accumulate([random_trace(2)])
+    np.testing.assert_array_equal(SCORERS["random"].score(first), SCORERS["random"].score(second))
+
+
+def test_the_registry_names_every_scorer_and_its_version():
+    assert list(versions()) == ["tcess", "peu", "reap", "easy_ep", "gate", "frequency", "random"]
+    assert [scorer.name for scorer in choose(["reap", "tcess"])] == ["tcess", "reap"]
+    assert all(versions().values())
+
+
+def test_an_unknown_scorer_is_refused_with_the_names_there_are():
+    with pytest.raises(InvalidInput, match=r"no scorer 'best'. Choose from: tcess, peu"):
+        choose(["tcess", "best"])
