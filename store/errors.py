@@ -8,6 +8,7 @@ MoepagerError                 shown as it is: exit code 2 at the command line, `
 ├─ CheckpointError            422  a model folder that can't be served: missing, truncated, pickled, unsupported
 ├─ BudgetError                422  a memory budget that can't hold what was asked
 ├─ Busy                       503  a bounded queue is full, or something is still loading
+├─ TimedOut                   504  an answer was not finished in its time
 └─ CorruptStore               500  the database or index is damaged
 """
 
@@ -66,6 +67,11 @@ class BudgetError(MoepagerError):
 class Busy(MoepagerError):
     status = 503
     code = "busy"
+
+
+class TimedOut(MoepagerError):
+    status = 504
+    code = "timeout"
 
 
 class CorruptStore(MoepagerError):
