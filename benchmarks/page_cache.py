@@ -1,0 +1,44 @@
+"""Cold means cold: evict a file from the page cache and ask the kernel whether it is gone."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from store.errors import MoepagerError
+
+PAGE = mmap.PAGESIZE
+
+
+def evict(files: Iterable[Path]) -> None:
+    """Drop `files` from the page cache. Raises if pages stay, for then nothing measured after it is cold."""
+    for path in files:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+        left = resident_pages(path)
+        if left:
+            raise MoepagerError(f"{left} pages of {path.name} stay in the page cache, so nothing is cold. Is another process using the file?")
+
+
+def resident_pages(path: Path) -> int:
+    """How many pages of the file are in the page cache, by mincore(2)."""
+    size = path.stat().st_size
+    if size == 0:
+        return 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
+        anchor = ctypes.c_char.from_buffer(view)
+        pages = (size + PAGE - 1) // PAGE
+        answer = (ctypes.c_ubyte * pages)()
+        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(size), answer)
+        del anchor
+    if failed:
+        raise OSError(ctypes.get_errno(), f"mincore of {path} failed")
+    return sum(byte & 1 for byte in answer)
