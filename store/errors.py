@@ -9,6 +9,7 @@ MoepagerError                 shown as it is: exit code 2 at the command line, `
 ├─ BudgetError                422  a memory budget that can't hold what was asked
 ├─ Busy                       503  a bounded queue is full, or something is still loading
 ├─ TimedOut                   504  an answer was not finished in its time
+├─ StoreUnreachable           503  the database can't be opened, or was lost
 └─ CorruptStore               500  the database or index is damaged
 """
 
@@ -72,6 +73,11 @@ class Busy(MoepagerError):
 class TimedOut(MoepagerError):
     status = 504
     code = "timeout"
+
+
+class StoreUnreachable(MoepagerError):
+    status = 503
+    code = "store_unreachable"
 
 
 class CorruptStore(MoepagerError):

@@ -25,7 +25,7 @@ Placed = tuple[Place, TensorSpan]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of one expert. `projection` is the hub's name after the expert: gate_proj.weight, w1.weight, gate_up_proj."""
+    """One tensor of one expert. `projection` is the hub's name after the expert: w1.weight, gate_up_proj."""
 
     projection: str
     file: Path

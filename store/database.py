@@ -1,0 +1,58 @@
+"""The store as one object: opens the database, brings it up to date, and gives a repository for each noun."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from store.catalogue import Exemplars, Models, Tasks
+from store.connection import Database
+from store.home import default_store_url
+from store.journal import Decisions, Jobs
+from store.profiles import Evaluations, Profiles, Selections
+from store.revision import bring_up_to_date
+
+
+class Store:
+    """All repositories over one database. Safe to share between threads; every call is its own transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.models = Models(database)
+        self.tasks = Tasks(database)
+        self.exemplars = Exemplars(database)
+        self.profiles = Profiles(database)
+        self.selections = Selections(database)
+        self.evaluations = Evaluations(database)
+        self.jobs = Jobs(database)
+        self.decisions = Decisions(database)
+
+    @property
+    def name(self) -> str:
+        """The database's URL without its password."""
+        return self._database.name
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_store(url: str | None = None) -> Store:
+    """The store at `url`, made or migrated if need be; the embedded default store without one.
+
+    Raises InvalidInput for a URL of no known kind, StoreUnreachable, CorruptStore, and MismatchError for a store that
+    a newer moepager wrote.
+    """
+    database = Database(url or default_store_url())
+    try:
+        bring_up_to_date(database)
+    except BaseException:
+        database.close()
+        raise
+    return Store(database)

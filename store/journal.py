@@ -1,0 +1,97 @@
+"""What happened: profiling jobs and retrieval decisions. Rows in, records out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from store.connection import Database
+from store.errors import Conflict, InvalidInput, NotFound
+from store.records import Decision, Job, JobState
+from store.schema import DecisionRow, JobRow
+from store.writing import insert_once
+
+
+class Jobs:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def put(self, job: Job) -> None:
+        """Adds the job. Raises Conflict where the id is taken: a job is changed by `update`."""
+        _check_progress(job.progress)
+        with self._database.write() as session:
+            if not insert_once(session, JobRow, {field: getattr(job, field) for field in Job.__slots__}):
+                raise Conflict(f"Job {job.id} is in the store already. Give the new job an id of its own.")
+
+    def get(self, id: str) -> Job:  # noqa: A002
+        """Raises NotFound."""
+        with self._database.read() as session:
+            return _job(_require_job(session, id))
+
+    def list(self) -> Sequence[Job]:
+        """The youngest first."""
+        with self._database.read() as session:
+            rows = session.scalars(select(JobRow).order_by(JobRow.created.desc(), JobRow.id))
+            return [_job(row) for row in rows]
+
+    def update(
+        self,
+        id: str,  # noqa: A002
+        *,
+        state: JobState | None = None,
+        progress: float | None = None,
+        detail: str | None = None,
+    ) -> Job:
+        """Changes what is given, notes the time, and returns the job as it is now. Raises NotFound."""
+        if progress is not None:
+            _check_progress(progress)
+        changes: dict[str, Any] = {"state": state, "progress": progress, "detail": detail}
+        with self._database.write() as session:
+            row = _require_job(session, id)
+            for name, value in changes.items():
+                if value is not None:
+                    setattr(row, name, value)
+            row.updated = datetime.now(UTC)
+            return _job(row)
+
+
+class Decisions:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, decision: Decision) -> None:
+        values = {field: getattr(decision, field) for field in Decision.__slots__}
+        with self._database.write() as session:
+            session.add(DecisionRow(**values))
+
+    def list(self, limit: int = 100) -> Sequence[Decision]:
+        """The `limit` youngest, the youngest first."""
+        if limit < 1:
+            raise InvalidInput(f"A limit is at least 1, got {limit}.", param="limit")
+        with self._database.read() as session:
+            rows = session.scalars(select(DecisionRow).order_by(DecisionRow.id.desc()).limit(limit))
+            return [_decision(row) for row in rows]
+
+
+def _require_job(session: Session, id: str) -> JobRow:  # noqa: A002
+    if row := session.get(JobRow, id):
+        return row
+    raise NotFound(f"No job {id} is in the store. Jobs are listed at GET /v1/jobs.")
+
+
+def _check_progress(progress: float) -> None:
+    if not 0 <= progress <= 1:
+        raise InvalidInput(f"Progress is between 0 and 1, got {progress}.", param="progress")
+
+
+def _job(row: JobRow) -> Job:
+    state = cast("JobState", row.state)  # a check constraint holds it to these words
+    return Job(row.id, row.model, row.task, state, row.progress, row.detail, row.created, row.updated)
+
+
+def _decision(row: DecisionRow) -> Decision:
+    return Decision(**{field: getattr(row, field) for field in Decision.__slots__})

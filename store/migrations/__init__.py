@@ -1,0 +1,1 @@
+"""How a store got its shape, step by step. Run by `store.upgrade`, inside the package, without an alembic.ini."""

@@ -1,0 +1,208 @@
+"""What a task needs of a model: profiles, the selections made of them, and the evidence. Rows in, records out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from store.catalogue import require_model, require_task
+from store.connection import Database
+from store.errors import Conflict, InvalidInput, NotFound
+from store.packing import pack_arrays, pack_selection, unpack_arrays, unpack_selection
+from store.records import Evaluation, Profile, StoredSelection
+from store.schema import EvaluationRow, ProfileRow, SelectionRow
+from store.writing import insert_once, upsert
+
+KEEP_TOLERANCE = 1e-9
+
+
+class Profiles:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def put(
+        self, profile: Profile, selections: Sequence[StoredSelection] = (), evaluations: Sequence[Evaluation] = ()
+    ) -> None:
+        """Adds the profile with what was made of it, all or nothing. One that is there already stays as it is.
+
+        Raises NotFound for an unknown model or task, Conflict where the id stands for another calibration.
+        """
+        statistics = pack_arrays(profile.statistics)  # outside the transaction: compressing takes a while
+        with self._database.write() as session:
+            require_model(session, profile.model)
+            require_task(session, profile.task)
+            _put_profile(session, profile, statistics)
+            for selection in selections:
+                _put_selection(session, selection)
+            for evaluation in evaluations:
+                _put_evaluation(session, evaluation)
+
+    def get(self, id: str) -> Profile:  # noqa: A002
+        """Raises NotFound, and CorruptStore where its statistics are damaged."""
+        with self._database.read() as session:
+            return _profile(_require_profile(session, id))
+
+    def latest(self, model: str, task: str) -> Profile | None:
+        """The youngest profile of `task` for the model with this fingerprint."""
+        query = select(ProfileRow).where(ProfileRow.model == model, ProfileRow.task == task)
+        with self._database.read() as session:
+            row = session.scalars(query.order_by(ProfileRow.created.desc(), ProfileRow.id).limit(1)).first()
+            return None if row is None else _profile(row)
+
+    def list(self, model: str | None = None) -> Sequence[Profile]:
+        """By task, the oldest first; all models' without `model`."""
+        query = select(ProfileRow) if model is None else select(ProfileRow).where(ProfileRow.model == model)
+        with self._database.read() as session:
+            rows = session.scalars(query.order_by(ProfileRow.task, ProfileRow.created, ProfileRow.id))
+            return [_profile(row) for row in rows]
+
+
+class Selections:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def put(self, selection: StoredSelection) -> None:
+        """Adds it; one that is there already stays. Raises NotFound for an unknown profile."""
+        with self._database.write() as session:
+            _put_selection(session, selection)
+
+    def get(self, id: str) -> StoredSelection:  # noqa: A002
+        """Raises NotFound."""
+        with self._database.read() as session:
+            return _selection(_require_selection(session, id))
+
+    def find(self, profile: str, scorer: str | None = None, keep: float | None = None) -> Sequence[StoredSelection]:
+        """Those of a profile, by scorer, the largest first."""
+        query = select(SelectionRow).where(SelectionRow.profile == profile)
+        if scorer is not None:
+            query = query.where(SelectionRow.scorer == scorer)
+        if keep is not None:
+            query = query.where(SelectionRow.keep.between(keep - KEEP_TOLERANCE, keep + KEEP_TOLERANCE))
+        with self._database.read() as session:
+            rows = session.scalars(query.order_by(SelectionRow.scorer, SelectionRow.keep.desc(), SelectionRow.id))
+            return [_selection(row) for row in rows]
+
+
+class Evaluations:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def put(self, evaluation: Evaluation) -> None:
+        """Adds it; one of the same selection and items is replaced. Raises NotFound for an unknown selection."""
+        with self._database.write() as session:
+            _put_evaluation(session, evaluation)
+
+    def find(self, selection: str) -> Evaluation | None:
+        """The evaluation added last."""
+        query = select(EvaluationRow).where(EvaluationRow.selection == selection).order_by(EvaluationRow.id.desc())
+        with self._database.read() as session:
+            row = session.scalars(query.limit(1)).first()
+            return None if row is None else _evaluation(row)
+
+    def list(self, profile: str) -> Sequence[tuple[StoredSelection, Evaluation]]:
+        """Every evaluation of a profile's selections, by scorer, the largest selection first."""
+        query = select(SelectionRow, EvaluationRow).join(EvaluationRow, EvaluationRow.selection == SelectionRow.id)
+        query = query.where(SelectionRow.profile == profile)
+        query = query.order_by(SelectionRow.scorer, SelectionRow.keep.desc(), SelectionRow.id, EvaluationRow.id)
+        with self._database.read() as session:
+            return [(_selection(made), _evaluation(row)) for made, row in session.execute(query)]
+
+
+def _require_profile(session: Session, id: str) -> ProfileRow:  # noqa: A002
+    if row := session.get(ProfileRow, id):
+        return row
+    raise NotFound(f"No profile {id} is in the store. Profile the task first: moepager profile.")
+
+
+def _require_selection(session: Session, id: str) -> SelectionRow:  # noqa: A002
+    if row := session.get(SelectionRow, id):
+        return row
+    raise NotFound(f"No selection {id} is in the store. Profile the task first: moepager profile.")
+
+
+def _put_profile(session: Session, profile: Profile, statistics: bytes) -> None:
+    values = {
+        "id": profile.id,
+        "model": profile.model,
+        "task": profile.task,
+        "tokens": profile.tokens,
+        "calibration_hash": profile.calibration_hash,
+        "calibration_items": sorted(profile.calibration_items),
+        "scorers": dict(profile.scorers),
+        "statistics": statistics,
+        "created": profile.created,
+    }
+    if insert_once(session, ProfileRow, values):
+        return
+    row = _require_profile(session, profile.id)
+    same = ("model", "task", "tokens", "calibration_hash")
+    if any(getattr(row, name) != values[name] for name in same):
+        raise Conflict(
+            f"Profile {profile.id} is stored already, of {row.tokens} tokens of task {row.task!r}; this one is of "
+            f"{profile.tokens} tokens of {profile.task!r}. An id stands for one calibration: give the new one its own."
+        )
+
+
+def _put_selection(session: Session, selection: StoredSelection) -> None:
+    if not 0 < selection.keep <= 1:
+        raise InvalidInput(
+            f"A selection keeps a share of the experts above 0, up to 1; got {selection.keep}.", param="keep"
+        )
+    _require_profile(session, selection.profile)
+    width, bitmap = pack_selection(selection.selection)
+    values = {
+        "id": selection.id,
+        "profile": selection.profile,
+        "scorer": selection.scorer,
+        "allocator": selection.allocator,
+        "keep": selection.keep,
+        "layers": len(selection.selection.experts),
+        "width": width,
+        "bitmap": bitmap,
+    }
+    if insert_once(session, SelectionRow, values):
+        return
+    row = _require_selection(session, selection.id)
+    if (row.profile, row.layers, row.width, row.bitmap) != (selection.profile, values["layers"], width, bitmap):
+        raise Conflict(
+            f"Selection {selection.id} is stored already with other experts or of another profile ({row.profile}). "
+            "An id stands for one set of experts: give the new one its own."
+        )
+
+
+def _put_evaluation(session: Session, evaluation: Evaluation) -> None:
+    figures = (evaluation.nll, evaluation.coverage, evaluation.accuracy or 0.0, evaluation.full_accuracy or 0.0)
+    if not all(map(math.isfinite, figures)):
+        raise InvalidInput(
+            f"An evaluation of numbers that are not finite is no evidence: {evaluation}. Evaluate again."
+        )
+    _require_selection(session, evaluation.selection)
+    values = {field: getattr(evaluation, field) for field in Evaluation.__slots__}
+    key = ("selection", "evaluation_hash")
+    upsert(session, EvaluationRow, values, update=[name for name in values if name not in key], key=key)
+
+
+def _profile(row: ProfileRow) -> Profile:
+    return Profile(
+        id=row.id,
+        model=row.model,
+        task=row.task,
+        statistics=unpack_arrays(row.statistics, f"profile {row.id}"),
+        tokens=row.tokens,
+        calibration_hash=row.calibration_hash,
+        calibration_items=frozenset(row.calibration_items),
+        scorers=row.scorers,
+        created=row.created,
+    )
+
+
+def _selection(row: SelectionRow) -> StoredSelection:
+    selection = unpack_selection(row.layers, row.width, row.bitmap, row.id)
+    return StoredSelection(row.id, row.profile, row.scorer, row.allocator, row.keep, selection)
+
+
+def _evaluation(row: EvaluationRow) -> Evaluation:
+    return Evaluation(**{field: getattr(row, field) for field in Evaluation.__slots__})

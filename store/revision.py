@@ -1,0 +1,29 @@
+"""Which shape the database has, and bringing it to the one this code expects. Alembic is loaded only for work."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, inspect, text
+
+from store.connection import Database
+
+HEAD = "0001"  # the newest file in store/migrations/versions; a test compares
+VERSION_TABLE = "moepager_revision"
+
+
+def bring_up_to_date(database: Database) -> None:
+    """Migrates in one transaction: a failure leaves the database as it was."""
+    with database.read() as session:
+        if current_revision(session.connection()) == HEAD:
+            return
+    from store.upgrade import upgrade  # noqa: PLC0415 - Alembic takes longer to import than a store to open
+
+    with database.write() as session:
+        upgrade(session.connection(), database.name)
+
+
+def current_revision(connection: Connection) -> str | None:
+    """The revision of the database, None for one that has never held a store."""
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    revision: str | None = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608
+    return revision

@@ -1,0 +1,182 @@
+"""The tables, as SQLAlchemy rows. Owns columns and constraints; knows neither sessions nor records.
+
+Shapes of this file change only together with a migration: `tests/store/test_upgrade.py` compares the two.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# Constraints with names, so that a migration can say which one it changes.
+NAMES = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Timezone-aware in and out, kept in UTC; SQLite, which has no zones, keeps the naive UTC time."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        assert value.tzinfo is not None, f"a stored time needs a zone, got {value!r}"
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        assert isinstance(value, datetime)
+        return value.replace(tzinfo=UTC) if dialect.name == "sqlite" else value.astimezone(UTC)
+
+
+class Row(DeclarativeBase):
+    """Text has no length: SQLite would ignore one and PostgreSQL refuse, and the two must behave alike."""
+
+    metadata = MetaData(naming_convention=NAMES)
+    type_annotation_map = {str: Text, int: Integer, float: Double, bytes: LargeBinary, datetime: UtcDateTime}  # noqa: RUF012
+
+
+class ModelRow(Row):
+    __tablename__ = "models"
+
+    fingerprint: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    family: Mapped[str]
+    layers: Mapped[int]
+    experts: Mapped[int]
+    top_k: Mapped[int]
+    config_hash: Mapped[str]
+    weights_hash: Mapped[str]
+    tokenizer_hash: Mapped[str]
+    created: Mapped[datetime]
+
+
+class TaskRow(Row):
+    __tablename__ = "tasks"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    description: Mapped[str]
+    created: Mapped[datetime]
+
+
+class ExemplarRow(Row):
+    """`vector` is float32, little-endian. `digest` covers all that a search shows: an index is checked by it."""
+
+    __tablename__ = "exemplars"
+    __table_args__ = (UniqueConstraint("task", "embedder", "position"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task: Mapped[str] = mapped_column(ForeignKey("tasks.name", ondelete="CASCADE"))
+    embedder: Mapped[str] = mapped_column(index=True)
+    position: Mapped[int]
+    text: Mapped[str]
+    vector: Mapped[bytes]
+    digest: Mapped[str]
+
+
+class ProfileRow(Row):
+    """`statistics` is one blob of `store.packing`; `calibration_items` a sorted list of content hashes."""
+
+    __tablename__ = "profiles"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(ForeignKey("models.fingerprint"), index=True)
+    task: Mapped[str] = mapped_column(ForeignKey("tasks.name", ondelete="CASCADE"), index=True)
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    calibration_hash: Mapped[str]
+    calibration_items: Mapped[list[str]] = mapped_column(JSON)
+    scorers: Mapped[dict[str, str]] = mapped_column(JSON)
+    statistics: Mapped[bytes]
+    created: Mapped[datetime]
+
+
+class SelectionRow(Row):
+    """`bitmap` has one row of `width` bits for each of `layers` layers, rows padded to whole bytes."""
+
+    __tablename__ = "selections"
+    __table_args__ = (CheckConstraint("keep > 0 AND keep <= 1", name="keep_is_a_share"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    profile: Mapped[str] = mapped_column(ForeignKey("profiles.id", ondelete="CASCADE"), index=True)
+    scorer: Mapped[str]
+    allocator: Mapped[str]
+    keep: Mapped[float]
+    layers: Mapped[int]
+    width: Mapped[int]
+    bitmap: Mapped[bytes]
+
+
+class EvaluationRow(Row):
+    __tablename__ = "evaluations"
+    __table_args__ = (UniqueConstraint("selection", "evaluation_hash"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    selection: Mapped[str] = mapped_column(ForeignKey("selections.id", ondelete="CASCADE"))
+    evaluation_hash: Mapped[str]
+    items: Mapped[int]
+    accuracy: Mapped[float | None]
+    full_accuracy: Mapped[float | None]
+    nll: Mapped[float]
+    coverage: Mapped[float]
+
+
+class JobRow(Row):
+    """Jobs name their model and task, but outlive them: they tell what was run."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint("state IN ('queued', 'running', 'done', 'failed', 'cancelled')", name="state_is_known"),
+        CheckConstraint("progress >= 0 AND progress <= 1", name="progress_is_a_share"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str]
+    task: Mapped[str]
+    state: Mapped[str]
+    progress: Mapped[float]
+    detail: Mapped[str]
+    created: Mapped[datetime] = mapped_column(index=True)
+    updated: Mapped[datetime]
+
+
+class DecisionRow(Row):
+    """An audit log: names are copied, so that deleting a task leaves the past as it was."""
+
+    __tablename__ = "decisions"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    request: Mapped[str]
+    query_hash: Mapped[str]
+    task: Mapped[str | None]
+    nearest: Mapped[str | None]
+    similarity: Mapped[float | None]
+    threshold: Mapped[float]
+    reason: Mapped[str]
+    mode: Mapped[str]
+    created: Mapped[datetime] = mapped_column(index=True)
