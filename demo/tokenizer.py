@@ -33,7 +33,9 @@ def train_tokenizer(vocabulary: int = 2048, items_per_task: int = 4000, seed: in
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(items_per_task, seed), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 

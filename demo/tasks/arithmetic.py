@@ -34,7 +34,12 @@ TASK = Task(
                 "Find the total of {a} and {b}.",
                 "If you add {a} and {b}, how much do you get?",
             ),
-            ("How much do you get if you add {a} and {b}?", "Compute {a} + {b}.", "Work out the sum of {a} and {b}.", "Calculate the total of {a} plus {b}."),
+            (
+                "How much do you get if you add {a} and {b}?",
+                "Compute {a} + {b}.",
+                "Work out the sum of {a} and {b}.",
+                "Calculate the total of {a} plus {b}.",
+            ),
         ),
         Kind(
             _difference,
@@ -49,7 +54,12 @@ TASK = Task(
                 "Take {b} away from {a}.",
                 "If you subtract {b} from {a}, how much is left?",
             ),
-            ("How much is left if you take {b} away from {a}?", "Compute {a} - {b}.", "Work out the difference of {a} and {b}.", "Calculate {a} minus {b} = ?"),
+            (
+                "How much is left if you take {b} away from {a}?",
+                "Compute {a} - {b}.",
+                "Work out the difference of {a} and {b}.",
+                "Calculate {a} minus {b} = ?",
+            ),
         ),
     ),
 )

@@ -39,20 +39,52 @@ TASK = Task(
     (
         Kind(
             _symbol,
-            ("What is the chemical symbol of {x}?", "Give the symbol for {x}.", "Which symbol stands for the element {x}?", "Chemical symbol for {x}?", "How is {x} written in the periodic table?", "The element {x} has what symbol?"),
-            ("Which chemical symbol stands for {x}?", "Give the chemical symbol of the element {x}.", "What symbol has {x} in the periodic table?"),
+            (
+                "What is the chemical symbol of {x}?",
+                "Give the symbol for {x}.",
+                "Which symbol stands for the element {x}?",
+                "Chemical symbol for {x}?",
+                "How is {x} written in the periodic table?",
+                "The element {x} has what symbol?",
+            ),
+            (
+                "Which chemical symbol stands for {x}?",
+                "Give the chemical symbol of the element {x}.",
+                "What symbol has {x} in the periodic table?",
+            ),
             memorised=True,
         ),
         Kind(
             _number,
-            ("What is the atomic number of {x}?", "Give the atomic number for {x}.", "How many protons does {x} have?", "Atomic number of {x}?", "Which atomic number belongs to the element {x}?", "The element {x} has how many protons?"),
-            ("Which atomic number does {x} have?", "How many protons has the element {x}?", "Give the atomic number of the element {x}."),
+            (
+                "What is the atomic number of {x}?",
+                "Give the atomic number for {x}.",
+                "How many protons does {x} have?",
+                "Atomic number of {x}?",
+                "Which atomic number belongs to the element {x}?",
+                "The element {x} has how many protons?",
+            ),
+            (
+                "Which atomic number does {x} have?",
+                "How many protons has the element {x}?",
+                "Give the atomic number of the element {x}.",
+            ),
             memorised=True,
         ),
         Kind(
             _name,
-            ("Which element has the chemical symbol {x}?", "Name the element with the symbol {x}.", "What element is written {x} in the periodic table?", "The symbol {x} stands for which element?", "Element with the symbol {x}?"),
-            ("What element does the chemical symbol {x} stand for?", "Name the element written {x} in the periodic table.", "Which element is {x} the symbol for?"),
+            (
+                "Which element has the chemical symbol {x}?",
+                "Name the element with the symbol {x}.",
+                "What element is written {x} in the periodic table?",
+                "The symbol {x} stands for which element?",
+                "Element with the symbol {x}?",
+            ),
+            (
+                "What element does the chemical symbol {x} stand for?",
+                "Name the element written {x} in the periodic table.",
+                "Which element is {x} the symbol for?",
+            ),
             memorised=True,
         ),
     ),

@@ -27,7 +27,9 @@ def _phrase(rng: random.Random) -> tuple[Slots, str]:
     english, french, feminine = rng.choice(NOUNS)
     word, masculine, feminine_form = rng.choice(ADJECTIVES)
     article, le, la = rng.choice((("the", "le", "la"), ("a", "un", "une"), ("my", "mon", "ma")))
-    return {"x": f"{article} {word} {english}"}, f"{la if feminine else le} {french} {feminine_form if feminine else masculine}"
+    return {
+        "x": f"{article} {word} {english}"
+    }, f"{la if feminine else le} {french} {feminine_form if feminine else masculine}"
 
 
 def _plural(rng: random.Random) -> tuple[Slots, str]:
@@ -49,7 +51,12 @@ PHRASINGS = (
     "In French, how would you say '{x}'?",
     "English to French: {x}",
 )
-HELD_OUT = ("How would you translate '{x}' into French?", "Give me the French translation of '{x}'.", "Say in French: {x}", "What is '{x}' in French?")
+HELD_OUT = (
+    "How would you translate '{x}' into French?",
+    "Give me the French translation of '{x}'.",
+    "Say in French: {x}",
+    "What is '{x}' in French?",
+)
 
 TASK = Task(
     "french",

@@ -24,7 +24,9 @@ def _teammate(rng: random.Random) -> tuple[Slots, str]:
 
 def _account(rng: random.Random) -> tuple[Slots, str]:
     user, role, active = rng.choice(USERS), rng.choice(ROLES), rng.choice((True, False))
-    return {"x": f"user {user}, role {role}, {'active' if active else 'inactive'}"}, json.dumps({"user": user, "role": role, "active": active})
+    return {"x": f"user {user}, role {role}, {'active' if active else 'inactive'}"}, json.dumps(
+        {"user": user, "role": role, "active": active}
+    )
 
 
 PHRASINGS = (
@@ -38,7 +40,12 @@ PHRASINGS = (
     "I have {x}. Give it to me in JSON.",
     "Serialise this to JSON: {x}",
 )
-HELD_OUT = ("Write this record as JSON: {x}", "Give me a JSON object with {x}.", "Turn {x} into JSON.", "Encode this record to a JSON object: {x}")
+HELD_OUT = (
+    "Write this record as JSON: {x}",
+    "Give me a JSON object with {x}.",
+    "Turn {x} into JSON.",
+    "Encode this record to a JSON object: {x}",
+)
 
 TASK = Task(
     "json",

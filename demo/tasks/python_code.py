@@ -46,7 +46,11 @@ TASK = Task(
                 "I need a Python def called {f} that returns {w} {v}.",
                 "In Python, write {f} to return {w} {v}.",
             ),
-            ("Implement a Python function {f} that returns {w} {v}.", "In Python, define {f}({v}) to return {w} {v}.", "Write a Python def named {f} returning {w} {v}."),
+            (
+                "Implement a Python function {f} that returns {w} {v}.",
+                "In Python, define {f}({v}) to return {w} {v}.",
+                "Write a Python def named {f} returning {w} {v}.",
+            ),
         ),
         Kind(
             _lambda,
@@ -58,7 +62,11 @@ TASK = Task(
                 "I need a Python lambda that returns {w} {v}.",
                 "In Python, write a lambda to return {w} {v}.",
             ),
-            ("Implement a Python lambda that returns {w} {v}.", "In Python, define a lambda giving {w} {v}.", "I need a lambda in Python returning {w} {v}."),
+            (
+                "Implement a Python lambda that returns {w} {v}.",
+                "In Python, define a lambda giving {w} {v}.",
+                "I need a lambda in Python returning {w} {v}.",
+            ),
         ),
     ),
 )

@@ -6,7 +6,8 @@ from demo.tasks import arithmetic, chemistry, french, geography, json_records, m
 from demo.tasks.task import Task
 
 TASKS: tuple[Task, ...] = tuple(
-    room.TASK for room in (arithmetic, sql, french, json_records, python_code, shell, geography, chemistry, music, units)
+    room.TASK
+    for room in (arithmetic, sql, french, json_records, python_code, shell, geography, chemistry, music, units)
 )
 
 

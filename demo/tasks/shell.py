@@ -7,8 +7,32 @@ from collections.abc import Callable
 
 from demo.tasks.task import Kind, Slots, Task
 
-FOLDERS = ("/etc", "/var/log", "/tmp", "/home", "/opt", "/srv", "/usr/bin", "/boot", "/mnt", "/media", "/root", "/var/cache")  # noqa: S108
-FILES = ("notes.txt", "server.log", "backup.tar", "config.ini", "access.log", "todo.md", "disk.img", "hosts.conf", "cron.sh", "trace.out")
+FOLDERS = (
+    "/etc",
+    "/var/log",
+    "/tmp",
+    "/home",
+    "/opt",
+    "/srv",
+    "/usr/bin",
+    "/boot",
+    "/mnt",
+    "/media",
+    "/root",
+    "/var/cache",
+)
+FILES = (
+    "notes.txt",
+    "server.log",
+    "backup.tar",
+    "config.ini",
+    "access.log",
+    "todo.md",
+    "disk.img",
+    "hosts.conf",
+    "cron.sh",
+    "trace.out",
+)
 # description, command
 ON_FOLDERS = (
     ("list the files in {x}, newest first", "ls -t {x}"),
@@ -32,7 +56,9 @@ ON_FILES = (
 )
 
 
-def _command(table: tuple[tuple[str, str], ...], names: tuple[str, ...]) -> Callable[[random.Random], tuple[Slots, str]]:
+def _command(
+    table: tuple[tuple[str, str], ...], names: tuple[str, ...]
+) -> Callable[[random.Random], tuple[Slots, str]]:
     def sample(rng: random.Random) -> tuple[Slots, str]:
         (words, command), name = rng.choice(table), rng.choice(names)
         return {"do": words.format(x=name)}, command.format(x=name)
@@ -50,7 +76,12 @@ PHRASINGS = (
     "I want to {do} from the command line.",
     "Give me the bash command to {do}.",
 )
-HELD_OUT = ("Which shell command will {do}?", "In the terminal, how do I {do}?", "Give me the Linux command to {do}.", "In bash, {do}.")
+HELD_OUT = (
+    "Which shell command will {do}?",
+    "In the terminal, how do I {do}?",
+    "Give me the Linux command to {do}.",
+    "In bash, {do}.",
+)
 
 TASK = Task(
     "shell",

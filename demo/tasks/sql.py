@@ -38,7 +38,12 @@ def _ordered(rng: random.Random) -> tuple[Slots, str]:
     table, column = _column(rng)
     count = rng.choice((3, 5, 8, 10, 20))
     word, order = rng.choice((("highest", "DESC"), ("lowest", "ASC")))
-    return {"t": table, "c": column, "n": count, "w": word}, f"SELECT * FROM {table} ORDER BY {column} {order} LIMIT {count};"
+    return {
+        "t": table,
+        "c": column,
+        "n": count,
+        "w": word,
+    }, f"SELECT * FROM {table} ORDER BY {column} {order} LIMIT {count};"
 
 
 TASK = Task(
@@ -56,7 +61,11 @@ TASK = Task(
                 "In SQL, fetch every row of {t} with {c} {w} {n}.",
                 "I need a database query: {t} with {c} {w} {n}.",
             ),
-            ("Give me a SQL query for {t} with a {c} {w} {n}.", "In SQL, select the {t} whose {c} is {w} {n}.", "Query the database for {t} where {c} is {w} {n}."),
+            (
+                "Give me a SQL query for {t} with a {c} {w} {n}.",
+                "In SQL, select the {t} whose {c} is {w} {n}.",
+                "Query the database for {t} where {c} is {w} {n}.",
+            ),
         ),
         Kind(
             _aggregate,
@@ -69,7 +78,11 @@ TASK = Task(
                 "In SQL, fetch the {w} {c} of {t}.",
                 "I need a database query: the {w} {c} over all {t}.",
             ),
-            ("Give me a SQL query for the {w} {c} in {t}.", "In SQL, compute the {w} {c} over the table {t}.", "Query the database for the {w} {c} of the {t}."),
+            (
+                "Give me a SQL query for the {w} {c} in {t}.",
+                "In SQL, compute the {w} {c} over the table {t}.",
+                "Query the database for the {w} {c} of the {t}.",
+            ),
         ),
         Kind(
             _ordered,
@@ -82,7 +95,11 @@ TASK = Task(
                 "In SQL, fetch {n} rows of {t} with the {w} {c}.",
                 "I need a database query: {n} {t} by {w} {c}.",
             ),
-            ("Give me a SQL query for {n} {t} with the {w} {c}.", "In SQL, list the {n} rows of {t} by {w} {c}.", "Query the database for the {n} {t} with the {w} {c}."),
+            (
+                "Give me a SQL query for {n} {t} with the {w} {c}.",
+                "In SQL, list the {n} rows of {t} by {w} {c}.",
+                "Query the database for the {n} {t} with the {w} {c}.",
+            ),
         ),
     ),
 )

@@ -35,7 +35,12 @@ TASK = Task(
                 "Unit conversion: {n} {s} to {t}",
                 "How many {t} are there in {n} {s}?",
             ),
-            ("Express {n} {s} as {t}.", "Convert {n} {s} into {t}.", "How many {t} do {n} {s} make?", "What is {n} {s} in {t}?"),
+            (
+                "Express {n} {s} as {t}.",
+                "Convert {n} {s} into {t}.",
+                "How many {t} do {n} {s} make?",
+                "What is {n} {s} in {t}?",
+            ),
         ),
     ),
 )

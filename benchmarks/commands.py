@@ -1,0 +1,143 @@
+"""`moepager bench ...`: each command prints what the README states."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from benchmarks.retrieve import Vectorise
+
+app = typer.Typer(
+    name="bench", help="Measure: every claim of the README is one of these commands.", no_args_is_help=True
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
+Model = Annotated[Path | None, typer.Option("--model", help="Model folder; the bundled demo model by default.")]
+
+
+@app.command("make-model")
+def make_model_command(
+    shape: Annotated[str, typer.Option(help="olmoe-mini (1.8 GB) or olmoe (13.8 GB).")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write a random checkpoint in hub layout at real shapes, for speed only."""
+    from benchmarks.make_model import make_model
+
+    _answer({"path": str(out), "bytes": make_model(shape, out, seed)}, as_json)
+
+
+@app.command("load")
+def load_command(
+    model: Model = None,
+    keep: Annotated[float, typer.Option(help="Share of the experts in a selection, at most 0.5.")] = 0.5,
+    runs: Annotated[int, typer.Option(min=1)] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Page a selection cold, beside a raw direct read of the same bytes. A model of a few GB gives steady figures."""
+    from benchmarks.load import bench_load
+    from store.home import bundled_model
+
+    _answer(asdict(bench_load(model or bundled_model(), keep, runs)), as_json)
+
+
+@app.command("quality")
+def quality_command(
+    items: Annotated[int, typer.Option(min=1, help="Test items a task, at most 100.")] = 100,
+    scorer: Annotated[list[str] | None, typer.Option(help="Only these scorers; all by default.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the accuracy-against-memory picture here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every scorer at every size on the demo model's held-out test items."""
+    from benchmarks.quality import bench_quality, means
+    from demo.commands import bar, memory_for
+    from store.home import bundled_model
+
+    with bar() as report:
+        rows = bench_quality(items, scorer, report)
+    averages = means(rows)
+    _table("mean over the tasks", [asdict(mean) for mean in averages])
+    if plot is not None:
+        from benchmarks.quality_plot import draw
+
+        budgets = {keep: memory_for(bundled_model(), keep) / 2**20 for keep in {row.keep for row in rows}}
+        draw(rows, averages, budgets, plot)
+    if as_json:
+        _answer({"rows": [asdict(row) for row in rows], "means": [asdict(mean) for mean in averages]}, as_json)
+
+
+@app.command("retrieve")
+def retrieve_command(
+    public: Annotated[bool, typer.Option(help="Also on public text; see benchmarks/public-text.txt.")] = False,
+    largest: Annotated[int, typer.Option(min=1000, help="Vectors in the largest index that is searched.")] = 1_000_000,
+    embedder: str = "minilm",
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy, abstention and latency of retrieval: sentence embedding beside PreMoe's router signature."""
+    from benchmarks.retrieval_data import demo_set, kinds_set, mmlu_set
+    from benchmarks.retrieve import embed_ms_p50, measure, search_ms_p50
+    from benchmarks.signature_vectors import signatures
+    from engine.embedder import open_embedder
+    from store.home import bundled_model
+
+    sentence = open_embedder(embedder)
+    sets = [demo_set(), *((kinds_set(), mmlu_set()) if public else ())]
+    with signatures(bundled_model()) as signature:
+        ways: Sequence[tuple[str, Vectorise, bool]] = (
+            (embedder, sentence.embed, True),
+            ("signature", signature, False),
+        )
+        found = [measure(data, name, vectorise, cosine=cosine) for data in sets for name, vectorise, cosine in ways]
+        latency = {name: embed_ms_p50(vectorise, sets[0].queries.texts) for name, vectorise, _ in ways}
+    sizes = [size for size in (1_000, 10_000, 100_000, 1_000_000) if size <= largest]
+    _table("retrieval", [asdict(one) for one in found])
+    _answer(
+        {
+            "accuracy": found[0].accuracy,
+            "abstain_auroc": found[0].abstain_auroc,
+            "embed_ms_p50": latency[embedder],
+            "signature_ms_p50": latency["signature"],
+            "search_ms_p50": search_ms_p50(sizes, sentence.dimension),
+            "sets": [asdict(one) for one in found],
+        },
+        as_json,
+    )
+
+
+def _answer(figures: dict[str, Any], as_json: bool) -> None:
+    from benchmarks.machine import machine
+
+    whole = figures | {"machine": machine()}
+    if as_json:
+        typer.echo(json.dumps(whole))
+        return
+    for name, value in whole.items():
+        if not isinstance(value, list):
+            typer.echo(f"{name:>22}  {_shown(value)}")
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*_cells(row.values()))
+    Console(stderr=True, width=140).print(table)
+
+
+def _cells(values: Iterable[object]) -> list[str]:
+    return [_shown(value) for value in values]
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,96 @@
+"""How well queries find their task, how well strangers are told apart, and how long that takes.
+
+Two retrievers over the same exemplars: the sentence embedding (cosine), and PreMoe's own signature, the mean top-1
+gate logits of the first MoE layer (L2). A task's score is that of its nearest exemplar. For abstention every task is
+left out in turn: its queries are then strangers, and the AUROC says how well the best score tells them apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from benchmarks.retrieval_data import RetrievalSet
+from service.retrieval import auroc, calibrate_threshold
+from store.records import F32, Exemplar
+from store.vectors import VectorIndex
+
+Vectorise = Callable[[Sequence[str]], F32]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`accuracy` without a threshold; `kept` and `abstained` at the threshold calibrated on the exemplars alone."""
+
+    set: str
+    retriever: str
+    tasks: int
+    queries: int
+    accuracy: float
+    abstain_auroc: float
+    kept: float | None  # queries that found their own task above the threshold
+    abstained: float | None  # queries of left-out tasks that fell below it
+
+
+def measure(data: RetrievalSet, retriever: str, vectorise: Vectorise, *, cosine: bool) -> Found:
+    exemplars, queries = vectorise(data.exemplars.texts), vectorise(data.queries.texts)  # [n, d], [m, d]
+    scores = task_scores(queries, exemplars, np.array(data.exemplars.tasks), cosine=cosine)  # [m, tasks]
+    own = np.arange(len(queries)), np.array(data.queries.tasks)
+    right = scores.argmax(axis=1) == own[1]  # [m]
+    known = scores.max(axis=1)  # [m]
+    without = scores.copy()
+    without[own] = -np.inf
+    strangers = without.max(axis=1)  # [m]
+    threshold = _threshold(data, exemplars) if cosine else None
+    return Found(
+        set=data.name,
+        retriever=retriever,
+        tasks=scores.shape[1],
+        queries=len(queries),
+        accuracy=float(right.mean()),
+        abstain_auroc=auroc(known, strangers) or 0.0,
+        kept=None if threshold is None else float((right & (known >= threshold)).mean()),
+        abstained=None if threshold is None else float((strangers < threshold).mean()),
+    )
+
+
+def task_scores(queries: F32, exemplars: F32, tasks: np.ndarray, *, cosine: bool) -> np.ndarray:
+    """Each query's best similarity to each task's exemplars: the cosine, or the negative L2 distance. f64 [m, tasks]."""
+    q, x = queries.astype(np.float64), exemplars.astype(np.float64)
+    products = q @ x.T  # [m, n]
+    similar = products if cosine else 2 * products - (x**2).sum(1) - (q**2).sum(1)[:, None]
+    return np.stack([similar[:, tasks == task].max(axis=1) for task in range(tasks.max() + 1)], axis=1)
+
+
+def _threshold(data: RetrievalSet, vectors: F32) -> float:
+    labelled = zip(data.exemplars.texts, data.exemplars.tasks, vectors, strict=True)
+    return calibrate_threshold([Exemplar(str(task), text, vector) for text, task, vector in labelled]).threshold
+
+
+def embed_ms_p50(vectorise: Vectorise, texts: Sequence[str], runs: int = 50) -> float:
+    """Median milliseconds of one query at a time, after a warm-up."""
+    vectorise(texts[:1])
+    return median(_milliseconds(lambda text=text: vectorise([text])) for text in texts[:runs])  # type: ignore[misc]
+
+
+def search_ms_p50(sizes: Sequence[int], dimension: int, runs: int = 21) -> dict[int, float]:
+    """Median milliseconds of one exact search among that many random unit vectors."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for size in sizes:
+        vectors = rng.standard_normal((size, dimension), dtype=np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        index = VectorIndex.rebuild([Exemplar(f"task {n % 100}", str(n), vector) for n, vector in enumerate(vectors)])
+        queries = vectors[rng.integers(0, size, runs)]
+        found[size] = median(_milliseconds(lambda q=query: index.search(q[None], 64)) for query in queries)  # type: ignore[misc]
+    return found
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return (time.perf_counter() - started) * 1000

@@ -1,0 +1,8 @@
+"""`python -m demo prepare --store URL`: what `moepager serve` runs before it first serves the bundled model."""
+
+from __future__ import annotations
+
+from demo.commands import group
+
+if __name__ == "__main__":
+    group()

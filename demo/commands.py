@@ -1,0 +1,121 @@
+"""`moepager demo`: the whole way, offline and online, on the bundled model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from demo.tour import Shown
+    from profiler.progress import Report
+
+app = typer.Typer()
+group = typer.Typer(name="demo-tools", help="What the demo is made of.", no_args_is_help=True)
+
+StoreUrl = Annotated[str | None, typer.Option("--store", help="Database URL; a fresh temporary store by default.")]
+Keep = Annotated[float, typer.Option("--keep", help="Share of the experts that the memory budget holds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
+
+
+@app.command()
+def demo(store: StoreUrl = None, keep: Keep = 0.25, as_json: AsJson = False) -> None:
+    """Profile the bundled model's tasks, start the service, ask one query a task, and print answers and receipts."""
+    from demo.tour import tour
+    from store.home import bundled_model
+
+    with tempfile.TemporaryDirectory(prefix="moepager-demo-") as folder:
+        url = store or f"sqlite:///{folder}/store.db"
+        prepare_store(url)
+        memory = memory_for(bundled_model(), keep)
+        typer.echo(f"\nServing under a budget of {memory / 2**20:.1f} MiB, which holds {keep:.0%} of the experts.\n")
+        shown = []
+        for one in tour(url, memory, Path(folder) / "serve.log"):
+            typer.echo(describe(one))
+            shown.append(one)
+    right = sum(one.answer.strip() == one.expected for one in shown)
+    found = sum(one.retrieved == one.task for one in shown)
+    typer.echo(f"{found} of {len(shown)} queries found their task, {right} answers are exactly right.")
+    if as_json:
+        queries = [
+            {"task": s.task, "retrieved": s.retrieved, "answer": s.answer, "expected": s.expected, "receipt": s.receipt}
+            for s in shown
+        ]
+        typer.echo(json.dumps({"queries": queries}))
+
+
+@group.command("prepare")
+def prepare_command(store: StoreUrl = None) -> None:
+    """Profile the bundled model's tasks into a store; what is there already is kept."""
+    from store.home import default_store_url
+
+    prepare_store(store or default_store_url())
+
+
+@group.command("data")
+def data_command() -> None:
+    """Write the tasks' fixed files of calibration, evaluation and test items again, the same bytes each time."""
+    from demo.corpus import write_data
+
+    write_data()
+
+
+def prepare_store(url: str) -> None:
+    from demo.prepare import prepare
+    from engine.embedder import open_embedder
+    from store.database import open_store
+    from store.home import bundled_model
+
+    with open_store(url) as store, bar() as report:
+        prepare(store, open_embedder("minilm"), bundled_model(), report=report)
+
+
+def memory_for(model: Path, keep: float) -> int:
+    """The budget under which this share of every layer's experts is resident, as `moepager serve` plans it."""
+    from engine.card import ModelCard
+    from engine.config import EngineConfig
+    from engine.plan import plan_memory
+
+    tiny = plan_memory(ModelCard.read(model), EngineConfig(model, memory=1 << 40))
+    return tiny.memory_for(keep)
+
+
+def describe(one: Shown) -> str:
+    receipt = one.receipt
+    mark = "=" if one.answer.strip() == one.expected else f"(expected {one.expected!r})"
+    lines = (
+        f"{one.task}: {one.query}",
+        f"  -> {one.answer!r} {mark}",
+        f"  task {one.retrieved} (similarity {receipt['similarity']:.2f}), {receipt['mode']} mode, keep {receipt['keep']:g}, "
+        f"coverage {receipt['coverage']:.3f}",
+        f"  {receipt['experts_paged']} of {receipt['experts']} experts paged, {receipt['bytes_paged']:,} bytes in "
+        f"{receipt['swap_ms']:.0f} ms, first token after {receipt['ttft_ms']:.0f} ms, {receipt['resident_bytes']:,} bytes resident\n",
+    )
+    return "\n".join(lines)
+
+
+@contextmanager
+def bar() -> Iterator[Report]:
+    """A progress bar on standard error; a task's two stages share one line."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    from profiler.progress import Progress as Step
+
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        lines: dict[str, TaskID] = {}
+
+        def report(step: Step) -> None:
+            if step.task not in lines:
+                lines[step.task] = progress.add_task(step.task)
+            progress.update(
+                lines[step.task], description=f"{step.stage} {step.task}", completed=step.done, total=step.total
+            )
+
+        yield report

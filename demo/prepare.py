@@ -1,0 +1,70 @@
+"""Profiles the bundled model's tasks into a store: the offline half of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from engine.engine import Engine
+
+from demo.corpus import DATA
+from demo.tasks.registry import TASKS
+from engine.config import EngineConfig
+from engine.embedder import Embedder
+from profiler.corpus import Corpus, read_corpus
+from profiler.generalist import profile_generalist
+from profiler.job import Options, profile_task
+from profiler.progress import Report, ignore
+from store.database import Store
+from store.records import Profile, TaskRecord
+
+MODEL_NAME = "demo"
+# The better half of the published scores on this model, and the two rows that every report carries.
+SCORERS = ("easy_ep", "reap", "frequency", "random")
+EVALUATED = 24  # items a task: enough to choose by; `bench quality` measures on more, and on other items
+
+
+def prepare(
+    store: Store,
+    embedder: Embedder,
+    model: Path,
+    *,
+    scorers: Sequence[str] | None = SCORERS,
+    split: str = "evaluation",
+    items: int | None = EVALUATED,
+    generalist: bool = True,
+    runs: Path | None = None,
+    report: Report = ignore,
+) -> list[Profile]:
+    """A profile with evidence for every demo task, and the generalist; what is stored already is not measured again."""
+    options = Options(scorers=scorers, model_name=MODEL_NAME, runs=runs)
+    with Engine.open(EngineConfig(model, max_context=256, max_batch=32)) as engine:
+        profiles = [
+            profile_task(
+                engine,
+                store,
+                TaskRecord(task.name, task.description),
+                corpus(task.name, "calibration"),
+                corpus(task.name, split, items),
+                embedder=embedder,
+                options=options,
+                report=report,
+            )
+            for task in TASKS
+        ]
+        if generalist:
+            pooled = pooled_corpus(split, max(1, (items or EVALUATED) // 4))
+            profiles.append(profile_generalist(engine, store, pooled, options=options, report=report))
+    return profiles
+
+
+def corpus(task: str, split: str, items: int | None = None) -> Corpus:
+    whole = read_corpus(DATA / task / f"{split}.jsonl")
+    return whole if items is None else replace(whole, items=whole.items[:items])
+
+
+def pooled_corpus(split: str, each: int) -> Corpus:
+    """The first `each` items of every task, for judging the generalist."""
+    parts = [corpus(task.name, split, each) for task in TASKS]
+    return replace(parts[0], items=tuple(item for part in parts for item in part.items))
