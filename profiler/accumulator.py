@@ -66,7 +66,7 @@ class Accumulator:
         assert layer < self._shape[0], layer
         self._residual = h  # [T, H]
 
-    def routed(  # noqa: PLR0917 - the engine's protocol
+    def routed(
         self,
         layer: int,
         x: Tensor,  # noqa: ARG002

@@ -10,7 +10,7 @@ from store.records import F64
 
 
 class Peu:
-    """`PEU_e = (1/T) sum_t f(z_te) [p_te >= r_l]`, `f(z) = max(z, sigmoid(z))`, p softmax over the token's top K logits.
+    """`PEU_e = (1/T) sum_t f(z_te) [p_te >= r_l]`, `f(z) = max(z, sigmoid(z))`, p softmax over a token's top K logits.
 
     The threshold adapts to the layer: `r_l = (1/T) sum_t max_e p_te`. The sum over p >= r is read from a histogram of
     p: exact but for the one bin that r falls into, whose mass counts by its share above r. Many experts get exactly 0,

@@ -1,0 +1,91 @@
+"""Items as tokens, and tokens as padded batches. Owns what counts as prompt and what as response.
+
+B rows, S length of the longest row; rows are padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.engine import Engine
+from profiler.corpus import Corpus, Item
+from profiler.statistics import PROMPT, RESPONSE
+from store.errors import InvalidInput
+
+LOGITS_BYTES = 256 << 20  # a forward gives f32 [B, S, V]: a large vocabulary decides how many rows go together
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An item's tokens. `number` is its place in the corpus, whatever order it is run in."""
+
+    item: Item
+    number: int
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    ids: Tensor  # i64 [B, S]
+    mask: Tensor  # i64 [B, S]
+    roles: Tensor  # i64 [B, S]
+    halves: Tensor  # i64 [B]
+
+
+def encode_corpus(engine: Engine, corpus: Corpus) -> list[Encoded]:
+    """Every item's tokens, shortest first: batches waste little. Raises InvalidInput for one that is too long."""
+    encoded = [_encode(engine, corpus, number, item) for number, item in enumerate(corpus.items)]
+    return sorted(encoded, key=lambda one: (len(one.tokens), one.number))
+
+
+def shards(encoded: Sequence[Encoded], rows: int, tokens: int) -> Iterator[list[Encoded]]:
+    """At most `rows` items and `tokens` padded tokens each; a longer item goes alone."""
+    shard: list[Encoded] = []
+    width = 0
+    for one in encoded:
+        width = max(width, len(one.tokens))
+        if shard and (len(shard) == rows or (len(shard) + 1) * width > tokens):
+            yield shard
+            shard, width = [], len(one.tokens)
+        shard.append(one)
+    if shard:
+        yield shard
+
+
+def token_limit(engine: Engine) -> int:
+    """How many tokens one forward may hold: what the memory plan foresees, and logits of a bearable size."""
+    return max(1, min(engine.plan.chunk_tokens, LOGITS_BYTES // (4 * engine.card.vocab)))
+
+
+def pad(shard: Sequence[Encoded]) -> Batch:
+    length = max(len(one.tokens) for one in shard)
+    ids = torch.zeros(len(shard), length, dtype=torch.long)  # [B, S]
+    mask = torch.zeros_like(ids)
+    roles = torch.full_like(ids, PROMPT)
+    for row, one in enumerate(shard):
+        ids[row, : len(one.tokens)] = torch.tensor(one.tokens)
+        mask[row, : len(one.tokens)] = 1
+        roles[row, len(one.prompt) : len(one.tokens)] = RESPONSE
+    return Batch(ids, mask, roles, torch.tensor([one.number % 2 for one in shard]))
+
+
+def _encode(engine: Engine, corpus: Corpus, number: int, item: Item) -> Encoded:
+    text = engine.tokenizer
+    prompt = tuple(text.encode_chat([message._asdict() for message in item.messages]))
+    response = tuple(text.encode(item.response)) if item.response is not None else ()
+    limit = engine.plan.max_context
+    if len(prompt) + len(response) > limit:
+        raise InvalidInput(
+            f"{corpus.source}, line {item.line}: {len(prompt) + len(response)} tokens, the limit is {limit}. "
+            "Shorten the item, or open the model with a larger max_context."
+        )
+    return Encoded(item, number, prompt, response)

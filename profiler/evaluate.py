@@ -1,0 +1,77 @@
+"""What remains of the model inside a selection, measured on items that calibration has not seen.
+
+B rows, S length, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.engine import Engine
+from engine.requests import FinishedEvent, GenerationRequest, Sampling
+from profiler.batches import Encoded, pad, shards, token_limit
+from profiler.statistics import PROMPT, RESPONSE
+from store.records import Mode, Selection
+
+SPARE_TOKENS = 4  # room to go on beyond the answer: a model that does not stop there is wrong
+ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`accuracy` is None where no item has a response; `nll`, in nats a token, is then that of the prompts."""
+
+    items: int
+    accuracy: float | None
+    nll: float
+    coverage: float
+
+
+def evaluate(engine: Engine, encoded: Sequence[Encoded], selection: Selection | None, rows: int = ROWS) -> Measured:
+    """Greedy answers against the items' responses, stripped; then the likelihood of the responses, teacher-forced.
+
+    None means the whole model, routed freely. Raises BudgetError if the selection does not fit.
+    """
+    batches = list(shards(encoded, min(rows, engine.plan.max_batch), token_limit(engine)))
+    finished = [event for batch in batches for event in _generate(engine, batch, selection)]
+    answered = [
+        event.text.strip() == one.item.response.strip()
+        for event, one in zip(finished, encoded, strict=True)
+        if one.item.response is not None
+    ]
+    return Measured(
+        items=len(encoded),
+        accuracy=sum(answered) / len(answered) if answered else None,
+        nll=_likelihood(engine, batches, selection, RESPONSE if answered else PROMPT),
+        coverage=sum(event.served.coverage for event in finished) / len(finished),
+    )
+
+
+def _generate(engine: Engine, batch: Sequence[Encoded], selection: Selection | None) -> list[FinishedEvent]:
+    """The rows' ends, in the batch's order. An item without a response makes one token, for its prompt's coverage."""
+    mode: Mode = "exact" if selection is None else "mask"
+    room = engine.plan.max_context
+    lengths = [min(len(one.response) + SPARE_TOKENS, room - len(one.prompt)) if one.response else 1 for one in batch]
+    requests = [
+        GenerationRequest(one.prompt, selection, mode, Sampling(max_tokens=length))
+        for one, length in zip(batch, lengths, strict=True)
+    ]
+    finished = [event for event in engine.generate(requests) if isinstance(event, FinishedEvent)]
+    return sorted(finished, key=lambda event: event.row)
+
+
+def _likelihood(engine: Engine, batches: Sequence[Sequence[Encoded]], selection: Selection | None, role: int) -> float:
+    """Mean negative log likelihood of the tokens of one role, each given all before it."""
+    total, count = 0.0, 0
+    for shard in batches:
+        batch = pad(shard)
+        logits = engine.forward(batch.ids, batch.mask, [selection] * len(shard))  # [B, S, V]
+        scored = (batch.mask[:, 1:] == 1) & (batch.roles[:, 1:] == role)  # [B, S - 1]
+        guessed = logits[:, :-1].cpu()[scored].float()  # [n, V]
+        losses = torch.nn.functional.cross_entropy(guessed, batch.ids[:, 1:][scored], reduction="none")  # [n]
+        total += float(losses.double().sum())
+        count += int(scored.sum())
+    return total / max(count, 1)

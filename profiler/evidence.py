@@ -1,0 +1,96 @@
+"""Selections of a profile and the evidence for each: what every scorer keeps at every size, and what then remains.
+
+An evaluation that is stored already is not run again; the whole model is measured once for all scorers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.engine import Engine
+from profiler.allocation import UNIFORM, kept, uniform
+from profiler.batches import Encoded
+from profiler.evaluate import Measured, evaluate
+from profiler.progress import Progress, Report
+from profiler.scorers.base import Scorer
+from profiler.statistics import Statistics
+from store.database import Store
+from store.errors import BudgetError, InvalidInput
+from store.records import Evaluation, Profile, Selection, StoredSelection
+
+KEEPS = (1.0, 0.5, 0.25, 0.125)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Evaluation items as tokens, and the hash that names them."""
+
+    items: Sequence[Encoded]
+    content_hash: str
+
+
+def check_keeps(engine: Engine, keeps: Sequence[float]) -> tuple[float, ...]:
+    """The sizes, largest first, each once. Raises InvalidInput for a wrong one, BudgetError for one too large."""
+    if not keeps:
+        raise InvalidInput("Give at least one share of experts to keep, such as 0.5.", param="keep")
+    card = engine.card
+    for keep in keeps:
+        count = kept(card.experts, keep, card.top_k)
+        sample = Selection.of([range(count)] * card.layers)
+        if count < card.experts and not engine.plan.fits(sample):
+            raise BudgetError(
+                f"Keeping {keep:g} of the experts takes {len(sample)} slots ({count} in each of {card.layers} layers), "
+                f"the budget gives {engine.plan.slots}. Raise --memory, or leave that --keep out."
+            )
+    return tuple(sorted(set(keeps), reverse=True))
+
+
+def put_selections(
+    engine: Engine, store: Store, profile: Profile, scorers: Sequence[Scorer], keeps: Sequence[float]
+) -> list[StoredSelection]:
+    """Scores the profile and stores what each scorer keeps at each size."""
+    statistics = Statistics.from_arrays(profile.statistics)
+    stored = []
+    for scorer in scorers:
+        scores = scorer.score(statistics)
+        for keep in keeps:
+            selection = uniform(scores, keep, engine.card.top_k)
+            name = f"{profile.id}-{scorer.name}-{keep:g}"
+            stored.append(StoredSelection(name, profile.id, scorer.name, UNIFORM, keep, selection))
+    for one in stored:
+        store.selections.put(one)
+    return stored
+
+
+def put_evaluations(
+    engine: Engine,
+    store: Store,
+    profile: Profile,
+    selections: Sequence[StoredSelection],
+    held_out: HeldOut,
+    report: Report,
+) -> None:
+    """Measures what has not been measured on these items yet, one selection after the other."""
+    known = {(one.id, found.evaluation_hash) for one, found in store.evaluations.list(profile.id)}
+    missing = [one for one in selections if (one.id, held_out.content_hash) not in known]
+    whole: Measured | None = None
+    for done, stored in enumerate(missing):
+        report(Progress(profile.task, "evaluate", done, len(missing)))
+        whole = whole or evaluate(engine, held_out.items, None)
+        complete = len(stored.selection) == engine.card.layers * engine.card.experts
+        here = whole if complete else evaluate(engine, held_out.items, stored.selection)
+        store.evaluations.put(_evaluation(stored, held_out, here, whole))
+    report(Progress(profile.task, "evaluate", len(missing), len(missing)))
+
+
+def _evaluation(stored: StoredSelection, held_out: HeldOut, here: Measured, whole: Measured) -> Evaluation:
+    return Evaluation(
+        selection=stored.id,
+        evaluation_hash=held_out.content_hash,
+        items=here.items,
+        accuracy=here.accuracy,
+        full_accuracy=whole.accuracy,
+        nll=here.nll,
+        coverage=here.coverage,
+    )

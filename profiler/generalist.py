@@ -1,0 +1,83 @@
+"""The generalist: one profile of all tasks together, for queries that match none. Made of profiles, not of text."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from engine.engine import Engine
+from profiler.batches import encode_corpus
+from profiler.corpus import Corpus
+from profiler.evidence import HeldOut, check_keeps, put_evaluations, put_selections
+from profiler.job import DEFAULTS, GENERALIST, Options, digest, lock_name, model_record, profile_id, put_profile, stored_profile
+from profiler.progress import Report, ignore
+from profiler.run import hold
+from profiler.scorers.registry import choose, versions
+from profiler.statistics import Statistics, balanced
+from store.database import Store
+from store.errors import InvalidInput, NotFound
+from store.records import Profile, TaskRecord
+
+
+def profile_generalist(
+    engine: Engine,
+    store: Store,
+    evaluation: Corpus | None,
+    *,
+    options: Options = DEFAULTS,
+    report: Report = ignore,
+) -> Profile:
+    """The mean of the youngest profile of every task, each counting the same; evaluated on the pooled items given.
+
+    Raises NotFound while no task is profiled, InvalidInput where evaluation items were any task's calibration.
+    """
+    scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
+    parts = task_profiles(store, engine.card.fingerprint)
+    if evaluation is not None:
+        _refuse_seen(parts, evaluation)
+    held_out = HeldOut(encode_corpus(engine, evaluation), evaluation.content_hash) if evaluation is not None else None
+    with hold(options.folder, lock_name(engine.card, GENERALIST)):
+        profile = _mean(store, engine.card.fingerprint, parts)
+        task = TaskRecord(GENERALIST, f"The mean of {len(parts)} tasks: {', '.join(one.task for one in parts)}.")
+        put_profile(store, model_record(engine.card, options.model_name), task, profile)
+        selections = put_selections(engine, store, profile, scorers, keeps)
+        if held_out is not None:
+            put_evaluations(engine, store, profile, selections, held_out, report)
+    return profile
+
+
+def task_profiles(store: Store, model: str) -> list[Profile]:
+    """The youngest profile of every task but the generalist, by task. Raises NotFound if there is none."""
+    youngest = {profile.task: profile for profile in store.profiles.list(model) if profile.task != GENERALIST}
+    if not youngest:
+        raise NotFound("No task of this model is profiled, so there is nothing to take the mean of. Profile one first.")
+    return list(youngest.values())
+
+
+def _mean(store: Store, model: str, parts: list[Profile]) -> Profile:
+    calibration = digest(*(part.id for part in parts))
+    identity = profile_id(model, GENERALIST, calibration)
+    if (found := stored_profile(store, identity)) is not None:
+        return found
+    return Profile(
+        id=identity,
+        model=model,
+        task=GENERALIST,
+        statistics=balanced([Statistics.from_arrays(part.statistics) for part in parts]).arrays,
+        tokens=sum(part.tokens for part in parts),
+        calibration_hash=calibration,
+        calibration_items=frozenset().union(*(part.calibration_items for part in parts)),
+        scorers=versions(),
+        created=datetime.now(UTC),
+    )
+
+
+def _refuse_seen(parts: list[Profile], evaluation: Corpus) -> None:
+    seen = {item: part.task for part in parts for item in part.calibration_items}
+    shared = [item for item in evaluation.items if item.content_hash in seen]
+    if shared:
+        first = shared[0]
+        raise InvalidInput(
+            f"{len(shared)} of {len(evaluation.items)} evaluation items are calibration items of a task: "
+            f"{first.prompt[:60]!r} was seen by {seen[first.content_hash]!r}. Remove them.",
+            param="eval",
+        )

@@ -1,0 +1,170 @@
+"""The offline job: calibration text -> statistics -> selections -> evidence -> store. Resumable and idempotent.
+
+The store sees a profile only when its statistics are complete; selections and evaluations follow, one by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from engine.card import ModelCard
+from engine.embedder import Embedder
+from engine.engine import Engine
+from profiler.batches import Encoded, encode_corpus
+from profiler.corpus import Corpus, refuse_overlap
+from profiler.evidence import KEEPS, HeldOut, check_keeps, put_evaluations, put_selections
+from profiler.gather import ROWS, gather_statistics
+from profiler.progress import Report, ignore
+from profiler.run import Run, hold
+from profiler.scorers.registry import choose, versions
+from store.checkpoint import CheckpointMap
+from store.database import Store
+from store.errors import InvalidInput, NotFound
+from store.home import data_folder
+from store.records import Exemplar, ModelRecord, Profile, TaskRecord
+
+EXEMPLARS = 32
+GENERALIST = "generalist"  # the task that stands for all of them; see generalist.py
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a job is run. `scorers` says which selections are made and measured; the statistics serve all scorers."""
+
+    scorers: Sequence[str] | None = None
+    keeps: Sequence[float] = KEEPS
+    exemplars: int = EXEMPLARS
+    rows: int = ROWS
+    runs: Path | None = None  # where unfinished runs lie; the data folder's `runs` by default
+    model_name: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.runs or data_folder() / "runs"
+
+
+DEFAULTS = Options()
+
+
+def profile_task(
+    engine: Engine,
+    store: Store,
+    task: TaskRecord,
+    calibration: Corpus,
+    evaluation: Corpus | None,
+    *,
+    embedder: Embedder,
+    options: Options = DEFAULTS,
+    report: Report = ignore,
+) -> Profile:
+    """Profiles one task, or finishes what an earlier run began; one that is done already runs no forward.
+
+    Everything that can be refused is refused before the first forward. Raises Conflict if another process holds the
+    same task of the same model.
+    """
+    if task.name == GENERALIST:
+        raise InvalidInput(f"The task name {GENERALIST!r} stands for all tasks together; choose another.", param="task")
+    scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
+    text, held_out = _encode(engine, calibration, evaluation)
+    exemplars = _embed(task.name, calibration, embedder, options.exemplars)
+    with hold(options.folder, lock_name(engine.card, task.name)):
+        profile = _gather(engine, store, task.name, calibration, text, options, report)
+        put_profile(store, model_record(engine.card, options.model_name), task, profile)
+        Run(options.folder, profile.id, plan="").forget()
+        store.exemplars.replace(task.name, exemplars)
+        selections = put_selections(engine, store, profile, scorers, keeps)
+        if held_out is not None:
+            put_evaluations(engine, store, profile, selections, held_out, report)
+    return profile
+
+
+def put_profile(store: Store, model: ModelRecord, task: TaskRecord, profile: Profile) -> None:
+    store.models.put(model)
+    store.tasks.put(task)
+    store.profiles.put(profile)
+
+
+def stored_profile(store: Store, identity: str) -> Profile | None:
+    try:
+        return store.profiles.get(identity)
+    except NotFound:
+        return None
+
+
+def profile_id(model: str, task: str, calibration_hash: str) -> str:
+    """Says what a profile was made from: the same text, model and formulas give the same profile."""
+    formulas = ",".join(f"{name}={version}" for name, version in sorted(versions().items()))
+    return digest(model, task, calibration_hash, formulas)
+
+
+def model_record(card: ModelCard, name: str | None) -> ModelRecord:
+    parts = CheckpointMap.open(card.folder).fingerprint()
+    return ModelRecord(
+        fingerprint=card.fingerprint,
+        name=name or card.folder.name,
+        family=card.family,
+        layers=card.layers,
+        experts=card.experts,
+        top_k=card.top_k,
+        config_hash=parts.config,
+        weights_hash=parts.weights,
+        tokenizer_hash=parts.tokenizer,
+    )
+
+
+def lock_name(card: ModelCard, task: str) -> str:
+    return digest(card.fingerprint, task)
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\x1e".join(parts).encode()).hexdigest()[:16]
+
+
+def _encode(engine: Engine, calibration: Corpus, evaluation: Corpus | None) -> tuple[list[Encoded], HeldOut | None]:
+    text = encode_corpus(engine, calibration)
+    if evaluation is None:
+        return text, None
+    refuse_overlap(calibration, evaluation)
+    return text, HeldOut(encode_corpus(engine, evaluation), evaluation.content_hash)
+
+
+def _gather(
+    engine: Engine,
+    store: Store,
+    task: str,
+    calibration: Corpus,
+    text: Sequence[Encoded],
+    options: Options,
+    report: Report,
+) -> Profile:
+    """The stored profile of exactly this text, or a new one, which is not stored yet."""
+    model = engine.card.fingerprint
+    identity = profile_id(model, task, calibration.content_hash)
+    if (found := stored_profile(store, identity)) is not None:
+        return found
+    run = Run(options.folder, identity, plan=f"rows={options.rows}")
+    statistics = gather_statistics(engine, text, run, task, options.rows, report)
+    return Profile(
+        id=identity,
+        model=model,
+        task=task,
+        statistics=statistics.arrays,
+        tokens=int(statistics.token_count),
+        calibration_hash=calibration.content_hash,
+        calibration_items=calibration.item_hashes,
+        scorers=versions(),
+        created=datetime.now(UTC),
+    )
+
+
+def _embed(task: str, calibration: Corpus, embedder: Embedder, limit: int) -> list[Exemplar]:
+    """At most `limit` prompts, spread evenly over the text, as unit vectors."""
+    prompts = list(dict.fromkeys(item.prompt for item in calibration.items))
+    count = min(limit, len(prompts))
+    picked = [prompts[i * len(prompts) // count] for i in range(count)]
+    vectors = embedder.embed(picked)  # [n, d]
+    return [Exemplar(task, text, vector, embedder.id) for text, vector in zip(picked, vectors, strict=True)]

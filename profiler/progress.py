@@ -1,0 +1,26 @@
+"""How far a run is, told to whoever asks: a bar, a log, a job row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["calibrate", "evaluate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`done` of `total` items (calibrate) or selections (evaluate) of a task."""
+
+    task: str
+    stage: Stage
+    done: int
+    total: int
+
+
+Report = Callable[[Progress], None]
+
+
+def ignore(progress: Progress) -> None:
+    """Tells nobody."""

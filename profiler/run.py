@@ -1,0 +1,68 @@
+"""A run's partial statistics on disk, so that a killed run goes on where it was. Owns the folder and its lock.
+
+A file is written beside and renamed, so it is whole or absent; it is read again only by the run that wrote it.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from profiler.statistics import Statistics
+from store.errors import Conflict, CorruptStore
+
+
+class Run:
+    """The partial statistics of one profile. `plan` says how the text is cut: another cut adds up in another order."""
+
+    def __init__(self, folder: Path, profile: str, plan: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"{profile}.npz"
+        self._plan = plan
+
+    def load(self) -> tuple[int, Statistics] | None:
+        """How many shards are summed up, and their sum; None for a fresh start."""
+        if not self._path.exists():
+            return None
+        try:
+            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                arrays = dict(stored)
+            if str(arrays.pop("plan")) != self._plan:
+                return None
+            return int(arrays.pop("shards")), Statistics.from_arrays(arrays)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, CorruptStore):
+            return None  # nothing but work is lost: the shards are run again
+
+    def save(self, shards: int, statistics: Statistics) -> None:
+        beside = self._path.with_suffix(".partial")
+        with beside.open("wb") as file:
+            np.savez(file, allow_pickle=False, plan=np.str_(self._plan), shards=np.int64(shards), **statistics.arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self._path)
+
+    def forget(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def hold(folder: Path, name: str) -> Iterator[None]:
+    """Only one process may hold a name. Raises Conflict at once if another does; a dead process holds nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise Conflict(
+            f"Another run is profiling the same task of the same model (it holds {lock.lock_file}). Wait for it to end."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
