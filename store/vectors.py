@@ -60,7 +60,7 @@ class VectorIndex:
         kinds = sorted({(exemplar.embedder, exemplar.vector.shape) for exemplar in exemplars})
         if len(kinds) > 1:
             raise MismatchError(
-                f"An index holds vectors of one embedder; these are of {', '.join(f'{e} {list(s)}' for e, s in kinds)}. "
+                f"An index holds vectors of one embedder, got {', '.join(f'{e} {list(s)}' for e, s in kinds)}. "
                 "Embed every task's exemplars again with one embedder."
             )
         vectors = _checked(np.stack([exemplar.vector for exemplar in exemplars]))  # [n, d]
