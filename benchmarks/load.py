@@ -72,7 +72,7 @@ def disjoint_selections(card: ModelCard, per_layer: int, seed: int) -> tuple[Sel
     second = Selection.of([order[per_layer : 2 * per_layer] for order in orders])
     if len(first) != len(second):
         raise InvalidInput(
-            f"Two disjoint selections of {per_layer} experts a layer need {2 * per_layer}; the model has {card.experts}.",
+            f"Two disjoint selections of {per_layer} experts a layer need {2 * per_layer}; there are {card.experts}.",
             param="keep",
         )
     return first, second

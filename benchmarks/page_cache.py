@@ -25,7 +25,7 @@ def evict(files: Iterable[Path]) -> None:
         left = resident_pages(path)
         if left:
             raise MoepagerError(
-                f"{left} pages of {path.name} stay in the page cache, so nothing is cold. Is another process using the file?"
+                f"{left} pages of {path.name} stay in the page cache, so nothing is cold. Is another process using it?"
             )
 
 

@@ -61,6 +61,6 @@ def _file(package: str, name: str) -> Path:
         ) from None
     if not path.is_file():
         raise NotFound(
-            f"{package} {distribution(package).version} has no {name}; benchmarks/public-text.txt names the version that has."
+            f"{package} {distribution(package).version} has no {name}; benchmarks/public-text.txt names one that has."
         )
     return path

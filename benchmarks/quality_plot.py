@@ -18,7 +18,7 @@ BASELINES = {"random": "#999999", "frequency": "#555555"}
 
 
 def draw(rows: Sequence[Row], means: Sequence[Mean], mib_at: dict[float, float], out: Path) -> None:
-    """Left: every scorer's mean over tasks. Right: each task by the scorer that is best on average at the smallest size."""
+    """Left: every scorer's mean over tasks. Right: each task, by the scorer that is best on average at the smallest."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for scorer in sorted({mean.scorer for mean in means}):
         points = sorted((mib_at[mean.keep], mean.accuracy) for mean in means if mean.scorer == scorer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -59,7 +60,7 @@ def measure(data: RetrievalSet, retriever: str, vectorise: Vectorise, *, cosine:
 
 
 def task_scores(queries: F32, exemplars: F32, tasks: np.ndarray, *, cosine: bool) -> np.ndarray:
-    """Each query's best similarity to each task's exemplars: the cosine, or the negative L2 distance. f64 [m, tasks]."""
+    """Each query's best similarity to each task's exemplars: cosine, or negative squared L2. f64 [m, tasks]."""
     q, x = queries.astype(np.float64), exemplars.astype(np.float64)
     products = q @ x.T  # [m, n]
     similar = products if cosine else 2 * products - (x**2).sum(1) - (q**2).sum(1)[:, None]
@@ -74,7 +75,7 @@ def _threshold(data: RetrievalSet, vectors: F32) -> float:
 def embed_ms_p50(vectorise: Vectorise, texts: Sequence[str], runs: int = 50) -> float:
     """Median milliseconds of one query at a time, after a warm-up."""
     vectorise(texts[:1])
-    return median(_milliseconds(lambda text=text: vectorise([text])) for text in texts[:runs])  # type: ignore[misc]
+    return median(_milliseconds(partial(vectorise, [text])) for text in texts[:runs])
 
 
 def search_ms_p50(sizes: Sequence[int], dimension: int, runs: int = 21) -> dict[int, float]:
@@ -85,8 +86,8 @@ def search_ms_p50(sizes: Sequence[int], dimension: int, runs: int = 21) -> dict[
         vectors = rng.standard_normal((size, dimension), dtype=np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         index = VectorIndex.rebuild([Exemplar(f"task {n % 100}", str(n), vector) for n, vector in enumerate(vectors)])
-        queries = vectors[rng.integers(0, size, runs)]
-        found[size] = median(_milliseconds(lambda q=query: index.search(q[None], 64)) for query in queries)  # type: ignore[misc]
+        queries = vectors[rng.integers(0, size, runs)]  # [runs, d]
+        found[size] = median(_milliseconds(partial(index.search, query[None], 64)) for query in queries)
     return found
 
 

@@ -88,15 +88,14 @@ def memory_for(model: Path, keep: float) -> int:
 def describe(one: Shown) -> str:
     receipt = one.receipt
     mark = "=" if one.answer.strip() == one.expected else f"(expected {one.expected!r})"
-    lines = (
-        f"{one.task}: {one.query}",
-        f"  -> {one.answer!r} {mark}",
-        f"  task {one.retrieved} (similarity {receipt['similarity']:.2f}), {receipt['mode']} mode, keep {receipt['keep']:g}, "
-        f"coverage {receipt['coverage']:.3f}",
-        f"  {receipt['experts_paged']} of {receipt['experts']} experts paged, {receipt['bytes_paged']:,} bytes in "
-        f"{receipt['swap_ms']:.0f} ms, first token after {receipt['ttft_ms']:.0f} ms, {receipt['resident_bytes']:,} bytes resident\n",
+    return (
+        f"{one.task}: {one.query}\n"
+        f"  -> {one.answer!r} {mark}\n"
+        f"  task {one.retrieved} (similarity {receipt['similarity']:.2f}), {receipt['mode']} mode, "
+        f"keep {receipt['keep']:g}, coverage {receipt['coverage']:.3f}\n"
+        f"  {receipt['experts_paged']} of {receipt['experts']} experts paged, {receipt['bytes_paged']:,} bytes "
+        f"in {receipt['swap_ms']:.0f} ms, first token after {receipt['ttft_ms']:.0f} ms\n"
     )
-    return "\n".join(lines)
 
 
 @contextmanager
