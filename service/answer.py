@@ -1,0 +1,143 @@
+"""The way of one query up to the engine: retrieve its task, choose what serves it; and the receipt of what came back.
+
+`prepare` may block (embedding, SQL) and refuses all that can be refused; it runs in a thread. After it nothing of the
+store is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from engine.requests import FinishedEvent, GenerationRequest, Sampling
+from service.parts import Parts
+from service.receipt import Receipt
+from service.retrieval import Retrieval, pinned
+from service.schemas import SamplingFields
+from service.serving import Serving, Wish, choose_serving
+from store.errors import InvalidInput
+from store.records import Decision, Mode
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt in the service's own words. `text` is what retrieval reads; None where the task must be named."""
+
+    id: str
+    text: str | None
+    prompt: tuple[int, ...]
+    wish: Wish
+    sampling: Sampling
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What may be submitted as it is: nothing about it is left to refuse but a full queue."""
+
+    model: str
+    question: Question
+    serving: Serving
+    request: GenerationRequest
+
+
+def prepare(question: Question, parts: Parts) -> Prepared:
+    retrieval = retrieve(question.text, question.wish.task, parts)
+    mode: Mode = question.wish.mode or "mask"
+    try:
+        serving = choose_serving(question.wish, retrieval, parts.catalogue, parts.policy)
+        mode = serving.mode
+    finally:  # a refusal is a decision too
+        parts.store.decisions.add(decision(question.id, question.text, retrieval, mode))
+    return Prepared(
+        parts.model_id,
+        question,
+        serving,
+        GenerationRequest(
+            prompt=question.prompt,
+            selection=serving.selection,
+            mode=serving.mode,
+            sampling=question.sampling,
+            cancelled=threading.Event(),
+        ),
+    )
+
+
+def retrieve(text: str | None, task: str | None, parts: Parts) -> Retrieval:
+    if task is not None:
+        return pinned(parts.catalogue.named(task).name, parts.retriever.threshold)
+    if text is None:
+        raise InvalidInput(
+            "The task is retrieved by the last user message, and there is none. Add one, or name the task: "
+            f'model="{parts.model_id}:TASK".',
+            param="messages",
+        )
+    return parts.retriever.decide(text)
+
+
+def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode) -> Decision:
+    return Decision(
+        request=request,
+        query_hash=hashlib.sha256((text or "").encode()).hexdigest(),
+        task=retrieval.task,
+        nearest=retrieval.nearest,
+        similarity=retrieval.similarity,
+        threshold=retrieval.threshold,
+        reason=retrieval.reason,
+        mode=mode,
+        created=datetime.now(UTC),
+    )
+
+
+def sampling_for(
+    fields: SamplingFields, prompt: Sequence[int], limit: int | None, default: int | None, parts: Parts
+) -> Sampling:
+    """The engine's sampling; refuses what the context can't hold. Without a limit the answer may fill the context.
+
+    Greedy unless a temperature is asked for: the evidence of a profile was measured so.
+    """
+    room = parts.max_context - len(prompt)
+    if room < 1 or (limit or 0) > room:
+        raise InvalidInput(
+            f"The prompt has {len(prompt)} tokens and the answer was given {limit or 1}; together that is more than the "
+            f"context of {parts.max_context} tokens. Shorten the prompt, or lower the limit.",
+            param="max_tokens" if room >= 1 else "prompt",
+            code="context_length_exceeded",
+        )
+    return Sampling(
+        max_tokens=limit if limit is not None else min(room, default or room),
+        temperature=fields.temperature if fields.temperature is not None else 0.0,
+        top_p=fields.top_p if fields.top_p is not None else 1.0,
+        seed=fields.seed,
+        stop=fields.stops,
+    )
+
+
+def make_receipt(prepared: Prepared, finished: FinishedEvent) -> Receipt:
+    served, serving, retrieval = finished.served, prepared.serving, prepared.serving.retrieval
+    return Receipt(
+        task=retrieval.task,
+        similarity=retrieval.similarity,
+        mode=served.mode,
+        keep=serving.keep,
+        coverage=served.coverage,
+        escalated=served.mode != serving.mode,
+        experts=served.experts,
+        experts_paged=served.experts_paged,
+        bytes_paged=served.bytes_paged,
+        swap_ms=served.swap_ms,
+        ttft_ms=served.ttft_ms,
+        resident_bytes=served.resident_bytes,
+        model=prepared.model,
+        profile_id=serving.profile_id,
+        reason=retrieval.reason,
+        served_task=serving.served_task,
+        scorer=serving.scorer,
+        selection=serving.selection.digest if serving.selection else None,
+        prompt_tokens=finished.prompt_tokens,
+        completion_tokens=finished.completion_tokens,
+        ignored=prepared.question.ignored,
+    )
+

@@ -1,0 +1,59 @@
+"""The command `moepager`: gathers every room's commands and turns errors into one message and an exit code.
+
+Importing it must stay quick: torch and the rest are imported by the commands that need them, when they run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import NoReturn
+
+import typer
+
+from store.errors import MoepagerError
+
+GROUP = "moepager.commands"
+REFUSED = 2  # the exit code of everything that a person can put right
+
+
+def main() -> NoReturn:
+    # libgomp's waiting threads spin by default, which makes a busy machine up to 70 times slower. Only before torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        gather(entry_points(group=GROUP))(prog_name="moepager")
+    except MoepagerError as error:
+        typer.echo(f"moepager: {error}", err=True)
+        sys.exit(REFUSED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def gather(points: Iterable[EntryPoint]) -> typer.Typer:
+    """One application of all rooms' commands. An app with a name becomes a group, one without adds to the top level."""
+    root = typer.Typer(
+        name="moepager",
+        help="Serve a Mixture-of-Experts model with just the experts that a task needs.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    root.callback()(_version)
+    for point in sorted(points, key=lambda point: point.name):
+        root.add_typer(point.load())
+    return root
+
+
+def _version(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        from importlib.metadata import version as installed  # noqa: PLC0415
+
+        typer.echo(installed("moepager"))
+        raise typer.Exit

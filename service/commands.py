@@ -1,0 +1,104 @@
+"""`moepager serve`, `plan` and `doctor`: options in, settings out, then the file that does it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from service.settings import Settings, load_settings
+
+app = typer.Typer()
+
+Model = Annotated[str | None, typer.Option(help="A model folder or hub id. Default: the bundled demo model.")]
+Memory = Annotated[str | None, typer.Option(help="Bytes for everything on the device, such as 2GiB or 512MiB.")]
+StoreUrl = Annotated[str | None, typer.Option("--store", help="A database URL. Default: the embedded store.")]
+Embedder = Annotated[str | None, typer.Option(help="minilm, hash, or a sentence-transformers name or folder.")]
+Keep = Annotated[float | None, typer.Option(help="Share of the experts to serve with. Default: the most that fits.")]
+Scorer = Annotated[str | None, typer.Option(help="Whose selections to serve. Default: the best evidence.")]
+Context = Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")]
+Batch = Annotated[int | None, typer.Option(help="Requests that are decoded at once.")]
+Device = Annotated[str | None, typer.Option(help="Where the model runs, such as cpu or cuda:0.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the model's arithmetic.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    memory: Memory = None,
+    store: StoreUrl = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. Default: 8000.")] = None,
+    embedder: Embedder = None,
+    unknown_task: Annotated[
+        str | None, typer.Option(help="Queries of no task: exact, generalist or refuse. Default: exact.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Least similarity. Default: calibrated.")] = None,
+    keep: Keep = None,
+    scorer: Scorer = None,
+    max_context: Context = None,
+    max_batch: Batch = None,
+    queue_size: Annotated[int | None, typer.Option(help="Requests that may wait; more get a 503.")] = None,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds an answer may take.")] = None,
+    index: Annotated[Path | None, typer.Option(help="Folder of the vector index. Default: in memory.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:
+    """Serve the model over HTTP: /v1/query, OpenAI's routes, /v1/retrieve, /v1/tasks."""
+    settings = load_settings(**locals())
+    from service.server import run_server
+
+    run_server(settings)
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    memory: Memory = None,
+    store: StoreUrl = None,
+    task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
+    keep: Keep = None,
+    scorer: Scorer = None,
+    max_context: Context = None,
+    max_batch: Batch = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Show what fits into a memory budget, and what each task then costs, before anything is loaded."""
+    options = {name: value for name, value in locals().items() if name not in ("task", "as_json")}
+    settings = load_settings(**options)
+    from service.planning import make_plan, show_plan
+
+    found = make_plan(settings, task)
+    _print(show_plan(found), found.json(), as_json)
+
+
+@app.command()
+def doctor(
+    model: Model = None,
+    memory: Memory = None,
+    store: StoreUrl = None,
+    embedder: Embedder = None,
+    index: Annotated[Path | None, typer.Option(help="Folder of the vector index.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check the machine, its disk, the store, the index, the embedder and the model."""
+    settings: Settings = load_settings(**{name: value for name, value in locals().items() if name != "as_json"})
+    from service.doctor import examine, show_checks
+
+    checks = examine(settings)
+    _print(show_checks(checks), {"checks": [check.json() for check in checks]}, as_json)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(2)
+
+
+def _print(text: str, answer: dict[str, Any], as_json: bool) -> None:
+    typer.echo(text)
+    if as_json:
+        typer.echo(json.dumps(answer))

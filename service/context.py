@@ -1,0 +1,104 @@
+"""What a route is handed: the parts, once they are open, and the id of its request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.parts import Parts
+from store.errors import Busy, MoepagerError
+
+log = logging.getLogger("moepager.service")
+
+REQUEST_ID = re.compile(r"[!-~]{1,128}")
+
+
+class Opening:
+    """The parts of a service while they open, when they are open, and why they could not be opened."""
+
+    def __init__(self) -> None:
+        self._parts: Parts | None = None
+        self.failure: BaseException | None = None
+
+    def opened(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def current(self) -> Parts:
+        if self._parts is not None:
+            return self._parts
+        if isinstance(self.failure, MoepagerError):
+            raise self.failure
+        raise Busy("The model is still loading. Try again shortly; /readyz says when it is ready.")
+
+
+@asynccontextmanager
+async def opening(
+    app: FastAPI, open_parts: Callable[[], AbstractContextManager[Parts]], on_failure: Callable[[], None]
+) -> AsyncIterator[None]:
+    """Open the parts in a thread while the service already answers /healthz; close them when it stops."""
+    state = app.state.opening = Opening()
+    with ExitStack() as stack:
+        task = asyncio.create_task(_open(state, stack, open_parts, on_failure))
+        try:
+            yield
+        finally:
+            await task  # a load can't be broken off half-way: wait, then close what it opened
+            await asyncio.to_thread(stack.close)
+
+
+async def _open(
+    state: Opening,
+    stack: ExitStack,
+    open_parts: Callable[[], AbstractContextManager[Parts]],
+    on_failure: Callable[[], None],
+) -> None:
+    try:
+        state.opened(await asyncio.to_thread(lambda: stack.enter_context(open_parts())))
+    except Exception as error:  # whatever it is, the command that serves has to stop and say it
+        log.error("the service could not open its parts: %s", error)
+        state.failure = error
+        on_failure()
+
+
+def current_parts(request: Request) -> Parts:
+    state: Opening = request.app.state.opening
+    return state.current()
+
+
+def request_id(request: Request) -> str:
+    value: str = request.scope["request_id"]
+    return value
+
+
+PartsDep = Annotated[Parts, Depends(current_parts)]
+RequestId = Annotated[str, Depends(request_id)]
+
+
+class RequestIds:
+    """Gives each request an id, its own `x-request-id` where that is printable, and sends it back."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        wanted = Headers(scope=scope).get("x-request-id", "")
+        scope["request_id"] = wanted if REQUEST_ID.fullmatch(wanted) else uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = scope["request_id"]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

@@ -1,0 +1,26 @@
+"""The receipt in headers: what is known before the answer, and where the answer is whole also what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from urllib.parse import quote
+
+from engine.requests import FinishedEvent
+from service.answer import Prepared
+
+
+def expert_headers(prepared: Sequence[Prepared], finished: Sequence[FinishedEvent] = ()) -> dict[str, str]:
+    """`x-expert-*`, percent-encoded where a name is not plain ASCII; several prompts are joined by commas."""
+    serving = [one.serving for one in prepared]
+    columns: dict[str, list[object]] = {
+        "task": [s.retrieval.task or "none" for s in serving],
+        "mode": [s.mode for s in serving],
+        "keep": [f"{s.keep:g}" for s in serving],
+        "reason": [s.retrieval.reason for s in serving],
+        "profile": [s.profile_id or "none" for s in serving],
+    }
+    if finished:
+        columns["experts"] = [f.served.experts for f in finished]
+        columns["experts-paged"] = [f.served.experts_paged for f in finished]
+        columns["bytes-paged"] = [f.served.bytes_paged for f in finished]
+    return {f"x-expert-{name}": ",".join(quote(str(v), safe=" ") for v in values) for name, values in columns.items()}

@@ -1,0 +1,100 @@
+"""The composition root: the one place where settings become real parts. Importing it does nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.embedder import Embedder, open_embedder
+from engine.engine import Engine
+from engine.worker import EngineWorker
+from service.model import engine_config, model_id
+from service.retrieval import Retriever, calibrate_threshold
+from service.serving import Catalogue, Policy
+from service.settings import Settings
+from store.database import Store, open_store
+from store.errors import MismatchError
+from store.vectors import VectorIndex
+
+log = logging.getLogger("moepager.service")
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything a request needs. Open for as long as the service runs; shared by all threads."""
+
+    settings: Settings
+    model_id: str
+    engine: Engine
+    worker: EngineWorker
+    store: Store
+    retriever: Retriever
+    catalogue: Catalogue
+    policy: Policy
+    started: int  # seconds since 1970
+
+    @property
+    def folder(self) -> Path:
+        return self.engine.card.folder
+
+    @property
+    def max_context(self) -> int:
+        return self.engine.plan.max_context
+
+
+@contextmanager
+def open_parts(settings: Settings) -> Iterator[Parts]:
+    """Open store, embedder, engine and its worker, in the order in which they are cheap to refuse."""
+    with ExitStack() as stack:
+        config = engine_config(settings)
+        store = stack.enter_context(open_store(settings.store))
+        embedder = open_embedder(settings.embedder)
+        engine = stack.enter_context(Engine.open(config))
+        catalogue = Catalogue.read(store, engine.card.fingerprint)
+        retriever = open_retriever(settings, store, embedder, catalogue.retrievable)
+        worker = stack.enter_context(EngineWorker(engine, settings.queue_size))
+        yield Parts(
+            settings=settings,
+            model_id=model_id(settings.model, config.model),
+            engine=engine,
+            worker=worker,
+            store=store,
+            retriever=retriever,
+            catalogue=catalogue,
+            policy=Policy(engine.plan, settings.unknown_task, settings.keep, settings.scorer),
+            started=int(time.time()),
+        )
+
+
+def open_retriever(settings: Settings, store: Store, embedder: Embedder, tasks: Sequence[str]) -> Retriever:
+    """Retrieval among the given tasks, and nothing else that the store holds."""
+    exemplars = [e for e in store.exemplars.list(embedder=embedder.id) if e.task in tasks]
+    refuse_other_embedder(store, embedder.id, set(tasks) - {e.task for e in exemplars})
+    threshold = settings.threshold
+    if threshold is None:
+        calibration = calibrate_threshold(exemplars)
+        log.info("retrieval threshold: %s", calibration)
+        threshold = calibration.threshold
+    index = open_index(settings.index, store, embedder.id)
+    return Retriever(embedder, index, threshold, tasks, strangers=len(index) - len(exemplars))
+
+
+def open_index(folder: Path | None, store: Store, embedder: str) -> VectorIndex:
+    """The exemplars of all tasks: a saved index serves every model of the store."""
+    if folder is None:
+        return VectorIndex.rebuild(store.exemplars.list(embedder=embedder))
+    return VectorIndex.load_or_rebuild(store, embedder, folder)
+
+
+def refuse_other_embedder(store: Store, embedder: str, lacking: set[str]) -> None:
+    """A task without exemplars can still be named; one with another embedder's exemplars would never be found."""
+    for task in sorted(lacking):
+        others = sorted({e.embedder for e in store.exemplars.list(task=task)})
+        if others:
+            raise MismatchError(
+                f"The exemplars of task {task!r} were embedded by {others[0]}, the service embeds with {embedder}. "
+                "Serve with that embedder (--embedder), or profile the task again with this one."
+            )

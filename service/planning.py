@@ -1,0 +1,144 @@
+"""What a memory budget holds and what each task costs, before anything is loaded: the numbers of `moepager plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.card import ModelCard
+from engine.plan import MemoryPlan, plan_memory
+from service.disk import DiskSpeed, measure_disk
+from service.model import engine_config
+from service.serving import Candidate, Catalogue, Policy, ProfiledTask, best_by_size, choose_candidate
+from service.settings import Settings
+from store.database import open_store
+from store.errors import MoepagerError
+from store.sizes import show_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPlan:
+    """A task under the budget: the selection that would serve it, or the reason why none would, and every size."""
+
+    task: str
+    serves: Candidate | None
+    refusal: str | None
+    sizes: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    card: ModelCard
+    plan: MemoryPlan
+    disk: DiskSpeed
+    tasks: tuple[TaskPlan, ...]
+
+    def load_seconds(self, candidate: Candidate) -> float:
+        """Nothing is resident before loading, so every byte of the selection is missing."""
+        return len(candidate.stored.selection) * self.card.expert_bytes / self.disk.bytes_per_second
+
+    def size(self, candidate: Candidate) -> dict[str, Any]:
+        evidence = candidate.evidence
+        return {
+            "keep": candidate.stored.keep,
+            "scorer": candidate.stored.scorer,
+            "bytes": self.plan.bytes_of(candidate.stored.selection),
+            "fits": self.plan.fits(candidate.stored.selection),
+            "quality": evidence.retention,
+            "accuracy": evidence.accuracy,
+            "nll": evidence.nll,
+            "load_seconds": self.load_seconds(candidate),
+        }
+
+    def task(self, each: TaskPlan) -> dict[str, Any]:
+        nothing = dict.fromkeys(("keep", "scorer", "bytes", "quality", "accuracy", "nll", "load_seconds"))
+        chosen = self.size(each.serves) if each.serves else {**nothing, "fits": False}
+        sizes = [self.size(candidate) for candidate in each.sizes]
+        return {"task": each.task, **chosen, "refusal": each.refusal, "sizes": sizes}
+
+    def json(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "model": str(self.card.folder),
+            "family": self.card.family,
+            "budget": plan.budget,
+            "dense_bytes": plan.dense_bytes,
+            "kv_bytes": plan.kv_bytes,
+            "staging_bytes": plan.staging_bytes,
+            "router_bytes": plan.router_bytes,
+            "workspace_bytes": plan.workspace_bytes,
+            "slot_bytes": plan.slot_bytes,
+            "slots": plan.slots,
+            "slots_per_layer": plan.slots_per_layer,
+            "layers": plan.layers,
+            "experts": plan.experts,
+            "top_k": plan.top_k,
+            "max_context": plan.max_context,
+            "max_batch": plan.max_batch,
+            "total_bytes": plan.total_bytes,
+            "floor_bytes": plan.floor_bytes,
+            "disk_bytes_per_second": self.disk.bytes_per_second,
+            "tasks": [self.task(each) for each in self.tasks],
+        }
+
+
+def make_plan(settings: Settings, task: str | None = None) -> ModelPlan:
+    """Reads headers, the store and half a second of the disk. Raises what serving would raise."""
+    config = engine_config(settings)
+    card = ModelCard.read(config.model)
+    plan = plan_memory(card, config)
+    with open_store(settings.store) as store:
+        catalogue = Catalogue.read(store, card.fingerprint)
+    wanted = catalogue.tasks.values() if task is None else [catalogue.named(task)]
+    policy = Policy(plan, settings.unknown_task, settings.keep, settings.scorer)
+    tasks = tuple(plan_task(each, policy) for each in sorted(wanted, key=lambda each: each.name))
+    return ModelPlan(card, plan, measure_disk(sorted(card.folder.glob("*.safetensors"))), tasks)
+
+
+def plan_task(task: ProfiledTask, policy: Policy) -> TaskPlan:
+    sizes = best_by_size(task, policy.scorer)
+    try:
+        return TaskPlan(task.name, choose_candidate(task, policy.keep, policy.scorer, policy), None, sizes)
+    except MoepagerError as error:
+        return TaskPlan(task.name, None, str(error), sizes)
+
+
+def show_memory(card: ModelCard, plan: MemoryPlan) -> str:
+    """The memory plan as `serve` prints it before it loads."""
+    budget = "no limit" if plan.budget is None else show_bytes(plan.budget)
+    rows = [
+        ("model", f"{card.folder} ({card.family}, {plan.layers} MoE layers x {plan.experts} experts, top {plan.top_k})"),
+        ("budget", f"{budget}; planned {show_bytes(plan.total_bytes)}, floor {show_bytes(plan.floor_bytes)}"),
+        ("dense weights", f"{show_bytes(plan.dense_bytes)} in {plan.dtype}"),
+        ("KV cache", f"{show_bytes(plan.kv_bytes)}: {plan.max_batch} rows x {plan.max_context} tokens"),
+        ("staging", f"{show_bytes(plan.staging_bytes)}, router copies {show_bytes(plan.router_bytes)}"),
+        ("workspace", f"{show_bytes(plan.workspace_bytes)}: {plan.chunk_tokens} tokens at once"),
+        (
+            "expert slots",
+            f"{plan.slots} x {show_bytes(plan.slot_bytes)} = {show_bytes(plan.slots * plan.slot_bytes)}: "
+            f"{plan.slots_per_layer} of {plan.experts} experts a layer ({plan.keep:.0%})",
+        ),
+    ]
+    return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+
+
+def show_plan(found: ModelPlan) -> str:
+    lines = [show_memory(found.card, found.plan), f"{'disk':>14}  {show_bytes(found.disk.bytes_per_second)}/s", ""]
+    if not found.tasks:
+        return "\n".join([*lines, "No task has a profile of this model yet: `moepager profile` makes one."])
+    lines.append(f"{'task':<20} {'keep':>6} {'bytes':>11} {'quality':>8} {'load':>8}  scorer")
+    return "\n".join([*lines, *(line for each in found.tasks for line in _task_lines(found, each))])
+
+
+def _task_lines(found: ModelPlan, each: TaskPlan) -> Sequence[str]:
+    lines = []
+    for candidate in each.sizes:
+        size = found.size(candidate)
+        quality = "-" if size["quality"] is None else f"{size['quality']:.1%}"
+        mark = "served" if candidate == each.serves else "fits" if size["fits"] else "too big"
+        lines.append(
+            f"{each.task:<20} {size['keep']:>6.1%} {show_bytes(size['bytes']):>11} {quality:>8} "
+            f"{size['load_seconds']:>6.2f} s  {size['scorer']} ({mark})"
+        )
+    return [*lines, *([f"{each.task:<20} {each.refusal}"] if each.refusal else [])]

@@ -1,0 +1,69 @@
+"""The receipt of an answer: what it was served from. Filled from what the engine served; nothing here is estimated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal, TypedDict
+
+from store.records import Mode
+
+Reason = Literal["pinned", "retrieved", "below-threshold", "no-tasks"]
+
+
+class ReceiptJson(TypedDict):
+    """The wire form of `Receipt`: the same names."""
+
+    task: str | None
+    similarity: float | None
+    mode: Mode
+    keep: float
+    coverage: float | None
+    escalated: bool
+    experts: int
+    experts_paged: int
+    bytes_paged: int
+    swap_ms: float
+    ttft_ms: float
+    resident_bytes: int
+    model: str
+    profile_id: str | None
+    reason: Reason
+    served_task: str | None
+    scorer: str | None
+    selection: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    ignored: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """`task` is what retrieval (or the request) named; `served_task` is whose profile was used, which differs for a
+    generalist. `keep` is 1.0 and `profile_id` None in exact mode: every expert was within reach."""
+
+    task: str | None
+    similarity: float | None
+    mode: Mode
+    keep: float
+    coverage: float | None
+    escalated: bool
+    experts: int
+    experts_paged: int
+    bytes_paged: int
+    swap_ms: float
+    ttft_ms: float
+    resident_bytes: int
+    model: str
+    profile_id: str | None
+    reason: Reason
+    served_task: str | None
+    scorer: str | None
+    selection: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    ignored: tuple[str, ...] = ()
+
+    def json(self) -> ReceiptJson:
+        fields = asdict(self)
+        fields["ignored"] = list(self.ignored)
+        return ReceiptJson(**fields)  # type: ignore[typeddict-item]

@@ -1,0 +1,130 @@
+"""Waiting for answers: submitted prompts, their events as they come, timeouts, and clients that hang up.
+
+The device belongs to the engine's own thread; here is only waiting and cancelling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from fastapi import Request
+
+from engine.requests import FinishedEvent, TokenEvent
+from engine.worker import EngineWorker, TokenStream
+from service.answer import Prepared, make_receipt
+from service.receipt import Receipt
+from store.errors import MoepagerError, TimedOut
+
+log = logging.getLogger("moepager.service")
+
+PING_SECONDS = 15.0  # a silent stream sends a comment this often
+
+Event = TokenEvent | FinishedEvent
+
+
+class Running:
+    """A submitted prompt. `cancel` may be called at any time, from any thread, and more than once."""
+
+    def __init__(self, prepared: Prepared, stream: TokenStream, timeout: float) -> None:
+        self.prepared = prepared
+        self._stream = stream
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
+
+    def cancel(self) -> None:
+        self._stream.cancel()
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Tokens, then one FinishedEvent. Raises TimedOut, having cancelled, when the request's time is over."""
+        iterator = aiter(self._stream)
+        while True:
+            try:
+                async with asyncio.timeout(self._deadline - time.monotonic()):
+                    event = await anext(iterator)
+            except TimeoutError:
+                self.cancel()
+                raise TimedOut(
+                    f"The answer was not finished within {self._timeout:g} s. Ask for fewer tokens, try when the "
+                    "service is less busy, or raise MOEPAGER_REQUEST_TIMEOUT."
+                ) from None
+            if isinstance(event, FinishedEvent):
+                log_answer(self.prepared, event)
+                yield event
+                return
+            yield event
+
+    async def finish(self) -> FinishedEvent:
+        async for event in self.events():
+            if isinstance(event, FinishedEvent):
+                return event
+        raise AssertionError("a token stream ends with a FinishedEvent")
+
+    def receipt(self, finished: FinishedEvent) -> Receipt:
+        return make_receipt(self.prepared, finished)
+
+
+def submit(prepared: Sequence[Prepared], worker: EngineWorker, timeout: float) -> list[Running]:
+    """Submit all or none: where the queue takes only some, those are cancelled before Busy goes on."""
+    running: list[Running] = []
+    try:
+        for one in prepared:
+            running.append(Running(one, worker.submit(one.request), timeout))
+    except MoepagerError:
+        cancel_all(running)
+        raise
+    return running
+
+
+def cancel_all(running: Sequence[Running]) -> None:
+    for one in running:
+        one.cancel()
+
+
+async def finish_all(request: Request, running: Sequence[Running]) -> list[FinishedEvent]:
+    """Wait for every answer. Whatever ends this early (error, timeout, a client that is gone) cancels all of them."""
+    watch = asyncio.create_task(_cancel_when_gone(request, running))
+    try:
+        return await asyncio.gather(*(one.finish() for one in running))
+    finally:
+        watch.cancel()
+        cancel_all(running)
+
+
+async def _cancel_when_gone(request: Request, running: Sequence[Running]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    cancel_all(running)
+
+
+async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, Event] | None]:
+    """Events of several prompts as they come, each with its prompt's place; None where all were silent for a while."""
+    iterators = [one.events() for one in running]
+    pending = {asyncio.ensure_future(anext(iterator)): place for place, iterator in enumerate(iterators)}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                yield None
+            for task in done:
+                place = pending.pop(task)
+                event = task.result()
+                yield place, event
+                if not isinstance(event, FinishedEvent):
+                    pending[asyncio.ensure_future(anext(iterators[place]))] = place
+    finally:
+        for task in pending:
+            task.cancel()
+
+
+def log_answer(prepared: Prepared, finished: FinishedEvent) -> None:
+    served, retrieval = finished.served, prepared.serving.retrieval
+    log.info(
+        "request=%s task=%s reason=%s similarity=%s mode=%s keep=%g experts=%d paged=%d bytes=%d swap_ms=%.1f "
+        "ttft_ms=%.1f tokens=%d+%d end=%s",
+        prepared.question.id, retrieval.task, retrieval.reason, retrieval.similarity, served.mode, prepared.serving.keep,
+        served.experts, served.experts_paged, served.bytes_paged, served.swap_ms, served.ttft_ms,
+        finished.prompt_tokens, finished.completion_tokens, finished.reason,
+    )  # fmt: skip

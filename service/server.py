@@ -1,0 +1,78 @@
+"""`moepager serve`: prepare, show the plan, listen, and end with the right message and exit code."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+import sys
+
+import typer
+import uvicorn
+
+from engine.card import ModelCard
+from engine.plan import plan_memory
+from service.app import create_app
+from service.model import engine_config
+from service.parts import open_parts
+from service.planning import show_memory
+from service.serving import Catalogue
+from service.settings import Settings
+from store.database import open_store
+from store.errors import InvalidInput, MoepagerError
+from store.home import default_store_url
+
+GRACE_SECONDS = 5  # for answers under way when the service is told to stop
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until a signal. Raises what could not be opened, before or after the port is bound."""
+    config = engine_config(settings)
+    card = ModelCard.read(config.model)
+    typer.echo(show_memory(card, plan_memory(card, config)))
+    if settings.model is None:
+        prepare_demo(settings, card.fingerprint)
+    with listen(settings.host, settings.port) as bound:
+        serve(settings, bound)
+
+
+def serve(settings: Settings, bound: socket.socket) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    app = create_app(lambda: open_parts(settings), on_failure=lambda: setattr(server, "should_exit", True))
+    server = uvicorn.Server(uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS))
+    host, port = bound.getsockname()[:2]
+    typer.echo(f"Listening on http://{host}:{port}; /readyz answers 200 once the model is loaded.")
+    server.run(sockets=[bound])
+    failure = app.state.opening.failure
+    if failure is not None:
+        raise failure
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a port that is taken is refused before the model loads."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise InvalidInput(
+            f"Can't listen on {host}, port {port}: {error.strerror}. Choose another --port or --host.", param="port"
+        ) from error
+    return bound
+
+
+def prepare_demo(settings: Settings, fingerprint: str) -> None:
+    """Profile the bundled model's tasks where the store has no profile of it yet. The demo room does it, as a process:
+    the service imports neither it nor the profiler."""
+    with open_store(settings.store) as store:
+        if Catalogue.read(store, fingerprint).tasks:
+            return
+    typer.echo("The store has no profile of the bundled model yet: profiling its tasks first.")
+    command = [sys.executable, "-m", "demo", "prepare", "--store", settings.store or default_store_url()]
+    done = subprocess.run(command, check=False)  # noqa: S603 - our own module
+    if done.returncode:
+        raise MoepagerError(
+            f"Profiling the bundled model failed with exit code {done.returncode}; its own message is above. "
+            "Put that right, or serve a model of your own with --model."
+        )

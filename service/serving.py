@@ -1,0 +1,224 @@
+"""What serves a request: which stored selection, or exact mode. Pure choices over a catalogue read from the store.
+
+The evidence rule lives here: mask mode is only ever served from a selection with a stored evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.plan import MemoryPlan
+from service.retrieval import Retrieval
+from service.settings import UnknownTask
+from store.errors import InvalidInput, NotFound
+from store.records import Evaluation, Mode, Selection, StoredSelection
+
+if TYPE_CHECKING:
+    from store.database import Store
+
+GENERALIST = "generalist"  # the task whose profile serves queries of no task
+BASELINES = frozenset({"random", "frequency"})  # scorers kept for comparison; they serve only where they are asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A selection that may serve, with its evidence."""
+
+    stored: StoredSelection
+    evidence: Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class ProfiledTask:
+    """A task with a profile of the model that is served. Selections without evidence are not among the candidates."""
+
+    name: str
+    description: str
+    profile_id: str
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Every task that has a profile of one model, as read from the store at one moment."""
+
+    model: str  # fingerprint
+    tasks: Mapping[str, ProfiledTask]
+
+    @classmethod
+    def read(cls, store: Store, model: str) -> Catalogue:
+        tasks = {}
+        for task in store.tasks.list():
+            profile = store.profiles.latest(model, task.name)
+            if profile is not None:
+                # By selection: of several evaluations the one made last counts, not the one that flatters.
+                found = {stored.id: Candidate(stored, each) for stored, each in store.evaluations.list(profile.id)}
+                tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, tuple(found.values()))
+        return cls(model, tasks)
+
+    def named(self, task: str) -> ProfiledTask:
+        if task not in self.tasks:
+            known = ", ".join(sorted(self.tasks)) or "none yet"
+            raise NotFound(
+                f"No task {task!r} has a profile of this model. Profiled tasks: {known}. "
+                f"Name one of them, or profile it: `moepager profile --task {task} --calibration FILE --eval FILE`."
+            )
+        return self.tasks[task]
+
+    @property
+    def retrievable(self) -> tuple[str, ...]:
+        """The tasks that a query can be matched to: a generalist serves what matches none."""
+        return tuple(sorted(name for name in self.tasks if name != GENERALIST))
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a request asks for; None leaves it to the service."""
+
+    task: str | None = None
+    mode: Mode | None = None
+    keep: float | None = None
+    scorer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the settings say where the request is silent, and the memory plan that a selection has to fit."""
+
+    plan: MemoryPlan
+    unknown_task: UnknownTask = "exact"
+    keep: float | None = None
+    scorer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What will serve one request. `candidate` is None in exact mode."""
+
+    retrieval: Retrieval
+    mode: Mode
+    served_task: str | None
+    profile_id: str | None
+    candidate: Candidate | None
+
+    @property
+    def selection(self) -> Selection | None:
+        return self.candidate.stored.selection if self.candidate else None
+
+    @property
+    def keep(self) -> float:
+        return self.candidate.stored.keep if self.candidate else 1.0
+
+    @property
+    def scorer(self) -> str | None:
+        return self.candidate.stored.scorer if self.candidate else None
+
+
+def choose_serving(wish: Wish, retrieval: Retrieval, catalogue: Catalogue, policy: Policy) -> Serving:
+    """Mask mode inside a task's selection wherever a task is known; else what the policy says. Refuses, never falls back."""
+    task = catalogue.named(retrieval.task) if retrieval.task is not None else None
+    if wish.mode == "exact":
+        return _exact(wish, retrieval)
+    if task is not None:
+        return _mask(task, wish, retrieval, policy)
+    if policy.unknown_task == "generalist" or (wish.mode == "mask" and GENERALIST in catalogue.tasks):
+        return _mask(catalogue.named(GENERALIST), wish, retrieval, policy)
+    if policy.unknown_task == "refuse" or wish.mode == "mask":
+        raise InvalidInput(_no_task(retrieval), param="task", code="no_matching_task")
+    return _exact(wish, retrieval)
+
+
+def _exact(wish: Wish, retrieval: Retrieval) -> Serving:
+    for name, value in (("keep", wish.keep), ("scorer", wish.scorer)):
+        if value is not None:
+            raise InvalidInput(
+                f"`{name}` ({value}) sizes a selection, and exact mode uses none. Leave it out, or ask for mode mask.",
+                param=name,
+            )
+    return Serving(retrieval, "exact", None, None, None)
+
+
+def _mask(task: ProfiledTask, wish: Wish, retrieval: Retrieval, policy: Policy) -> Serving:
+    keep = wish.keep if wish.keep is not None else policy.keep
+    scorer = wish.scorer if wish.scorer is not None else policy.scorer
+    candidate = choose_candidate(task, keep, scorer, policy)
+    return Serving(retrieval, "mask", task.name, task.profile_id, candidate)
+
+
+def _no_task(retrieval: Retrieval) -> str:
+    if retrieval.nearest is None:
+        return "No task of this model has a profile with exemplars. Profile a task, or ask for mode exact."
+    return (
+        f"No task is near enough to the query: the nearest is {retrieval.nearest!r} with similarity "
+        f"{retrieval.similarity:.3f}, the threshold is {retrieval.threshold:.3f}. "
+        "Name the task in the request, or ask for mode exact."
+    )
+
+
+def choose_candidate(task: ProfiledTask, keep: float | None, scorer: str | None, policy: Policy) -> Candidate:
+    """The largest size with evidence that fits, and at that size the best evidence."""
+    if not task.candidates:
+        raise InvalidInput(
+            f"The profile {task.profile_id} of task {task.name!r} has no stored evaluation at any size, so mask mode is "
+            f"refused. Evaluate it: `moepager profile --task {task.name} --calibration FILE --eval FILE`; "
+            "or ask for mode exact.",
+            param="mode",
+            code="no_evidence",
+        )
+    allowed = _of_size(_of_scorer(task.candidates, scorer, task.name), keep, task.name)
+    fitting = [c for c in allowed if policy.plan.fits(c.stored.selection)]
+    if not fitting:
+        policy.plan.require(min((c.stored.selection for c in allowed), key=len))
+    largest = max(c.stored.keep for c in fitting)
+    return min((c for c in fitting if c.stored.keep == largest), key=_worse)
+
+
+def best_by_size(task: ProfiledTask, scorer: str | None) -> tuple[Candidate, ...]:
+    """The candidate with the best evidence at each size, the largest first; whether it fits is another question."""
+    allowed = [c for c in task.candidates if _allowed(c, scorer)]
+    sizes = sorted({c.stored.keep for c in allowed}, reverse=True)
+    return tuple(min((c for c in allowed if c.stored.keep == size), key=_worse) for size in sizes)
+
+
+def _allowed(candidate: Candidate, scorer: str | None) -> bool:
+    return candidate.stored.scorer == scorer if scorer else candidate.stored.scorer not in BASELINES
+
+
+def _worse(candidate: Candidate) -> tuple[float, float, str, str]:
+    """Sorts better evidence first: higher accuracy, then lower NLL; names make ties the same everywhere."""
+    evidence = candidate.evidence
+    accuracy = evidence.accuracy if evidence.accuracy is not None else -math.inf
+    return -accuracy, evidence.nll, candidate.stored.scorer, candidate.stored.id
+
+
+def _of_scorer(candidates: Sequence[Candidate], scorer: str | None, task: str) -> Sequence[Candidate]:
+    found = [c for c in candidates if _allowed(c, scorer)]
+    if not found:
+        have = _listed(c.stored.scorer for c in candidates)
+        wanted = f"scorer {scorer!r}" if scorer else "a scorer other than the baselines random and frequency"
+        raise InvalidInput(
+            f"Task {task!r} has no evaluated selection by {wanted}; it has: {have}. Name one of those.",
+            param="scorer",
+            code="no_evidence",
+        )
+    return found
+
+
+def _of_size(candidates: Sequence[Candidate], keep: float | None, task: str) -> Sequence[Candidate]:
+    found = [c for c in candidates if keep is None or math.isclose(c.stored.keep, keep, rel_tol=1e-6)]
+    if not found:
+        have = _listed(f"{c.stored.keep:g}" for c in candidates)
+        raise InvalidInput(
+            f"Task {task!r} has no evaluated selection that keeps {keep:g} of the experts; it has: {have}. "
+            "Ask for one of those, or evaluate that size.",
+            param="keep",
+            code="no_evidence",
+        )
+    return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))

@@ -1,0 +1,91 @@
+"""Settings of a service, from MOEPAGER_* variables and the command line. Only `store.home` reads another (MOEPAGER_HOME).
+
+A command-line option wins over its variable. A variable that names no setting is refused: a setting that silently
+does nothing is worse than none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from store.errors import InvalidInput
+from store.sizes import parse_bytes
+
+PREFIX = "MOEPAGER_"
+HOME = "MOEPAGER_HOME"  # read by store.home
+
+UnknownTask = Literal["exact", "generalist", "refuse"]
+
+
+def _memory(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_bytes(value)
+    except InvalidInput as error:
+        raise ValueError(str(error)) from None
+
+
+Memory = Annotated[int, BeforeValidator(_memory), Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """Everything that a service can be told. `None` means what the comment beside the field says."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
+
+    model: str | None = None  # a folder or a hub id; None: the bundled demo model
+    store: str | None = None  # a database URL; None: the embedded store in MOEPAGER_HOME
+    memory: Memory | None = None  # bytes for everything on the device; None: as much as the whole model wants
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)  # 0: any free port
+    embedder: str = "minilm"
+    index: Path | None = None  # folder of the vector index; None: kept in memory only
+    unknown_task: UnknownTask = "exact"
+    threshold: float | None = Field(default=None, ge=-1, le=1)  # None: calibrated on the stored exemplars
+    keep: float | None = Field(default=None, gt=0, le=1)  # None: the largest with evidence that fits the budget
+    scorer: str | None = None  # None: the one with the best evidence
+    max_context: int | None = Field(default=None, gt=0)  # tokens; None: the engine's choice for this model
+    max_batch: int = Field(default=8, gt=0)
+    queue_size: int = Field(default=64, gt=0)
+    request_timeout: float = Field(default=600.0, gt=0)  # seconds
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int | None = Field(default=None, gt=0)  # None: torch's own choice
+
+
+def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """Refuse the first MOEPAGER_* variable that names no setting, with the nearest right name."""
+    known = [HOME, *(PREFIX + name.upper() for name in Settings.model_fields)]
+    for name in sorted(environment):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
+            raise InvalidInput(f"No setting is named {name}. Did you mean {near[0]}? All of them: {', '.join(known)}.")
+
+
+def load_settings(**options: Any) -> Settings:
+    """Settings from the environment, with the options that are not None on top."""
+    refuse_unknown_variables(os.environ)
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise InvalidInput(_explain(error, given), param=_field(error)) from None
+
+
+def _field(error: ValidationError) -> str:
+    return str(error.errors()[0]["loc"][0])
+
+
+def _explain(error: ValidationError, given: Mapping[str, object]) -> str:
+    first = error.errors()[0]
+    name = _field(error)
+    source = f"--{name.replace('_', '-')}" if name in given else PREFIX + name.upper()
+    return f"{source}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})."

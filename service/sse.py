@@ -1,0 +1,38 @@
+"""Server-sent events: bytes of frames, and a response that always tells when it has ended. Knows no engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+DONE = b"data: [DONE]\n\n"
+PING = b": waiting\n\n"  # a comment: every client skips it, and a dead connection shows
+
+
+def data_frame(body: Mapping[str, object]) -> bytes:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
+
+
+def named_frame(event: str, body: Mapping[str, object]) -> bytes:
+    return f"event: {event}\n".encode() + data_frame(body)
+
+
+class EventStream(StreamingResponse):
+    """Streams frames. `on_end` runs exactly once, however it ends: all sent, client gone, error, or task cancelled.
+
+    The frames' generator can't promise that: where the server stops iterating, its `finally` waits for the garbage
+    collector.
+    """
+
+    def __init__(self, frames: AsyncIterator[bytes], headers: Mapping[str, str], on_end: Callable[[], None]) -> None:
+        super().__init__(frames, headers={"cache-control": "no-cache", **headers}, media_type="text/event-stream")
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
