@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of real families, as the hub lays them out, for tests and speed runs. Knows no engine: transformers writes them.
+"""Tiny random checkpoints of real families in hub layout, for tests and speed runs. Transformers writes them.
 
 H hidden, V vocab.
 """
@@ -118,7 +118,9 @@ def write_tiny(
 
 
 def _randomise(model: torch.nn.Module, seed: int, std: float) -> None:
-    """Weights with enough spread for routing to vary; norms near one, biases (the correction bias too) away from zero."""
+    """Weights with enough spread for routing to vary; norms near one, biases (the correction bias too) away from
+    zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     biases = {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
     with torch.no_grad():

@@ -1,0 +1,153 @@
+"""What a model folder says about itself: sizes and shapes for planning.
+
+Reads config.json and headers; no weights, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from store.checkpoint import CheckpointMap
+from store.errors import CheckpointError, UnsupportedFamily
+from store.experts import ExpertMap
+from store.records import ExpertKey
+
+ITEMSIZE: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+FULL_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The shapes that a memory plan is made of; counts are elements, not bytes."""
+
+    dtype: str  # the checkpoint's own
+    dense: int  # in tensors that every token needs
+    expert: tuple[int, ...]  # of each part of one expert
+    expert_width: int  # columns of the widest activation inside an expert
+    kv_per_token: int  # keys and values of all layers, as transformers keeps them
+    decoder_layers: int
+    attention_width: int  # heads x head dim, the widest of query, key and value
+    scored_heads: int  # heads whose attention scores are written out, 0 where the kernel is fused
+    dense_width: int  # the widest dense or shared feed-forward
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """One model folder.
+
+    `layers` counts MoE layers, `expert_bytes` is one expert's on the disk, `max_context` the model's own.
+    """
+
+    folder: Path
+    family: str
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    vocab: int
+    max_context: int
+    expert_bytes: int
+    fingerprint: str
+    geometry: Geometry
+
+    @classmethod
+    def read(cls, folder: Path | str) -> ModelCard:
+        """Maps the checkpoint and describes it. Raises CheckpointError, or UnsupportedFamily with the reason."""
+        checkpoint = CheckpointMap.open(folder)
+        return cls.describe(checkpoint, ExpertMap.build(checkpoint))
+
+    @classmethod
+    def describe(cls, checkpoint: CheckpointMap, experts: ExpertMap) -> ModelCard:
+        config = _text_config(checkpoint.config)
+        _refuse_the_unservable(checkpoint.config, config)
+        return cls(
+            folder=Path(checkpoint.folder),
+            family=str(checkpoint.config.get("model_type", "")),
+            layers=len(experts.layers),
+            experts=experts.experts,
+            top_k=_number(config, "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k"),
+            hidden=_number(config, "hidden_size"),
+            vocab=_number(config, "vocab_size"),
+            max_context=_number(config, "max_position_embeddings"),
+            expert_bytes=max(experts.expert_bytes),
+            fingerprint=checkpoint.fingerprint().whole,
+            geometry=_geometry(config, checkpoint, experts),
+        )
+
+
+def _refuse_the_unservable(whole: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    if whole.get("quantization_config") or config.get("quantization_config"):
+        raise UnsupportedFamily(
+            "This checkpoint is quantised (config.json has quantization_config), which can't be served yet. "
+            "Use its bfloat16 or float32 version."
+        )
+    if other := sorted(set(config.get("layer_types") or ()) - FULL_ATTENTION):
+        raise UnsupportedFamily(
+            f"Layers of kind {', '.join(other)} keep a state that moepager's KV cache does not hold. "
+            f"Supported are {', '.join(sorted(FULL_ATTENTION))}."
+        )
+
+
+def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: ExpertMap) -> Geometry:
+    parts = experts.span(ExpertKey(0, 0)).parts
+    itemsize = {name: ITEMSIZE[dtype] for name, dtype in NAMES.items()}
+    dense = [checkpoint.tensors[name] for name in experts.dense]
+    if strange := sorted({span.dtype for span in dense} - itemsize.keys()):
+        raise UnsupportedFamily(
+            f"Dense weights are stored as {', '.join(strange)}; use a bfloat16 or float32 checkpoint."
+        )
+    heads = _number(config, "num_attention_heads")
+    layers = _number(config, "num_hidden_layers")
+    key, value, kv_heads = _attention_shape(config, heads)
+    return Geometry(
+        dtype=_dtype(config, parts[0].dtype),
+        dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
+        expert=tuple(part.nbytes // itemsize.get(part.dtype, 1) for part in parts),
+        expert_width=max(length for part in parts for length in part.shape),
+        kv_per_token=layers * kv_heads * (key + value),
+        decoder_layers=layers,
+        attention_width=heads * max(key, value),
+        scored_heads=heads if any(name.endswith(".sinks") for name in experts.dense) else 0,
+        dense_width=max(
+            int(config.get(name) or 0) for name in ("intermediate_size", "shared_expert_intermediate_size")
+        ),
+    )
+
+
+def _attention_shape(config: Mapping[str, Any], heads: int) -> tuple[int, int, int]:
+    """Width of a key, width of a value, heads that are cached.
+
+    Latent attention is cached expanded, as transformers does.
+    """
+    if config.get("kv_lora_rank"):
+        return (
+            _number(config, "qk_nope_head_dim") + _number(config, "qk_rope_head_dim"),
+            _number(config, "v_head_dim"),
+            heads,
+        )
+    width = config.get("head_dim") or _number(config, "hidden_size") // heads
+    return int(width), int(width), int(config.get("num_key_value_heads") or heads)
+
+
+def _dtype(config: Mapping[str, Any], stored: str) -> str:
+    named = str(config.get("dtype") or config.get("torch_dtype") or NAMES.get(stored, "")).removeprefix("torch.")
+    if named not in ITEMSIZE:
+        raise UnsupportedFamily(f"Weights of type {stored} can't be served; use a bfloat16 or float32 checkpoint.")
+    return named
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Models with several modalities keep the language model's settings in text_config."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    for name in names:
+        if type(config.get(name)) is int:
+            return int(config[name])
+    raise CheckpointError(f"config.json has no whole number {names[0]}, which planning needs. Download the file again.")

@@ -1,0 +1,41 @@
+"""What an engine is asked to be: folder, byte budget, device, limits.
+
+Plain values; knows no torch and no environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from store.errors import InvalidInput
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """`memory` bounds the bytes on the device, None means that everything fits. `dtype` "auto" is the checkpoint's own.
+
+    `max_context` None takes the model's, at most 2048 tokens: the KV cache is allocated for all of it at open.
+    `chunk_tokens` bounds how many tokens go through the model at once (prefill chunks, profiling passes); None takes
+    512 under a budget and 4096 without one.
+    """
+
+    model: Path
+    memory: int | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_context: int | None = None
+    max_batch: int = 8
+    threads: int | None = None
+    chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", Path(self.model))
+        if self.dtype not in DTYPES:
+            raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.", param="dtype")
+        for name in ("memory", "max_context", "max_batch", "threads", "chunk_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInput(f"{name} must be at least 1, got {value}.", param=name)

@@ -1,0 +1,125 @@
+"""Dense weights: every tensor that all tokens need gets its memory on the device and its bytes from the checkpoint.
+
+Experts are not here: their parameters are gone from the model by now.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.layout import DTYPES, Renaming
+from engine.reader import Extent, Reader
+from store.checkpoint import CheckpointMap
+from store.errors import CheckpointError, UnsupportedFamily
+from store.experts import ExpertMap
+from store.shard import TensorSpan
+
+
+def load_dense(
+    model: Any,
+    renaming: Renaming,
+    checkpoint: CheckpointMap,
+    experts: ExpertMap,
+    reader: Reader,
+    device: torch.device,
+) -> None:
+    """Raises CheckpointError for a tensor that is missing or has another shape."""
+    _compute_buffers(model, device)
+    wanted = _materialise(model, device)
+    sources: dict[str, TensorSpan] = {}
+    for hub_name in experts.dense:
+        target, converter, _ = renaming.target(hub_name)
+        if target not in wanted:
+            continue  # left over from training, or of an auxiliary head: transformers ignores it too
+        if converter is not None:
+            raise UnsupportedFamily(
+                f"transformers rearranges {hub_name} when it loads it; moepager reads dense weights as they are."
+            )
+        sources[target] = checkpoint.tensors[hub_name]
+    _check_complete(wanted, sources)
+    for name, span in sources.items():
+        _read(span, wanted[name], reader)
+    model.eval().requires_grad_(False)
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no checkpoint holds, such as rotary frequencies: transformers' own initialisation fills them."""
+    for owner in sorted({name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}):
+        module = model.get_submodule(owner)
+        for name in module._non_persistent_buffers_set:
+            if module._buffers.get(name) is not None:
+                module._buffers[name] = torch.full_like(module._buffers[name], torch.nan, device=device)
+        with torch.no_grad():
+            model._init_weights(module)
+        if unfilled := [name for name in module._non_persistent_buffers_set if _unfilled(module._buffers.get(name))]:
+            raise UnsupportedFamily(
+                f"transformers does not say how to compute {owner}.{unfilled[0]} without a checkpoint."
+            )
+
+
+def _unfilled(buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.is_floating_point() and bool(buffer.isnan().any())
+
+
+def _materialise(model: Any, device: torch.device) -> dict[str, Tensor]:
+    """Memory for every tensor of the state dict, by name; tied names share one tensor."""
+    wide = _kept_in_float32(model)
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the meta tensor is kept, so that no id is used twice
+    named: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or name in module._non_persistent_buffers_set:
+                    continue
+                full = f"{prefix}.{name}" if prefix else name
+                if id(tensor) not in made:
+                    dtype = torch.float32 if wide.search(full) else tensor.dtype
+                    made[id(tensor)] = tensor, _real(tensor, dtype, device)
+                named[full] = tensors[name] = made[id(tensor)][1]
+    return named
+
+
+def _real(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    real = torch.empty(tensor.shape, dtype=dtype, device=device)
+    return torch.nn.Parameter(real, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else real
+
+
+def _kept_in_float32(model: Any) -> re.Pattern[str]:
+    """What transformers itself keeps in float32 whatever the serving dtype, such as correction biases."""
+    names = list(model._get_dtype_plan(model.dtype))
+    return re.compile("|".join(rf"(^|\.){name.replace('*', '.*')}($|\.)" for name in names) or r"(?!)")
+
+
+def _check_complete(wanted: Mapping[str, Tensor], sources: Mapping[str, TensorSpan]) -> None:
+    filled = {id(wanted[name]) for name in sources}
+    if lacking := sorted(name for name, tensor in wanted.items() if id(tensor) not in filled):
+        raise CheckpointError(
+            f"The checkpoint has no tensor for {lacking[0]} ({len(lacking)} are missing). Download the weights again."
+        )
+    for name, span in sources.items():
+        if tuple(wanted[name].shape) != span.shape:
+            raise CheckpointError(
+                f"{span.name} has shape {list(span.shape)}, config.json wants {list(wanted[name].shape)}. "
+                "Config and weights belong to different models: download both again."
+            )
+
+
+def _read(span: TensorSpan, target: Tensor, reader: Reader) -> None:
+    """Straight into the tensor where dtype and device agree, else through a host copy of this one tensor."""
+    if target.device.type == "cpu" and target.dtype == DTYPES[span.dtype]:
+        reader.read([_extent(span, target)])
+        return
+    host = torch.empty(span.shape, dtype=DTYPES[span.dtype])
+    reader.read([_extent(span, host)])
+    target.copy_(host)
+
+
+def _extent(span: TensorSpan, tensor: Tensor) -> Extent:
+    flat = tensor.detach().view(-1).view(torch.uint8)
+    return Extent(span.file, span.offset, span.nbytes, np.asarray(flat.numpy()))

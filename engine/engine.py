@@ -1,0 +1,279 @@
+"""The engine: a paged Mixture-of-Experts model on a device. Puts the room's parts together; owned by one thread.
+
+B rows, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import experts as dispatch
+from engine.bank import Bank, Lease
+from engine.card import ModelCard
+from engine.config import EngineConfig
+from engine.dense import load_dense
+from engine.experts import PagedExperts
+from engine.generate import Batch
+from engine.kvcache import KvCache, KvPool
+from engine.observer import Observer
+from engine.plan import MemoryPlan, plan_memory, reader_bytes
+from engine.reader import Reader
+from engine.requests import Event, GenerationRequest
+from engine.routing import Routing, Switchboard
+from engine.skeleton import Skeleton, build_skeleton
+from engine.text import Tokenizer
+from store.checkpoint import CheckpointMap
+from store.errors import BudgetError, InvalidInput, UnsupportedFamily
+from store.experts import ExpertMap
+from store.records import Selection
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencySnapshot:
+    """What is in the bank now, and what was paged in since open."""
+
+    slots: int
+    resident: int
+    leased: int
+    slot_bytes: int
+    resident_bytes: int
+    experts_paged: int
+    bytes_paged: int
+    bytes_read: int
+    paging_seconds: float
+    per_layer: tuple[int, ...]
+
+
+class Engine:
+    """Use `Engine.open`. Every method but `residency` belongs to the thread that owns the device."""
+
+    def __init__(
+        self, card: ModelCard, plan: MemoryPlan, tokenizer: Tokenizer, skeleton: Skeleton, bank: Bank, reader: Reader,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.card, self.plan, self.tokenizer, self.bank, self.device = card, plan, tokenizer, bank, device
+        self._model, self._joints, self._reader = skeleton.model, skeleton.joints, reader
+        self._experts = [PagedExperts(layer, joint.experts, bank) for layer, joint in enumerate(skeleton.joints)]
+        for joint, paged in zip(skeleton.joints, self._experts, strict=True):
+            dispatch.bind(joint.experts, paged)
+        routers = [joint.router for joint in skeleton.joints]
+        self.board = Switchboard(routers, card.experts, card.top_k, remembered=plan.max_batch)
+        with torch.inference_mode():
+            self.board.check(card.hidden)
+        self.kv = KvPool(skeleton.kv_shapes, plan.max_batch, plan.max_context, getattr(torch, plan.dtype), device)
+
+    @classmethod
+    def open(cls, config: EngineConfig) -> Engine:
+        """Plan, then load. Raises CheckpointError, UnsupportedFamily or BudgetError before any weight is read."""
+        checkpoint = CheckpointMap.open(config.model)
+        experts = ExpertMap.build(checkpoint)
+        card = ModelCard.describe(checkpoint, experts)
+        plan = plan_memory(card, config)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        device = torch.device(config.device)
+        tokenizer = Tokenizer(config.model)
+        skeleton, renaming = build_skeleton(checkpoint, experts, plan.dtype)
+        assert skeleton.layout.slot_bytes <= plan.slot_bytes, (skeleton.layout.slot_bytes, plan.slot_bytes)
+        reader = Reader(reader_bytes(card))
+        try:
+            load_dense(skeleton.model, renaming, checkpoint, experts, reader, device)
+            bank = Bank(skeleton.layout, experts, plan.slots, device, reader)
+            return cls(card, plan, tokenizer, skeleton, bank, reader, device)
+        except BaseException:
+            reader.close()
+            raise
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files. The memory goes with the object."""
+        self._reader.close()
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.bank.residency.resident * self.bank.slot_bytes
+
+    def residency(self) -> ResidencySnapshot:
+        """A snapshot; callable from any thread, exact only between tokens."""
+        residency, paged = self.bank.residency, self.bank.paged
+        return ResidencySnapshot(
+            slots=residency.slots,
+            resident=residency.resident,
+            leased=residency.leased,
+            slot_bytes=self.bank.slot_bytes,
+            resident_bytes=self.resident_bytes,
+            experts_paged=paged.experts,
+            bytes_paged=paged.bytes_needed,
+            bytes_read=paged.bytes_read,
+            paging_seconds=paged.seconds,
+            per_layer=tuple(sum(slot >= 0 for slot in row) for row in residency.table),
+        )
+
+    def lease(self, selection: Selection) -> AbstractContextManager[Lease]:
+        """Page in what is missing of `selection` and hold it until the block ends."""
+        self.board.check_selection(selection)
+        self.plan.require(selection)
+        return self.bank.lease(selection)
+
+    @torch.inference_mode()
+    def forward(
+        self, ids: Tensor, mask: Tensor, selections: Sequence[Selection | None], observer: Observer | None = None
+    ) -> Tensor:
+        """`ids`, `mask` i64 [B, S] -> logits f32 [B, S, V], each row inside its own selection; None routes freely.
+
+        Padding may be on either side; its logits mean nothing. One pass over T = B*S tokens, so at most
+        `plan.chunk_tokens` of them. The logits are the caller's memory, on top of the plan.
+        """
+        self._check_forward(ids, mask, selections)
+        routing = Routing(self.board, selections, self.device)
+        with ExitStack() as stack:
+            for selection in dict.fromkeys(selections):
+                if selection is not None:
+                    stack.enter_context(self.lease(selection))
+            self.require_free_slot(selections)
+            if observer is not None:
+                stack.enter_context(self._observed(observer, routing))
+            return self._forward(ids.to(self.device), mask.to(self.device), routing)
+
+    def _forward(self, ids: Tensor, mask: Tensor, routing: Routing) -> Tensor:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
+        routing.begin(ids.shape[1], mask.bool())
+        try:
+            out = self._model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        except BaseException:
+            routing.abort()
+            raise
+        routing.finish()
+        logits: Tensor = out.logits
+        return logits.float()
+
+    def _check_forward(self, ids: Tensor, mask: Tensor, selections: Sequence[Selection | None]) -> None:
+        if ids.dim() != 2 or ids.shape != mask.shape or len(selections) != len(ids):
+            raise InvalidInput(
+                f"forward wants ids and mask of one shape [B, S] and B selections; got {list(ids.shape)}, "
+                f"{list(mask.shape)} and {len(selections)}."
+            )
+        if ids.numel() > self.plan.chunk_tokens:
+            raise InvalidInput(
+                f"{ids.shape[0]} rows x {ids.shape[1]} positions are {ids.numel()} tokens in one pass; the plan's "
+                "workspace is "
+                f"for {self.plan.chunk_tokens}. Send fewer rows at once, or open the engine with a larger chunk_tokens."
+            )
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Event]:
+        """One event after another, rows numbered as in `requests`.
+
+        What does not fit into one batch runs in the next.
+        """
+        for request in requests:
+            self.check(request)
+        return self._run(list(enumerate(requests)))
+
+    def _run(self, waiting: list[tuple[int, GenerationRequest]]) -> Iterator[Event]:
+        while waiting:
+            batch = [waiting.pop(0)]
+            for candidate in list(waiting):
+                if self.fit_together([request for _, request in (*batch, candidate)]):
+                    batch.append(candidate)
+                    waiting.remove(candidate)
+            yield from Batch(self, batch).run()
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises InvalidInput or BudgetError for a request that could not be served even alone."""
+        length, budget = len(request.prompt), request.sampling.max_tokens
+        if not length:
+            raise InvalidInput("The prompt is empty. Send at least one token of text.", param="prompt")
+        if length + budget > self.plan.max_context:
+            raise InvalidInput(
+                f"The prompt has {length} tokens and max_tokens is {budget}, together {length + budget}; the context "
+                "holds "
+                f"{self.plan.max_context}. Shorten the prompt, lower max_tokens, or serve with a larger max_context.",
+                param="max_tokens" if length < self.plan.max_context else "prompt",
+                code="context_length_exceeded",
+            )
+        if not all(0 <= token < self.card.vocab for token in request.prompt):
+            raise InvalidInput(f"A prompt token is outside the vocabulary of {self.card.vocab}.", param="prompt")
+        if request.selection is not None:
+            self.board.check_selection(request.selection)
+            self.plan.require(request.selection)
+
+    def fit_together(self, requests: Sequence[GenerationRequest]) -> bool:
+        """Whether these, each servable alone, can be one batch: rows, context and slots suffice."""
+        if len(requests) > self.plan.max_batch:
+            return False
+        widest = max(len(request.prompt) for request in requests)
+        longest = max(request.sampling.max_tokens for request in requests)
+        wanted = {key for selection in {request.selection for request in requests} if selection for key in selection}
+        spare = (
+            any(request.mode == "exact" for request in requests)
+            and self.plan.slots < self.card.layers * self.card.experts
+        )
+        return widest + longest <= self.plan.max_context and len(wanted) + spare <= self.plan.slots
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing) -> Tensor:
+        """Continue `cache` by `ids` [B, new] under `mask` [B, everything so far]. Logits of the last column, [B, V]."""
+        new = ids.shape[1]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]  # [B, new]
+        routing.begin(new, None if new == 1 else mask[:, -new:].bool())
+        try:
+            out: Any = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        except BaseException:
+            routing.abort()
+            raise
+        routing.finish()
+        logits: Tensor = out.logits
+        return logits[:, -1]
+
+    def require_free_slot(self, selections: Sequence[Selection | None]) -> None:
+        if any(selection is None for selection in selections) and not self.bank.reaches_all:
+            raise BudgetError(
+                f"Exact mode pages experts through free slots, and leases hold all {self.plan.slots}. "
+                "Wait for one to end, or raise the memory budget."
+            )
+
+    @contextmanager
+    def _observed(self, observer: Observer, routing: Routing) -> Iterator[None]:
+        """Everything of one pass is shown to `observer`."""
+        routing.observer = observer
+        handles = []
+        for layer, (joint, paged) in enumerate(zip(self._joints, self._experts, strict=True)):
+            if joint.norm is None:
+                raise UnsupportedFamily(
+                    f"{self.card.family} has no norm before its MoE block, so its residual can't be observed."
+                )
+            handles.append(joint.norm.register_forward_pre_hook(_residual_hook(observer, layer)))
+            paged.observer = observer
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for paged in self._experts:
+                paged.observer = None
+
+
+def _residual_hook(observer: Observer, layer: int) -> Any:
+    def hook(_: object, args: tuple[Tensor, ...]) -> None:
+        observer.residual(layer, args[0].reshape(-1, args[0].shape[-1]))
+
+    return hook

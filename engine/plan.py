@@ -1,0 +1,173 @@
+"""What fits into the memory budget. Pure arithmetic on a ModelCard, done and shown before anything is loaded.
+
+dense      every tensor that all tokens need, in the serving dtype
+kv         max_batch rows x max_context tokens x the model's keys and values (sliding windows counted in full)
+staging    the reader's aligned buffers, and an expert's own where bytes need a cast or another device
+routers    sliced copies of the routers, for at most max_batch different selections at once
+workspace  activations of chunk_tokens tokens, see `_workspace`
+slots      the rest of the budget, at most one slot for each expert
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.card import ITEMSIZE, ModelCard
+from engine.config import EngineConfig
+from store.errors import BudgetError
+from store.records import Selection
+from store.sizes import show_bytes
+
+DEFAULT_CONTEXT = 2048
+SLOT_ALIGN = 64
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes on the device, and how many experts they hold. `budget` None: everything fits by definition."""
+
+    budget: int | None
+    dense_bytes: int
+    kv_bytes: int
+    staging_bytes: int
+    router_bytes: int
+    workspace_bytes: int
+    slot_bytes: int
+    slots: int
+    layers: int
+    experts: int
+    top_k: int
+    max_context: int
+    max_batch: int
+    chunk_tokens: int
+    dtype: str
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Everything but the slots."""
+        return self.dense_bytes + self.kv_bytes + self.staging_bytes + self.router_bytes + self.workspace_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.fixed_bytes + self.slots * self.slot_bytes
+
+    @property
+    def slots_per_layer(self) -> int:
+        return self.slots // self.layers
+
+    @property
+    def keep(self) -> float:
+        """The largest share of the experts that is resident at once."""
+        return self.slots / (self.layers * self.experts)
+
+    @property
+    def floor_bytes(self) -> int:
+        """The smallest budget that serves at all: one token's experts in every layer."""
+        return self.fixed_bytes + self.layers * self.top_k * self.slot_bytes
+
+    def fits(self, selection: Selection) -> bool:
+        """Whether the whole selection is resident at once, every layer with enough experts for one token."""
+        return len(selection) <= self.slots and all(len(ids) >= self.top_k for ids in selection.experts)
+
+    def bytes_of(self, selection: Selection) -> int:
+        return len(selection) * self.slot_bytes
+
+    def memory_for(self, keep: float) -> int:
+        """The budget under which this share of every layer's experts is resident."""
+        per_layer = max(self.top_k, round(keep * self.experts))
+        return self.fixed_bytes + self.layers * per_layer * self.slot_bytes
+
+    def require(self, selection: Selection) -> None:
+        """Raises BudgetError with the numbers and the fix unless the selection fits."""
+        if self.fits(selection):
+            return
+        needed = self.fixed_bytes + self.bytes_of(selection)
+        raise BudgetError(
+            f"The selection has {len(selection)} experts, {show_bytes(self.bytes_of(selection))}; {self.slots} slots "
+            "fit into "
+            f"the budget of {show_bytes(self.budget or 0)}. Serve with --memory {_mib(needed)} or more, or keep at "
+            "most "
+            f"{self.slots_per_layer} of {self.experts} experts a layer ({self.slots_per_layer / self.experts:.0%})."
+        )
+
+
+def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
+    """The plan, or BudgetError with every number and the smallest --memory that works."""
+    dtype = card.geometry.dtype if config.dtype == "auto" else config.dtype
+    size = ITEMSIZE[dtype]
+    context = min(card.max_context, config.max_context or DEFAULT_CONTEXT)
+    chunk = config.chunk_tokens or (4096 if config.memory is None else 512)
+    slot = sum(-(-count * size // SLOT_ALIGN) * SLOT_ALIGN for count in card.geometry.expert)
+    plan = MemoryPlan(
+        budget=config.memory,
+        dense_bytes=card.geometry.dense * size,
+        kv_bytes=config.max_batch * context * card.geometry.kv_per_token * size,
+        staging_bytes=_staging(card, config, dtype),
+        router_bytes=config.max_batch * card.layers * card.experts * (card.hidden + 2) * size,
+        workspace_bytes=_workspace(card, chunk, context, config.max_batch, size),
+        slot_bytes=slot,
+        slots=card.layers * card.experts,
+        layers=card.layers,
+        experts=card.experts,
+        top_k=card.top_k,
+        max_context=context,
+        max_batch=config.max_batch,
+        chunk_tokens=chunk,
+        dtype=dtype,
+    )
+    return plan if config.memory is None else _within(plan, config.memory)
+
+
+def reader_bytes(card: ModelCard) -> int:
+    """One reader thread's buffer: a whole expert where that is reasonable, so that it is one request."""
+    return min(8 * MIB, max(256 * 1024, -(-card.expert_bytes // 4096) * 4096 + 8192))
+
+
+def needs_staging(card: ModelCard, config: EngineConfig, dtype: str) -> bool:
+    """Whether an expert's bytes change on their way: another dtype than the file's, or another device than the host."""
+    return dtype != card.geometry.dtype or config.device != "cpu"
+
+
+def _staging(card: ModelCard, config: EngineConfig, dtype: str) -> int:
+    own = card.expert_bytes if needs_staging(card, config, dtype) else 0
+    return reader_bytes(card) + own
+
+
+def _workspace(card: ModelCard, chunk: int, context: int, batch: int, size: int) -> int:
+    """An upper estimate of activations alive at once, for `chunk` tokens in one pass.
+
+    Of one layer: residual stream and norms (8 H), query, key, value and context (6 widths), the routed experts' inputs
+    and outputs (2 k H) with the busiest expert's inner columns (3 widths), a dense or shared feed-forward (3 widths);
+    router logits and probabilities in f32 (6 E); the attention mask, and all heads' scores where the kernel is not
+    fused; kept for the coverage of all layers: weights and indices of k experts (12 L k); logits of one position a
+    row, three times in f32 (sampling sorts them).
+    """
+    geometry = card.geometry
+    columns = 8 * card.hidden + 6 * geometry.attention_width + 2 * card.top_k * card.hidden
+    columns += 3 * geometry.expert_width + 3 * geometry.dense_width
+    routing = 6 * card.experts * 4 + 12 * card.layers * card.top_k
+    attention = context * (5 + 8 * geometry.scored_heads)
+    return chunk * (columns * size + routing + attention) + 3 * batch * card.vocab * 4
+
+
+def _within(plan: MemoryPlan, budget: int) -> MemoryPlan:
+    slots = min(plan.slots, (budget - plan.fixed_bytes) // plan.slot_bytes)
+    if slots < plan.layers * plan.top_k:
+        raise BudgetError(
+            f"A budget of {show_bytes(budget)} can't serve this model. It needs {show_bytes(plan.dense_bytes)} of "
+            "dense weights, "
+            f"{show_bytes(plan.kv_bytes)} of KV cache ({plan.max_batch} rows x {plan.max_context} tokens), "
+            f"{show_bytes(plan.staging_bytes + plan.router_bytes)} of staging and router copies, "
+            f"{show_bytes(plan.workspace_bytes)} of workspace ({plan.chunk_tokens} tokens at once) and at least "
+            f"{plan.layers} x {plan.top_k} slots of {show_bytes(plan.slot_bytes)}. Give --memory "
+            f"{_mib(plan.floor_bytes)} or more: "
+            f"that keeps {plan.top_k / plan.experts:.1%} of the experts resident, {_mib(plan.memory_for(0.5))} keeps "
+            "half. "
+            "A smaller max_context, max_batch or chunk_tokens lowers the floor."
+        )
+    return MemoryPlan(**{name: getattr(plan, name) for name in plan.__slots__} | {"budget": budget, "slots": slots})
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // MIB)}MiB"

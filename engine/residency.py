@@ -1,0 +1,127 @@
+"""Which expert is in which slot: pins, recency, what to evict. Decides only; knows no tensors and reads no bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import NamedTuple
+
+from store.errors import BudgetError
+from store.records import ExpertKey
+
+ABSENT = -1
+
+
+class Load(NamedTuple):
+    """An expert that must be read into a slot before it counts as there."""
+
+    key: ExpertKey
+    slot: int
+
+
+class Residency:
+    """One table for all layers: any slot may hold any expert. Not thread-safe: the device's owner calls it.
+
+    `table[layer][expert]` is the slot or ABSENT, kept as plain lists because every decoded token reads it.
+    """
+
+    def __init__(self, layers: int, experts: int, slots: int) -> None:
+        self.slots = slots
+        self.table: list[list[int]] = [[ABSENT] * experts for _ in range(layers)]
+        self._keys: list[ExpertKey | None] = [None] * slots
+        self._pins = [0] * slots
+        self._empty = list(range(slots - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # filled and unpinned, the least recently used first
+
+    @property
+    def available(self) -> int:
+        """Slots that a new expert could take: empty ones and those whose expert nobody leases."""
+        return len(self._empty) + len(self._idle)
+
+    @property
+    def resident(self) -> int:
+        return self.slots - len(self._empty)
+
+    @property
+    def leased(self) -> int:
+        return self.slots - self.available
+
+    def slot(self, key: ExpertKey) -> int:
+        return self.table[key.layer][key.expert]
+
+    def plan(self, wanted: Collection[ExpertKey]) -> list[Load]:
+        """Pin `wanted` and return the loads that make all of it resident. Changes nothing if it raises BudgetError."""
+        keys = sorted(set(wanted))
+        present = [slot for key in keys if (slot := self.slot(key)) != ABSENT]
+        missing = [key for key in keys if self.slot(key) == ABSENT]
+        room = self.available - sum(slot in self._idle for slot in present)
+        if len(missing) > room:
+            raise BudgetError(
+                f"{len(keys)} experts were asked for, {len(present)} of them are resident and {len(missing)} need a "
+                "slot, "
+                f"but only {room} of the {self.slots} slots are free: leases of other requests hold {self.leased}. "
+                "Wait for them to end, use a smaller selection, or raise the memory budget."
+            )
+        for slot in present:
+            self._pin(slot)
+        return [Load(key, self._take(key)) for key in missing]
+
+    def release(self, wanted: Collection[ExpertKey]) -> None:
+        """Undo one `plan` of these keys.
+
+        They stay resident, as the most recently used, until their slots are needed.
+        """
+        for key in sorted(set(wanted)):
+            slot = self.slot(key)
+            assert slot != ABSENT, key
+            assert self._pins[slot] > 0, key
+            self._pins[slot] -= 1
+            if not self._pins[slot]:
+                self._idle[slot] = None
+
+    def forget(self, key: ExpertKey) -> None:
+        """The bytes of a planned load never landed: its slot is empty again and its one pin is gone."""
+        slot = self.slot(key)
+        assert slot != ABSENT, key
+        assert self._pins[slot] == 1, (key, self._pins[slot])
+        self._pins[slot] = 0
+        self._clear(slot)
+        self._empty.append(slot)
+
+    def touch(self, slot: int) -> None:
+        """An unleased expert was used: it is evicted later than the others."""
+        if slot in self._idle:
+            self._idle.move_to_end(slot)
+
+    def check(self) -> None:
+        """Assert that table, slots, pins and queues tell the same story."""
+        for slot, key in enumerate(self._keys):
+            assert (key is None) == (slot in self._empty), (slot, key)
+            assert key is None or self.slot(key) == slot, (slot, key)
+            assert (slot in self._idle) == (key is not None and self._pins[slot] == 0), (slot, key)
+            assert self._pins[slot] >= 0, slot
+        filled = sum(slot != ABSENT for row in self.table for slot in row)
+        assert filled == self.resident, (filled, self.resident)
+        assert len(set(self._empty)) == len(self._empty)
+
+    def _pin(self, slot: int) -> None:
+        self._pins[slot] += 1
+        self._idle.pop(slot, None)
+
+    def _take(self, key: ExpertKey) -> int:
+        slot = self._empty.pop() if self._empty else self._evict()
+        self.table[key.layer][key.expert] = slot
+        self._keys[slot] = key
+        self._pins[slot] = 1
+        return slot
+
+    def _evict(self) -> int:
+        slot, _ = self._idle.popitem(last=False)
+        self._clear(slot)
+        return slot
+
+    def _clear(self, slot: int) -> None:
+        key = self._keys[slot]
+        assert key is not None, slot
+        self.table[key.layer][key.expert] = ABSENT
+        self._keys[slot] = None

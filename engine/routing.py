@@ -1,0 +1,234 @@
+"""Routing of a batch: each row inside its own selection, coverage metered, observers told. Knows no bytes and no slots.
+
+L MoE layers, E experts a layer, B rows, S positions, T = B*S tokens row-major, k experts a token, G selections a batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.observer import Observer
+from engine.restriction import Restriction, Route, Routed, check_router, restrict
+from store.errors import InvalidInput, UnsupportedFamily
+from store.records import Selection
+
+Restrictions = tuple[Restriction, ...]  # one a layer
+
+
+class Switchboard:
+    """All routers of a model. Calls go through unchanged unless a `Routing` is plugged in for the pass."""
+
+    def __init__(self, routers: Sequence[Any], experts: int, top_k: int, remembered: int) -> None:
+        """`remembered` bounds how many selections keep their sliced routers."""
+        self.experts = experts
+        self.top_k = top_k
+        self.routing: Routing | None = None
+        self._routers = [_Router(layer, module, self) for layer, module in enumerate(routers)]
+        self._remembered = remembered
+        self._cache: OrderedDict[Selection, Restrictions] = OrderedDict()
+
+    @property
+    def layers(self) -> int:
+        return len(self._routers)
+
+    def check(self, hidden: int) -> None:
+        """Raises UnsupportedFamily unless every router can be limited to a set. Needs the weights."""
+        for router in self._routers:
+            check_router(router.module, router.inner, hidden)
+
+    def check_selection(self, selection: Selection) -> None:
+        """Raises InvalidInput for a selection of another shape, of unknown experts, or too small for one token."""
+        if len(selection.experts) != self.layers:
+            raise InvalidInput(
+                f"The selection has {len(selection.experts)} layers, the model has {self.layers} MoE layers. "
+                "It was made for another model: profile this one.",
+                param="selection",
+            )
+        for layer, ids in enumerate(selection.experts):
+            if len(ids) < self.top_k or (ids and ids[-1] >= self.experts):
+                raise InvalidInput(
+                    f"MoE layer {layer} of the selection has {len(ids)} experts, the highest is "
+                    f"{ids[-1] if ids else None}; every "
+                    f"layer needs at least {self.top_k} (a token's top-k) of the experts 0 to {self.experts - 1}.",
+                    param="selection",
+                )
+
+    def restrictions(self, selection: Selection) -> Restrictions | None:
+        """The routers limited to `selection`; None where it limits nothing."""
+        if all(len(ids) == self.experts for ids in selection.experts):
+            return None
+        if selection not in self._cache:
+            routers = zip(self._routers, selection.experts, strict=True)
+            self._cache[selection] = tuple(restrict(router.module, ids) for router, ids in routers)
+            while len(self._cache) > self._remembered:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(selection)
+        return self._cache[selection]
+
+
+class _Router:
+    """One layer's router module, its forward replaced on the instance."""
+
+    def __init__(self, layer: int, module: Any, board: Switchboard) -> None:
+        self.layer = layer
+        self.module = module
+        self.inner: Route = module.forward
+        self._board = board
+        module.forward = self
+
+    def __call__(self, hidden: Tensor) -> Routed:
+        routed = self.inner(hidden)
+        routing = self._board.routing
+        if hidden.is_meta:
+            _check_contract(self.module, routed, self._board.experts, self._board.top_k)
+            return routed
+        if routing is None:
+            return routed
+        return routing.route(self.layer, hidden.reshape(-1, hidden.shape[-1]), routed)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Rows of the batch with the same selection. `tokens` [n] is None where the group is the whole batch."""
+
+    rows: list[int]
+    restrictions: Restrictions | None
+    tokens: Tensor | None = None
+
+
+class Routing:
+    """One batch. `begin` before each pass of the model, `finish` after it. A selection None routes freely."""
+
+    def __init__(self, board: Switchboard, selections: Sequence[Selection | None], device: torch.device) -> None:
+        self._board = board
+        self._device = device
+        self._rows = len(selections)
+        self._groups = _grouped(board, selections)
+        self._limited = any(group.restrictions is not None for group in self._groups)
+        self._inside = self._inside_table() if self._limited else None  # bool [B, L, E]
+        self._inside_sum = torch.zeros(self._rows, dtype=torch.float64, device=device)
+        self._tokens_seen = torch.zeros(self._rows, dtype=torch.float64, device=device)
+        self._valid: Tensor | None = None
+        self._width = 0
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self.observer: Observer | None = None
+
+    def begin(self, width: int, valid: Tensor | None = None) -> None:
+        """A pass over [B, `width`] tokens; `valid` bool [B, width] marks what is not padding, None: nothing is."""
+        self._width = width
+        self._valid = None if valid is None or bool(valid.all()) else valid.reshape(-1)  # [T]
+        self._seen.clear()
+        if len(self._groups) > 1:
+            places = torch.arange(self._rows * width, device=self._device).view(self._rows, width)  # [B, S]
+            for group in self._groups:
+                group.tokens = places[group.rows].flatten()
+        self._board.routing = self
+
+    def finish(self) -> None:
+        """End the pass and add its coverage to the rows'."""
+        self._board.routing = None
+        if not self._limited:
+            return
+        weights = torch.stack([weights for weights, _ in self._seen])  # [L, T, k]
+        index = torch.stack([index for _, index in self._seen])  # [L, T, k]
+        self._seen.clear()
+        inside = self._inside_of(index)  # [L, T, k]
+        share = (weights * inside).sum(-1) / weights.sum(-1)  # [L, T]
+        kept = share.mean(0).double().view(self._rows, self._width)  # [B, S]
+        if self._valid is None:
+            self._inside_sum += kept.sum(1)
+            self._tokens_seen += self._width
+        else:
+            valid = self._valid.view(self._rows, self._width)
+            self._inside_sum += kept.where(valid, 0).sum(1)
+            self._tokens_seen += valid.sum(1)
+
+    def abort(self) -> None:
+        """The pass failed: unplug, meter nothing."""
+        self._board.routing = None
+        self._seen.clear()
+
+    def coverage(self) -> list[float]:
+        """For each row, the mean share of the unrestricted router's weight that lay inside the row's selection."""
+        if not self._limited:
+            return [1.0] * self._rows
+        return (self._inside_sum / self._tokens_seen.clamp(min=1)).where(self._tokens_seen > 0, 1.0).tolist()
+
+    def select(self, rows: Sequence[int], selections: Sequence[Selection | None]) -> Routing:
+        """The batch with only `rows` left, of these selections, coverage carried along."""
+        left = Routing(self._board, selections, self._device)
+        left._inside_sum = self._inside_sum[list(rows)]
+        left._tokens_seen = self._tokens_seen[list(rows)]
+        return left
+
+    def route(self, layer: int, x: Tensor, routed: Routed) -> Routed:
+        """`x` [T, H] and what the unrestricted router said of it -> what the experts get. Padding's index is E."""
+        logits, weights, index = routed
+        if self._limited:
+            self._seen.append((weights, index))
+            weights, index = self._restricted(layer, x, routed)
+        if self.observer is not None:
+            valid = torch.ones(len(x), dtype=torch.bool, device=x.device) if self._valid is None else self._valid
+            self.observer.routed(layer, x, logits, weights, index, valid)
+        if self._valid is not None:
+            index = index.masked_fill(~self._valid.unsqueeze(1), self._board.experts)  # [T, k]
+        return logits, weights, index
+
+    def _restricted(self, layer: int, x: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:
+        logits, weights, index = routed
+        if len(self._groups) == 1:
+            restrictions = self._groups[0].restrictions
+            assert restrictions is not None
+            return restrictions[layer].route(x, logits)
+        weights, index = weights.clone(), index.clone()
+        for group in self._groups:
+            if group.restrictions is not None and group.tokens is not None:
+                own = group.restrictions[layer].route(x[group.tokens], logits[group.tokens])
+                weights.index_copy_(0, group.tokens, own[0].to(weights.dtype))
+                index.index_copy_(0, group.tokens, own[1])
+        return weights, index
+
+    def _inside_table(self) -> Tensor:
+        table = torch.ones(self._rows, self._board.layers, self._board.experts, dtype=torch.bool, device=self._device)
+        for group in self._groups:
+            if group.restrictions is not None:
+                table[group.rows] = torch.stack([restriction.allowed for restriction in group.restrictions])
+        return table
+
+    def _inside_of(self, index: Tensor) -> Tensor:
+        """`index` [L, T, k] -> bool [L, T, k]: whether each choice lies inside its own row's selection."""
+        assert self._inside is not None
+        layer = torch.arange(index.shape[0], device=index.device).view(-1, 1, 1)
+        if self._rows == 1:
+            return self._inside[0][layer, index]
+        row = torch.arange(self._rows, device=index.device).repeat_interleave(self._width).view(1, -1, 1)
+        return self._inside[row, layer, index]
+
+
+def _grouped(board: Switchboard, selections: Sequence[Selection | None]) -> list[_Group]:
+    groups: dict[Selection | None, _Group] = {}
+    for row, selection in enumerate(selections):
+        if selection is not None and selection not in groups:
+            board.check_selection(selection)
+        restrictions = None if selection is None else board.restrictions(selection)
+        key = None if restrictions is None else selection
+        groups.setdefault(key, _Group([], restrictions)).rows.append(row)
+    return list(groups.values())
+
+
+def _check_contract(module: Any, routed: Any, experts: int, top_k: int) -> None:
+    name = type(module).__name__
+    if not (isinstance(routed, tuple) and len(routed) == 3 and all(isinstance(part, Tensor) for part in routed)):
+        raise UnsupportedFamily(f"{name} does not return (logits, weights, index), so routing can't be restricted.")
+    logits, weights, index = routed
+    if logits.shape[-1] != experts or weights.shape != index.shape or index.shape[-1] != top_k or index.dim() != 2:
+        raise UnsupportedFamily(
+            f"{name} returns shapes {list(logits.shape)}, {list(weights.shape)}, {list(index.shape)}; wanted "
+            f"[T, {experts}], [T, {top_k}], [T, {top_k}]."
+        )

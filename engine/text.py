@@ -1,0 +1,122 @@
+"""Text to tokens and back: the model's own tokenizer, chat template, streaming detokenizer, stop strings.
+
+No tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from store.errors import CheckpointError, InvalidInput
+
+INCOMPLETE = "\ufffd"  # what a tokenizer shows for bytes that are no character yet
+
+
+class Tokenizer:
+    """The tokenizer of a model folder. Safe to use from any thread for encoding and decoding."""
+
+    def __init__(self, folder: Path | str) -> None:
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{folder} has no usable tokenizer: {error}. Download the tokenizer files too."
+            ) from error
+        self.eos: frozenset[int] = _eos_ids(Path(folder), self._tokenizer.eos_token_id)
+        self.has_chat_template = bool(getattr(self._tokenizer, "chat_template", None))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """With the special tokens that the model expects before plain text."""
+        return tuple(self._tokenizer.encode(text))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Messages of `role` and `content` in the model's chat template, up to where the assistant begins to answer."""
+        if not self.has_chat_template:
+            raise InvalidInput(
+                "This model has no chat template, so it can't answer messages. Use plain completion.", param="messages"
+            )
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Special tokens left out."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def _eos_ids(folder: Path, own: int | None) -> frozenset[int]:
+    """Every token that ends an answer: generation_config.json may name several, config.json or the tokenizer one."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        ids = json.loads(file.read_bytes()).get("eos_token_id") if file.is_file() else None
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset() if own is None else frozenset([own])
+
+
+class Detokenizer:
+    """Tokens in, text out as soon as it is certain: an incomplete character is held back."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._start = 0  # decoding starts here, a few tokens back, since some tokenizers join neighbours
+        self._shown = 0  # the tokens before this one are in the text already given
+
+    def push(self, token: int) -> str:
+        self._tokens.append(token)
+        known, text = self._decoded()
+        if text.endswith(INCOMPLETE):
+            return ""
+        self._start, self._shown = self._shown, len(self._tokens)
+        return text[len(known) :]
+
+    def flush(self) -> str:
+        """What was held back, as it is: bytes that never became a character show as a replacement sign."""
+        known, text = self._decoded()
+        self._start, self._shown = self._shown, len(self._tokens)
+        return text[len(known) :]
+
+    def _decoded(self) -> tuple[str, str]:
+        known = self._tokenizer.decode(self._tokens[self._start : self._shown])
+        return known, self._tokenizer.decode(self._tokens[self._start :])
+
+
+class StopFilter:
+    """Text in, text out up to the first stop string. What may be the beginning of one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        if self.stopped or not text:
+            return ""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            out, self._held = self._held[: min(found)], ""
+            return out
+        keep = self._possible_start()
+        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return out
+
+    def flush(self) -> str:
+        """The answer ended otherwise: what looked like the beginning of a stop string is text."""
+        out, self._held = self._held, ""
+        return out
+
+    def _possible_start(self) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0
