@@ -7,7 +7,6 @@ store is touched.
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,11 +20,14 @@ from service.serving import Serving, Wish, choose_serving
 from store.errors import InvalidInput
 from store.records import Decision, Mode
 
+
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt in the service's own words. `text` is what retrieval reads; None where the task must be named."""
+    """One prompt in the service's own words. `text` is what retrieval reads, None where only a named task will do;
+    `field` is what the client calls it."""
 
     id: str
+    field: str
     text: str | None
     prompt: tuple[int, ...]
     wish: Wish
@@ -44,37 +46,29 @@ class Prepared:
 
 
 def prepare(question: Question, parts: Parts) -> Prepared:
-    retrieval = retrieve(question.text, question.wish.task, parts)
+    retrieval = retrieve(question, parts)
     mode: Mode = question.wish.mode or "mask"
     try:
         serving = choose_serving(question.wish, retrieval, parts.catalogue, parts.policy)
         mode = serving.mode
     finally:  # a refusal is a decision too
         parts.store.decisions.add(decision(question.id, question.text, retrieval, mode))
-    return Prepared(
-        parts.model_id,
-        question,
-        serving,
-        GenerationRequest(
-            prompt=question.prompt,
-            selection=serving.selection,
-            mode=serving.mode,
-            sampling=question.sampling,
-            cancelled=threading.Event(),
-        ),
-    )
+    request = GenerationRequest(question.prompt, serving.selection, serving.mode, question.sampling)
+    parts.engine.check(request)
+    return Prepared(parts.model_id, question, serving, request)
 
 
-def retrieve(text: str | None, task: str | None, parts: Parts) -> Retrieval:
+def retrieve(question: Question, parts: Parts) -> Retrieval:
+    task = question.wish.task
     if task is not None:
         return pinned(parts.catalogue.named(task).name, parts.retriever.threshold)
-    if text is None:
+    if question.text is None or not question.text.strip():
         raise InvalidInput(
-            "The task is retrieved by the last user message, and there is none. Add one, or name the task: "
-            f'model="{parts.model_id}:TASK".',
-            param="messages",
+            f"The task is retrieved by the text of `{question.field}` (of messages, the last one by the user), "
+            "and there is none. Write one, or name the task.",
+            param=question.field,
         )
-    return parts.retriever.decide(text)
+    return parts.retriever.decide(question.text)
 
 
 def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode) -> Decision:
@@ -91,23 +85,14 @@ def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode) -
     )
 
 
-def sampling_for(
-    fields: SamplingFields, prompt: Sequence[int], limit: int | None, default: int | None, parts: Parts
-) -> Sampling:
-    """The engine's sampling; refuses what the context can't hold. Without a limit the answer may fill the context.
+def sampling_for(fields: SamplingFields, prompt: Sequence[int], limit: int | None, parts: Parts) -> Sampling:
+    """The engine's sampling. Where a request names no limit, the settings' one, as far as the context has room.
 
     Greedy unless a temperature is asked for: the evidence of a profile was measured so.
     """
-    room = parts.max_context - len(prompt)
-    if room < 1 or (limit or 0) > room:
-        raise InvalidInput(
-            f"The prompt has {len(prompt)} tokens and the answer was given {limit or 1}; together that is more than the "
-            f"context of {parts.max_context} tokens. Shorten the prompt, or lower the limit.",
-            param="max_tokens" if room >= 1 else "prompt",
-            code="context_length_exceeded",
-        )
+    room = parts.engine.plan.max_context - len(prompt)
     return Sampling(
-        max_tokens=limit if limit is not None else min(room, default or room),
+        max_tokens=limit if limit is not None else max(1, min(room, parts.settings.answer_tokens)),
         temperature=fields.temperature if fields.temperature is not None else 0.0,
         top_p=fields.top_p if fields.top_p is not None else 1.0,
         seed=fields.seed,
@@ -140,4 +125,3 @@ def make_receipt(prepared: Prepared, finished: FinishedEvent) -> Receipt:
         completion_tokens=finished.completion_tokens,
         ignored=prepared.question.ignored,
     )
-

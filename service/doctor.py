@@ -1,4 +1,4 @@
-"""`moepager doctor`: one check for each thing that a service needs, each with its finding and, where it fails, the fix."""
+"""`moepager doctor`: one check for each thing that a service needs, with its finding or, where it fails, the fix."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def show_checks(checks: list[Check]) -> str:
     return "\n".join(f"{'ok' if check.ok else 'FAIL':>4}  {check.name:<10} {check.detail}" for check in checks)
 
 
-def check_python(settings: Settings) -> str:
+def check_python(_settings: Settings) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "faiss-cpu"))
     return f"Python {platform.python_version()} on {platform.machine()}; {packages}"
 
@@ -79,8 +79,8 @@ def check_threads(settings: Settings) -> str:
 
 def check_model(settings: Settings) -> str:
     card = ModelCard.read(engine_config(settings).model)
-    size = show_bytes(card.expert_bytes)
-    return f"{card.folder}: {card.family}, {card.layers} MoE layers x {card.experts} experts of {size}, {card.fingerprint}"
+    shape = f"{card.layers} MoE layers x {card.experts} experts of {show_bytes(card.expert_bytes)}"
+    return f"{card.folder}: {card.family}, {shape}, fingerprint {card.fingerprint[:16]}"
 
 
 def check_budget(settings: Settings) -> str:

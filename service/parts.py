@@ -22,6 +22,7 @@ from store.vectors import VectorIndex
 
 log = logging.getLogger("moepager.service")
 
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """Everything a request needs. Open for as long as the service runs; shared by all threads."""

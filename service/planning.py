@@ -108,17 +108,15 @@ def show_memory(card: ModelCard, plan: MemoryPlan) -> str:
     """The memory plan as `serve` prints it before it loads."""
     budget = "no limit" if plan.budget is None else show_bytes(plan.budget)
     rows = [
-        ("model", f"{card.folder} ({card.family}, {plan.layers} MoE layers x {plan.experts} experts, top {plan.top_k})"),
+        ("model", f"{card.folder} ({card.family})"),
+        ("experts", f"{plan.layers} MoE layers x {plan.experts}, top {plan.top_k}"),
         ("budget", f"{budget}; planned {show_bytes(plan.total_bytes)}, floor {show_bytes(plan.floor_bytes)}"),
         ("dense weights", f"{show_bytes(plan.dense_bytes)} in {plan.dtype}"),
         ("KV cache", f"{show_bytes(plan.kv_bytes)}: {plan.max_batch} rows x {plan.max_context} tokens"),
         ("staging", f"{show_bytes(plan.staging_bytes)}, router copies {show_bytes(plan.router_bytes)}"),
         ("workspace", f"{show_bytes(plan.workspace_bytes)}: {plan.chunk_tokens} tokens at once"),
-        (
-            "expert slots",
-            f"{plan.slots} x {show_bytes(plan.slot_bytes)} = {show_bytes(plan.slots * plan.slot_bytes)}: "
-            f"{plan.slots_per_layer} of {plan.experts} experts a layer ({plan.keep:.0%})",
-        ),
+        ("expert slots", f"{plan.slots} x {show_bytes(plan.slot_bytes)} = {show_bytes(plan.slots * plan.slot_bytes)}"),
+        ("", f"{plan.slots_per_layer} of {plan.experts} experts a layer ({plan.keep:.0%})"),
     ]
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
 

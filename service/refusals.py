@@ -53,7 +53,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(error), error.status, headers)
 
 
-async def _refuse_body(request: Request, error: Exception) -> JSONResponse:
+async def _refuse_body(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     message, param = explain(error.errors())
     return JSONResponse(_body(message, 400, "invalid_request", param), 400)
@@ -66,7 +66,7 @@ async def _refuse_route(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(_body(message, error.status_code, code, None), error.status_code, error.headers)
 
 
-async def _fail(request: Request, error: Exception) -> JSONResponse:
+async def _fail(_request: Request, _error: Exception) -> JSONResponse:
     return JSONResponse(failure_body(), 500)
 
 
@@ -74,7 +74,8 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     """One message and the field it is about. Of a union's several complaints the most specific one counts."""
     first = max(errors, key=lambda error: len(error["loc"]))
     if first["type"] == "json_invalid":
-        return f"The body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}, at character {first['loc'][-1]}.", None
+        wrong = first.get("ctx", {}).get("error", first["msg"])
+        return f"The body is not JSON: {wrong}, at character {first['loc'][-1]}.", None
     param = field_name(first["loc"])
     if param is None:
         return "The body must be a JSON object, sent with `Content-Type: application/json`.", None

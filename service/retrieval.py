@@ -57,7 +57,7 @@ class Retrieval:
 
 
 class Retriever:
-    """Decides the task of a query among `tasks`; the index may hold others, of other models. Safe to call from threads."""
+    """Decides the task of a query among `tasks`; the index may hold others. Safe to call from several threads."""
 
     def __init__(
         self, embedder: Embedder, index: VectorIndex, threshold: float, tasks: Collection[str], strangers: int = 0
@@ -129,7 +129,9 @@ def _leave_one_out(exemplars: Sequence[Exemplar], top: int) -> tuple[F64, F64]:
         return np.zeros(0), np.zeros(0)
     vectors = np.stack([e.vector for e in exemplars]).astype(np.float64)  # [n, d]
     names, task = np.unique([e.task for e in exemplars], return_inverse=True)  # [t], [n]
-    scores = np.stack([_scores_in(vectors, np.flatnonzero(task == t), top) for t in range(len(names))], axis=1)  # [n, t]
+    scores = np.stack(
+        [_scores_in(vectors, np.flatnonzero(task == t), top) for t in range(len(names))], axis=1
+    )  # [n, t]
     own = np.arange(len(exemplars)), task
     inside = scores[own].copy()  # [n]
     scores[own] = -np.inf

@@ -12,17 +12,16 @@ from collections.abc import AsyncIterator, Sequence
 
 from fastapi import Request
 
-from engine.requests import FinishedEvent, TokenEvent
-from engine.worker import EngineWorker, TokenStream
+from engine.requests import Event, FinishedEvent
+from engine.worker import TokenStream
 from service.answer import Prepared, make_receipt
+from service.parts import Parts
 from service.receipt import Receipt
-from store.errors import MoepagerError, TimedOut
+from store.errors import Busy, MoepagerError, TimedOut
 
 log = logging.getLogger("moepager.service")
 
 PING_SECONDS = 15.0  # a silent stream sends a comment this often
-
-Event = TokenEvent | FinishedEvent
 
 
 class Running:
@@ -52,9 +51,11 @@ class Running:
                 ) from None
             if isinstance(event, FinishedEvent):
                 log_answer(self.prepared, event)
-                yield event
-                return
+                if event.reason == "cancelled":
+                    raise Busy("The answer was cancelled before it was finished: the service is stopping. Try again.")
             yield event
+            if isinstance(event, FinishedEvent):
+                return
 
     async def finish(self) -> FinishedEvent:
         async for event in self.events():
@@ -66,12 +67,13 @@ class Running:
         return make_receipt(self.prepared, finished)
 
 
-def submit(prepared: Sequence[Prepared], worker: EngineWorker, timeout: float) -> list[Running]:
+def submit(prepared: Sequence[Prepared], parts: Parts) -> list[Running]:
     """Submit all or none: where the queue takes only some, those are cancelled before Busy goes on."""
     running: list[Running] = []
     try:
         for one in prepared:
-            running.append(Running(one, worker.submit(one.request), timeout))
+            stream = parts.worker.submit(one.request)
+            running.append(Running(one, stream, parts.settings.request_timeout))
     except MoepagerError:
         cancel_all(running)
         raise
@@ -124,7 +126,7 @@ def log_answer(prepared: Prepared, finished: FinishedEvent) -> None:
     log.info(
         "request=%s task=%s reason=%s similarity=%s mode=%s keep=%g experts=%d paged=%d bytes=%d swap_ms=%.1f "
         "ttft_ms=%.1f tokens=%d+%d end=%s",
-        prepared.question.id, retrieval.task, retrieval.reason, retrieval.similarity, served.mode, prepared.serving.keep,
-        served.experts, served.experts_paged, served.bytes_paged, served.swap_ms, served.ttft_ms,
+        prepared.question.id, retrieval.task, retrieval.reason, retrieval.similarity, served.mode,
+        prepared.serving.keep, served.experts, served.experts_paged, served.bytes_paged, served.swap_ms, served.ttft_ms,
         finished.prompt_tokens, finished.completion_tokens, finished.reason,
     )  # fmt: skip

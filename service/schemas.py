@@ -1,4 +1,4 @@
-"""Bodies of requests: what a client may send, checked before anything else. Bodies of answers are built in `replies`."""
+"""Bodies of requests: what a client may send, checked before anything else. Answers are built in `replies`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class RetrieveBody(Body):
 
 
 def checked_mode(mode: str | None) -> Mode | None:
-    if mode is None or mode == "mask" or mode == "exact":
+    if mode is None or mode == "mask" or mode == "exact":  # noqa: PLR1714 - mypy narrows this form
         return mode
     why = "Mode auto (mask with a guard) is not built yet" if mode == "auto" else f"No mode is named {mode!r}"
     raise InvalidInput(
@@ -176,7 +176,7 @@ class ChatBody(OpenAIBody):
         both = (self.max_completion_tokens, self.max_tokens)
         if None not in both and both[0] != both[1]:
             raise InvalidInput(
-                f"`max_completion_tokens` ({both[0]}) and its old name `max_tokens` ({both[1]}) differ. Send one of them.",
+                f"`max_completion_tokens` ({both[0]}) and its old name `max_tokens` ({both[1]}) differ. Send one.",
                 param="max_tokens",
             )
         return both[0] if both[0] is not None else both[1]

@@ -118,7 +118,7 @@ class Serving:
 
 
 def choose_serving(wish: Wish, retrieval: Retrieval, catalogue: Catalogue, policy: Policy) -> Serving:
-    """Mask mode inside a task's selection wherever a task is known; else what the policy says. Refuses, never falls back."""
+    """Mask mode where a task is known; else what the policy says. Refuses what it can't do, never falls back."""
     task = catalogue.named(retrieval.task) if retrieval.task is not None else None
     if wish.mode == "exact":
         return _exact(wish, retrieval)
@@ -162,8 +162,8 @@ def choose_candidate(task: ProfiledTask, keep: float | None, scorer: str | None,
     """The largest size with evidence that fits, and at that size the best evidence."""
     if not task.candidates:
         raise InvalidInput(
-            f"The profile {task.profile_id} of task {task.name!r} has no stored evaluation at any size, so mask mode is "
-            f"refused. Evaluate it: `moepager profile --task {task.name} --calibration FILE --eval FILE`; "
+            f"The profile {task.profile_id} of task {task.name!r} has no stored evaluation at any size, so mask mode "
+            f"is refused. Evaluate it: `moepager profile --task {task.name} --calibration FILE --eval FILE`; "
             "or ask for mode exact.",
             param="mode",
             code="no_evidence",

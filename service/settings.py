@@ -1,4 +1,4 @@
-"""Settings of a service, from MOEPAGER_* variables and the command line. Only `store.home` reads another (MOEPAGER_HOME).
+"""Settings of a service, from MOEPAGER_* variables and the command line. `store.home` alone reads MOEPAGER_HOME.
 
 A command-line option wins over its variable. A variable that names no setting is refused: a setting that silently
 does nothing is worse than none.
@@ -54,6 +54,7 @@ class Settings(BaseSettings):
     scorer: str | None = None  # None: the one with the best evidence
     max_context: int | None = Field(default=None, gt=0)  # tokens; None: the engine's choice for this model
     max_batch: int = Field(default=8, gt=0)
+    answer_tokens: int = Field(default=512, gt=0)  # the limit of an answer whose request names none
     queue_size: int = Field(default=64, gt=0)
     request_timeout: float = Field(default=600.0, gt=0)  # seconds
     device: str = "cpu"

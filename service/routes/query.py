@@ -15,6 +15,7 @@ from service.answer import Prepared, Question, prepare, sampling_for
 from service.context import PartsDep, RequestId
 from service.headers import expert_headers
 from service.parts import Parts
+from service.prompts import encode_query
 from service.refusals import with_error_frame
 from service.running import Running, cancel_all, finish_all, merged, submit
 from service.schemas import QueryBody
@@ -35,9 +36,9 @@ async def query(body: QueryBody, request: Request, name: RequestId, parts: Parts
 
 
 def prepare_query(body: QueryBody, name: str, parts: Parts) -> Prepared:
-    prompt = parts.engine.tokenizer.encode_chat([{"role": "user", "content": body.query}])
-    sampling = sampling_for(body, prompt, body.max_tokens, None, parts)
-    return prepare(Question(name, body.query, tuple(prompt), body.wish(), sampling), parts)
+    prompt = encode_query(body.query, parts.engine.tokenizer)
+    sampling = sampling_for(body, prompt, body.max_tokens, parts)
+    return prepare(Question(name, "query", body.query, prompt, body.wish(), sampling), parts)
 
 
 async def query_frames(running: Running) -> AsyncIterator[bytes]:

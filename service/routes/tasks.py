@@ -1,4 +1,4 @@
-"""`GET /v1/tasks`: what each task can be served with, and the evidence. `GET /v1/residency`: what is on the device now."""
+"""`GET /v1/tasks`: what each task can be served with, and its evidence. `GET /v1/residency`: what is on the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def list_tasks(parts: PartsDep) -> dict[str, Any]:
 
 
 def task_object(task: ProfiledTask, policy: Policy) -> dict[str, Any]:
-    """`serves` is the selection that a request without wishes gets; None, with the reason, where mask mode is refused."""
+    """`serves` is the selection that a request without wishes gets; None where mask mode is refused, for `refusal`."""
     serves, refusal = None, None
     try:
         serves = choose_candidate(task, policy.keep, policy.scorer, policy).stored.id

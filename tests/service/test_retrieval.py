@@ -21,19 +21,27 @@ TEXTS = {
 
 def exemplars_of(texts: dict[str, list[str]]) -> list[Exemplar]:
     embedder = HashEmbedder()
-    return [Exemplar(t, q, v, embedder.id) for t, qs in texts.items() for q, v in zip(qs, embedder.embed(qs), strict=True)]
+    return [
+        Exemplar(t, q, v, embedder.id) for t, qs in texts.items() for q, v in zip(qs, embedder.embed(qs), strict=True)
+    ]
 
 
 def random_exemplars(rng: np.random.Generator, tasks: int, each: int, dimension: int = 8) -> list[Exemplar]:
     vectors = rng.normal(size=(tasks, each, dimension)) + 2 * rng.normal(size=(tasks, 1, dimension))
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return [Exemplar(f"t{t}", f"{t} {i}", vectors[t, i].astype(np.float32), "e") for t in range(tasks) for i in range(each)]
+    return [
+        Exemplar(f"t{t}", f"{t} {i}", vectors[t, i].astype(np.float32), "e") for t in range(tasks) for i in range(each)
+    ]
 
 
 def plain_leave_one_out(exemplars: list[Exemplar], top: int) -> tuple[list[float], list[float]]:
     inside, across = [], []
     for query in exemplars:
-        hits = [Hit(e.task, e.text, float(e.vector.astype(float) @ query.vector.astype(float))) for e in exemplars if e is not query]
+        hits = [
+            Hit(e.task, e.text, float(e.vector.astype(float) @ query.vector.astype(float)))
+            for e in exemplars
+            if e is not query
+        ]
         scores = {r.task: r.similarity for r in rank(hits, top)}
         if query.task in scores:
             inside.append(scores.pop(query.task))
