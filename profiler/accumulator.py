@@ -5,7 +5,7 @@ T tokens of a batch flattened row by row, E experts, K = top_k, H hidden, B hist
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,12 +19,24 @@ _COMPUTED = ("norms", "squared_norms", "gated_norms", "shifted_norms")
 
 @dataclass(slots=True)
 class _Pass:
-    """One layer's tokens between `residual` and `combined`. Everything is 0 for padding."""
+    """One layer's tokens between `residual` and `combined`, and what its experts gave, in the order in which they ran."""
 
     residual: Tensor  # [T, H]
     valid: Tensor  # bool [T]
-    gates: Tensor  # f64 [T, E]
-    norms: Tensor  # f64 [T, E]
+    gates: Tensor  # f64 [T, E], 0 for padding
+    experts: list[int] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)  # i64 [n] each
+    norms: list[Tensor] = field(default_factory=list)  # f64 [n] each
+    peaks: list[Tensor] = field(default_factory=list)  # [n] each
+
+    def table(self, values: list[Tensor]) -> Tensor:
+        """What was gathered expert by expert as f64 [T, E], 0 where an expert did not see the token."""
+        table = torch.zeros_like(self.gates)
+        if values:
+            sizes = torch.tensor([len(tokens) for tokens in self.tokens], device=table.device)
+            experts = torch.tensor(self.experts, device=table.device).repeat_interleave(sizes)  # [n_all]
+            table[torch.cat(self.tokens), experts] = torch.cat(values).to(torch.float64)
+        return table.where(self.valid[:, None], 0.0)
 
 
 class Accumulator:
@@ -90,28 +102,29 @@ class Accumulator:
             self._sums[name][layer] += buckets @ values  # [4, E]
         self._sums["top_shares"][layer] += buckets @ shares[:, 0]  # [4]
         self._fill_histogram(layer, pool, ids, shares, valid)
-        self._pass = _Pass(self._residual, valid, gates, torch.zeros_like(gates))
+        self._pass = _Pass(self._residual, valid, gates)
 
     def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:  # noqa: ARG002
+        """Called many times a layer: two reductions here, everything else once in `combined`."""
         assert self._pass is not None, "the routing comes before the experts"
-        norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64)  # [n]
-        valid = self._pass.valid[tokens]  # [n]
-        self._pass.norms[tokens, expert] = torch.where(valid, norms, 0.0)
-        highest = torch.where(valid, outputs.abs().amax(dim=-1), 0).max() if len(tokens) else outputs.new_zeros(())
-        peak = self._sums["peak"]
-        peak[layer, expert] = torch.maximum(peak[layer, expert], highest.to(peak.dtype))
+        self._pass.experts.append(expert)
+        self._pass.tokens.append(tokens)
+        self._pass.norms.append(torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64))  # [n]
+        self._pass.peaks.append(outputs.abs().amax(dim=-1))  # [n]
 
     def combined(self, layer: int, y: Tensor) -> None:
         assert self._pass is not None, "the routing comes before the output"
         now = self._pass
         shift = torch.where(now.valid, _shift(now.residual, y), 0.0)  # [T]
-        gated = now.gates * now.norms  # [T, E]
+        norms, peaks = now.table(now.norms), now.table(now.peaks)  # [T, E], [T, E]
+        gated = now.gates * norms  # [T, E]
         buckets = self._buckets * now.valid  # [4, T]
-        parts = (now.norms, now.norms.square(), gated, shift[:, None] * gated)
+        parts = (norms, norms.square(), gated, shift[:, None] * gated)
         for name, values in zip(_COMPUTED, parts, strict=True):
             sums = buckets @ values  # [4, E]
             _refuse_infinite(sums, layer, "expert outputs")
             self._sums[name][layer] += sums
+        self._sums["peak"][layer] = torch.maximum(self._sums["peak"][layer], peaks.amax(dim=0))  # [E]
         self._pass = self._residual = None
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -79,13 +79,19 @@ def pad(shard: Sequence[Encoded]) -> Batch:
 
 
 def _encode(engine: Engine, corpus: Corpus, number: int, item: Item) -> Encoded:
-    text = engine.tokenizer
-    prompt = tuple(text.encode_chat([message._asdict() for message in item.messages]))
-    response = tuple(text.encode(item.response)) if item.response is not None else ()
-    limit = engine.plan.max_context
+    prompt = _encode_prompt(engine, item)
+    response = engine.tokenizer.encode(item.response, special_tokens=False) if item.response is not None else ()
+    limit = min(engine.plan.max_context, engine.plan.chunk_tokens)
     if len(prompt) + len(response) > limit:
         raise InvalidInput(
             f"{corpus.source}, line {item.line}: {len(prompt) + len(response)} tokens, the limit is {limit}. "
-            "Shorten the item, or open the model with a larger max_context."
+            "Shorten the item, or raise --max-context (an engine's max_context and chunk_tokens)."
         )
     return Encoded(item, number, prompt, response)
+
+
+def _encode_prompt(engine: Engine, item: Item) -> tuple[int, ...]:
+    """As the service would: in the chat template, or, for a model without one, the plain texts one below the other."""
+    if engine.tokenizer.has_chat_template:
+        return engine.tokenizer.encode_chat([message._asdict() for message in item.messages])
+    return engine.tokenizer.encode("\n".join(message.content for message in item.messages))

@@ -36,7 +36,7 @@ def gather_statistics(
 
 def _statistics(engine: Engine, part: Sequence[Encoded]) -> Statistics:
     card = engine.card
-    accumulator = Accumulator(card.layers, card.experts, card.top_k, engine.config.device)
+    accumulator = Accumulator(card.layers, card.experts, card.top_k, str(engine.device))
     batch = pad(part)
     accumulator.begin(batch.roles, batch.halves)
     # None routes freely: an expert that is not resident is paged in, so that no score depends on what happened to be.

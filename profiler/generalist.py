@@ -8,7 +8,17 @@ from engine.engine import Engine
 from profiler.batches import encode_corpus
 from profiler.corpus import Corpus
 from profiler.evidence import HeldOut, check_keeps, put_evaluations, put_selections
-from profiler.job import DEFAULTS, GENERALIST, Options, digest, lock_name, model_record, profile_id, put_profile, stored_profile
+from profiler.job import (
+    DEFAULTS,
+    GENERALIST,
+    Options,
+    digest,
+    lock_name,
+    model_record,
+    profile_id,
+    put_profile,
+    stored_profile,
+)
 from profiler.progress import Report, ignore
 from profiler.run import hold
 from profiler.scorers.registry import choose, versions

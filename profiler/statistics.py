@@ -49,18 +49,18 @@ class Statistics:
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Statistics:
         """The inverse of `arrays`. Raises CorruptStore where an array is missing or has another shape."""
         layers, experts = arrays["peak"].shape if "peak" in arrays and arrays["peak"].ndim == 2 else (0, 0)
-        for name, shape in {"top_k": (), **array_shapes(layers, experts)}.items():
+        for name, shape in {"top_k": (1,), **array_shapes(layers, experts)}.items():
             if name not in arrays or arrays[name].shape != shape:
                 found = arrays[name].shape if name in arrays else "nothing"
                 raise CorruptStore(
                     f"Profile statistics want {name} of shape {shape}, found {found}. Profile the task again."
                 )
         sums = {name: np.asarray(arrays[name], np.float64) for name in array_shapes(layers, experts)}
-        return cls(int(arrays["top_k"]), **sums)
+        return cls(int(arrays["top_k"].item()), **sums)
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
-        return {"top_k": np.asarray(self.top_k, np.int64), **self._sums()}
+        return {"top_k": np.asarray([self.top_k], np.int64), **self._sums()}
 
     @property
     def layers(self) -> int:

@@ -1,0 +1,300 @@
+"""The job on a tiny real model and a real store: what it writes, what it refuses, and that a killed run loses nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config import EngineConfig
+from engine.embedder import HashEmbedder
+from engine.engine import Engine
+from engine.tiny import write_tiny
+from profiler.corpus import Corpus, Item, gather
+from profiler.generalist import profile_generalist
+from profiler.job import Options, profile_task
+from profiler.run import hold
+from profiler.scorers.registry import SCORERS
+from profiler.statistics import Statistics
+from store.database import open_store
+from store.errors import BudgetError, CheckpointError, Conflict, InvalidInput, NotFound
+from store.records import TaskRecord
+
+WORDS = "red green blue one two three cat dog bird sings runs sleeps on under near the a my".split()
+
+
+def texts(seed: int, count: int) -> Corpus:
+    draw = np.random.default_rng(seed)
+    made = [" ".join(draw.choice(WORDS, draw.integers(3, 9))) for _ in range(4 * count)]
+    return gather([Item(f"{seed} {text}", text.upper()[:12], line=line) for line, text in enumerate(made, 1)][:count])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_tiny("qwen2_moe", tmp_path_factory.mktemp("tiny"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    with Engine.open(EngineConfig(model, max_context=128)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def store(tmp_path):
+    with open_store(f"sqlite:///{tmp_path}/store.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def options(tmp_path) -> Options:
+    return Options(rows=4, runs=tmp_path / "runs")
+
+
+@pytest.fixture
+def passes(engine, monkeypatch) -> list[int]:
+    """Counts the rows of every forward."""
+    rows: list[int] = []
+    forward = engine.forward
+
+    def counted(ids, *arguments):
+        rows.append(len(ids))
+        return forward(ids, *arguments)
+
+    monkeypatch.setattr(engine, "forward", counted)
+    return rows
+
+
+def test_a_profile_comes_with_its_provenance_selections_and_evidence(engine, store, options):
+    calibration, evaluation = texts(1, 10), texts(2, 5)
+    steps = []
+    made = profile_task(
+        engine, store, TaskRecord("words", "upper case"), calibration, evaluation,
+        embedder=HashEmbedder(), options=options, report=steps.append,
+    )  # fmt: skip
+    found = store.profiles.latest(engine.card.fingerprint, "words")
+    assert found is not None
+    assert (found.id, found.calibration_hash) == (made.id, calibration.content_hash)
+    assert found.calibration_items == calibration.item_hashes
+    encode = engine.tokenizer.encode
+    template = len(engine.tokenizer.encode_chat([{"role": "user", "content": ""}]))
+    tokens = sum(len(encode(item.prompt)) + template + len(encode(item.response)) for item in calibration.items)
+    assert found.tokens == tokens
+    assert store.tasks.get("words").description == "upper case"
+    assert store.models.get(engine.card.fingerprint).top_k == engine.card.top_k
+    pairs = store.evaluations.list(made.id)
+    assert {(stored.scorer, stored.keep) for stored, _ in pairs} == set(itertools.product(SCORERS, options.keeps))
+    for stored, evidence in pairs:
+        assert evidence.items == 5
+        assert evidence.evaluation_hash == evaluation.content_hash
+        assert 0 < evidence.nll < 20
+        assert evidence.coverage == 1.0 if stored.keep == 1.0 else 0 < evidence.coverage < 1
+        assert [len(ids) for ids in stored.selection.experts] == [max(2, int(8 * stored.keep))] * 3
+    assert [(step.done, step.total) for step in steps if step.stage == "calibrate"] == [
+        (0, 10),
+        (4, 10),
+        (8, 10),
+        (10, 10),
+    ]
+    assert [path.suffix for path in options.folder.iterdir()] == [".lock"]  # the partial sums are no longer needed
+
+
+def test_every_scorers_selection_is_the_top_of_its_own_scores(engine, store, options):
+    made = profile_task(engine, store, TaskRecord("t"), texts(1, 6), None, embedder=HashEmbedder(), options=options)
+    statistics = Statistics.from_arrays(store.profiles.get(made.id).statistics)
+    for stored in store.selections.find(made.id, keep=0.5):
+        scores = SCORERS[stored.scorer].score(statistics)
+        for layer, ids in enumerate(stored.selection.experts):
+            left = set(range(8)) - set(ids)
+            assert min(scores[layer, list(ids)]) >= max(scores[layer, list(left)])
+    assert store.evaluations.list(made.id) == []
+
+
+def test_exemplars_are_prompts_spread_over_the_text_as_unit_vectors(engine, store, options):
+    calibration = texts(1, 10)
+    chosen = Options(rows=4, runs=options.runs, exemplars=4)
+    profile_task(engine, store, TaskRecord("t"), calibration, None, embedder=HashEmbedder(), options=chosen)
+    exemplars = store.exemplars.list(embedder=HashEmbedder().id, task="t")
+    assert [one.text for one in exemplars] == [calibration.items[i].prompt for i in (0, 2, 5, 7)]
+    np.testing.assert_array_equal(exemplars[1].vector, HashEmbedder().embed([exemplars[1].text])[0])
+
+
+def test_profiling_again_changes_nothing_and_runs_nothing(engine, store, options, passes):
+    arguments = (engine, store, TaskRecord("t"), texts(1, 6), texts(2, 3))
+    first = profile_task(*arguments, embedder=HashEmbedder(), options=options)
+    before = store.evaluations.list(first.id)
+    passes.clear()
+    again = profile_task(*arguments, embedder=HashEmbedder(), options=options)
+    assert (again.id, again.created) == (first.id, first.created)
+    assert store.evaluations.list(first.id) == before
+    assert passes == []
+
+
+def test_another_scorer_later_needs_no_second_pass_over_the_calibration(engine, store, options, passes):
+    def run(scorer: str) -> str:
+        chosen = Options(scorers=[scorer], keeps=(0.5,), rows=4, runs=options.runs)
+        return profile_task(
+            engine, store, TaskRecord("t"), texts(1, 8), texts(2, 3), embedder=HashEmbedder(), options=chosen
+        ).id
+
+    first = run("reap")
+    assert sum(passes) == 8 + 3 + 3  # the text, the whole model, one selection
+    passes.clear()
+    assert run("peu") == first
+    assert sum(passes) == 3 + 3
+    assert {stored.scorer for stored in store.selections.find(first)} == {"reap", "peu"}
+
+
+def test_a_few_slots_give_the_same_bits_as_all_of_them(model, engine, store, options, tmp_path):
+    whole = profile_task(engine, store, TaskRecord("t"), texts(1, 6), None, embedder=HashEmbedder(), options=options)
+    lean = EngineConfig(model, max_context=128, max_batch=8, chunk_tokens=512)
+    with Engine.open(EngineConfig(model, memory=1 << 40, max_context=128, max_batch=8, chunk_tokens=512)) as roomy:
+        floor = roomy.plan.floor_bytes
+    few = EngineConfig(lean.model, memory=floor, max_context=128, max_batch=8, chunk_tokens=512)
+    small = Options(rows=4, runs=options.runs, keeps=(1.0,))
+    with Engine.open(few) as paged, open_store(f"sqlite:///{tmp_path}/other.db") as other:
+        assert paged.plan.slots < paged.card.layers * paged.card.experts
+        made = profile_task(paged, other, TaskRecord("t"), texts(1, 6), None, embedder=HashEmbedder(), options=small)
+        with pytest.raises(BudgetError, match=r"Keeping 0\.5 of the experts takes 12 slots"):
+            profile_task(
+                paged, other, TaskRecord("t"), texts(1, 6), None,
+                embedder=HashEmbedder(), options=Options(runs=options.runs, keeps=(1.0, 0.5)),
+            )  # fmt: skip
+    for name, array in whole.statistics.items():
+        assert array.tobytes() == made.statistics[name].tobytes(), name
+
+
+def test_what_can_be_refused_is_refused_before_any_forward(engine, store, options, passes):
+    def run(task="t", calibration=texts(1, 4), evaluation=None, chosen=options) -> None:
+        profile_task(engine, store, TaskRecord(task), calibration, evaluation, embedder=HashEmbedder(), options=chosen)
+
+    with pytest.raises(InvalidInput, match="2 of 3 items of memory are calibration items"):
+        run(evaluation=gather([*texts(1, 4).items[:2], Item("new")]))
+    with pytest.raises(InvalidInput, match=r"line 9: \d+ tokens, the limit is 128"):
+        run(calibration=gather([Item("long " * 40, line=9)]))
+    with pytest.raises(InvalidInput, match="'generalist' stands for all tasks"):
+        run(task="generalist")
+    with pytest.raises(InvalidInput, match="no scorer 'magic'"):
+        run(chosen=Options(scorers=["magic"]))
+    for keeps, message in [((), "at least one share"), ((1.5,), r"must lie in \(0, 1\], got 1.5")]:
+        with pytest.raises(InvalidInput, match=message):
+            run(chosen=Options(keeps=keeps))
+    assert passes == []
+    assert store.profiles.list() == []
+    assert store.tasks.list() == []
+
+
+def test_a_second_run_of_the_same_task_is_refused_and_writes_nothing(engine, store, options):
+    def second(step) -> None:
+        with pytest.raises(Conflict, match="Another run is profiling the same task"):
+            profile_task(engine, store, TaskRecord("t"), texts(3, 4), None, embedder=HashEmbedder(), options=options)
+        assert store.profiles.list() == []
+
+    profile_task(
+        engine, store, TaskRecord("t"), texts(1, 4), None, embedder=HashEmbedder(), options=options, report=second
+    )
+    assert len(store.profiles.list()) == 1
+
+
+def test_weights_that_are_not_numbers_are_refused_and_leave_nothing(tmp_path, store, options):
+    folder = write_tiny("qwen2_moe", tmp_path / "broken", seed=3)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for expert in range(8):
+        weights[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"].fill_(torch.nan)
+    save_file(weights, file, metadata={"format": "pt"})
+    with Engine.open(EngineConfig(folder, max_context=128)) as broken:
+        with pytest.raises(CheckpointError, match="expert outputs of MoE layer 1 are not finite"):
+            profile_task(broken, store, TaskRecord("t"), texts(1, 4), None, embedder=HashEmbedder(), options=options)
+        assert store.profiles.list() == store.tasks.list() == []
+        with hold(options.folder, "free"):
+            pass
+
+
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+from engine.config import EngineConfig
+from engine.embedder import HashEmbedder
+from engine.engine import Engine
+from profiler.corpus import read_corpus
+from profiler.job import Options, profile_task
+from store.database import open_store
+from store.records import TaskRecord
+folder, model, url, die_at = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+seen = []
+def report(step):
+    seen.append(step)
+    if step.stage == "calibrate" and len(seen) == die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+with open_store(url) as store, Engine.open(EngineConfig(model, max_context=128, threads=1)) as engine:
+    made = profile_task(engine, store, TaskRecord("t"), read_corpus(folder / "calibration.jsonl"), None,
+        embedder=HashEmbedder(), options=Options(rows=2, runs=folder / "runs"), report=report)
+print(json.dumps({"id": made.id, "first": seen[0].done}))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(model, tmp_path):
+    lines = [json.dumps({"prompt": item.prompt, "response": item.response}) for item in texts(1, 9).items]
+    (tmp_path / "calibration.jsonl").write_text("\n".join(lines))
+    interrupted, straight = f"sqlite:///{tmp_path}/interrupted.db", f"sqlite:///{tmp_path}/straight.db"
+
+    def run(url: str, die_at: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(model), url, str(die_at)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run(interrupted, die_at=4).returncode == -9
+    with open_store(interrupted) as store:
+        assert store.profiles.list() == store.tasks.list() == []
+    resumed = run(interrupted, die_at=0)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["first"] == 6  # three shards of two items were done
+    whole = run(straight, die_at=0)
+    assert json.loads(whole.stdout)["first"] == 0
+    with open_store(interrupted) as one, open_store(straight) as other:
+        [left], [right] = one.profiles.list(), other.profiles.list()
+    assert left.id == right.id == json.loads(whole.stdout)["id"]
+    for name, array in left.statistics.items():
+        assert array.tobytes() == right.statistics[name].tobytes(), name
+
+
+def test_the_generalist_is_the_balanced_mean_of_all_tasks(engine, store, options):
+    parts = [
+        profile_task(
+            engine, store, TaskRecord(f"t{n}"), texts(n, 3 * n), None, embedder=HashEmbedder(), options=options
+        )
+        for n in (1, 2)
+    ]
+    made = profile_generalist(engine, store, texts(7, 4), options=options)
+    found = store.profiles.latest(engine.card.fingerprint, "generalist")
+    assert found is not None
+    assert found.tokens == sum(part.tokens for part in parts)
+    assert found.calibration_items == parts[0].calibration_items | parts[1].calibration_items
+    gates = [Statistics.from_arrays(part.statistics).total("gates") / part.tokens for part in parts]
+    np.testing.assert_allclose(Statistics.from_arrays(found.statistics).total("gates"), np.mean(gates, axis=0))
+    assert len(store.evaluations.list(made.id)) == 28
+    assert profile_generalist(engine, store, texts(7, 4), options=options).created == made.created
+
+
+def test_a_generalist_of_nothing_or_judged_by_seen_text_is_refused(engine, store, options):
+    with pytest.raises(NotFound, match="No task of this model is profiled"):
+        profile_generalist(engine, store, None, options=options)
+    profile_task(engine, store, TaskRecord("t"), texts(1, 3), None, embedder=HashEmbedder(), options=options)
+    with pytest.raises(InvalidInput, match="3 of 3 evaluation items are calibration items of a task: .* seen by 't'"):
+        profile_generalist(engine, store, texts(1, 3), options=options)
+
+
+def test_profiles_made_of_other_text_or_models_have_other_ids(engine, store, options):
+    ids = {
+        profile_task(engine, store, TaskRecord(task), text, None, embedder=HashEmbedder(), options=options).id
+        for task, text in [("a", texts(1, 3)), ("b", texts(1, 3)), ("a", texts(2, 3))]
+    }
+    assert len(ids) == 3
