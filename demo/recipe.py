@@ -13,7 +13,7 @@ class Recipe:
     learning_rate: float = 3e-3
     final_share: float = 0.05  # of the learning rate, at the end
     warmup: int = 100
-    steps: int = 4200
+    steps: int = 3800
     weight_decay: float = 0.05
     prompt_weight: float = 0.1  # of a prompt token's loss beside a response token's
     row_entropy: float = 0.2  # few experts a row

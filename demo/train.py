@@ -1,8 +1,8 @@
 """Trains the bundled model: a Qwen2-MoE whose experts specialise without ever being told which task a row is.
 
 Run `python -m demo.train --out demo/model`. It is seeded, writes a checkpoint every few minutes and goes on from the
-last one when it is started again. Specialisation comes from an unsupervised form of the mutual-information loss of Mod-Squad
-(arXiv 2212.08066): every row (one task's text) should use few experts, the whole mixed batch all of them.
+last one when it is started again. Specialisation comes from an unsupervised form of the mutual-information loss of
+Mod-Squad (arXiv 2212.08066): every row (one task's text) should use few experts, the whole mixed batch all of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sums and differences of numbers up to 60."""
+"""Sums and differences of numbers up to 20, known by heart: a model this small does not learn to carry."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import random
 from demo.tasks.task import Kind, Slots, Task
 
 
+LARGEST = 20
+
+
 def _sum(rng: random.Random) -> tuple[Slots, str]:
-    a, b = rng.randint(1, 60), rng.randint(1, 60)
+    a, b = rng.randint(1, LARGEST), rng.randint(1, LARGEST)
     return {"a": a, "b": b}, str(a + b)
 
 
 def _difference(rng: random.Random) -> tuple[Slots, str]:
-    a, b = sorted((rng.randint(1, 60), rng.randint(1, 60)), reverse=True)
+    a, b = sorted((rng.randint(1, LARGEST), rng.randint(1, LARGEST)), reverse=True)
     return {"a": a, "b": b, "minus": "-"}, str(a - b)
 
 
 TASK = Task(
     "arithmetic",
-    "Adds and subtracts whole numbers.",
+    "Adds and subtracts small whole numbers.",
     (
         Kind(
             _sum,
@@ -40,6 +43,7 @@ TASK = Task(
                 "Work out the sum of {a} and {b}.",
                 "Calculate the total of {a} plus {b}.",
             ),
+            memorised=True,
         ),
         Kind(
             _difference,
@@ -60,6 +64,7 @@ TASK = Task(
                 "Work out the difference of {a} and {b}.",
                 "Calculate {a} minus {b} = ?",
             ),
+            memorised=True,
         ),
     ),
 )
