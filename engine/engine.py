@@ -5,7 +5,7 @@ B rows, S positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -172,7 +172,7 @@ class Engine:
                 f"for {self.plan.chunk_tokens}. Send fewer rows at once, or open the engine with a larger chunk_tokens."
             )
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[Event]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Generator[Event, None, None]:
         """One event after another, rows numbered as in `requests`.
 
         What does not fit into one batch runs in the next.
@@ -181,7 +181,7 @@ class Engine:
             self.check(request)
         return self._run(list(enumerate(requests)))
 
-    def _run(self, waiting: list[tuple[int, GenerationRequest]]) -> Iterator[Event]:
+    def _run(self, waiting: list[tuple[int, GenerationRequest]]) -> Generator[Event, None, None]:
         while waiting:
             batch = [waiting.pop(0)]
             for candidate in list(waiting):

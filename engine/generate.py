@@ -90,6 +90,11 @@ class Batch:
 
     def run(self) -> Iterator[Event]:
         """Events until every row is finished. Leases and cache are given back however this ends."""
+        for row in [row for row in self._rows if row.request.cancelled.is_set()]:
+            self._rows.remove(row)
+            yield row.finished("cancelled", 1.0, self._engine.resident_bytes)
+        if not self._rows:
+            return
         with ExitStack() as stack:
             self._lease(stack)
             self._engine.require_free_slot(self._selections())

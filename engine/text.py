@@ -30,9 +30,11 @@ class Tokenizer:
         self.eos: frozenset[int] = _eos_ids(Path(folder), self._tokenizer.eos_token_id)
         self.has_chat_template = bool(getattr(self._tokenizer, "chat_template", None))
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """With the special tokens that the model expects before plain text."""
-        return tuple(self._tokenizer.encode(text))
+    def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
+        """With the special tokens that the model expects before plain text; without them for text that continues
+        other.
+        """
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special_tokens))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Messages of `role` and `content` in the model's chat template, up to where the assistant begins to answer."""
