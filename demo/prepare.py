@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from engine.engine import Engine
-
 from demo.corpus import DATA
 from demo.tasks.registry import TASKS
 from engine.config import EngineConfig
 from engine.embedder import Embedder
+from engine.engine import Engine
 from profiler.corpus import Corpus, read_corpus
 from profiler.generalist import profile_generalist
 from profiler.job import Options, profile_task

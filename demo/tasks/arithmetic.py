@@ -6,7 +6,6 @@ import random
 
 from demo.tasks.task import Kind, Slots, Task
 
-
 LARGEST = 20
 
 
