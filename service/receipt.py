@@ -3,37 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal
 
 from store.records import Mode
 
 Reason = Literal["pinned", "retrieved", "below-threshold", "no-tasks"]
-
-
-class ReceiptJson(TypedDict):
-    """The wire form of `Receipt`: the same names."""
-
-    task: str | None
-    similarity: float | None
-    mode: Mode
-    keep: float
-    coverage: float | None
-    escalated: bool
-    experts: int
-    experts_paged: int
-    bytes_paged: int
-    swap_ms: float
-    ttft_ms: float
-    resident_bytes: int
-    model: str
-    profile_id: str | None
-    reason: Reason
-    served_task: str | None
-    scorer: str | None
-    selection: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    ignored: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +37,5 @@ class Receipt:
     completion_tokens: int
     ignored: tuple[str, ...] = ()
 
-    def json(self) -> ReceiptJson:
-        fields = asdict(self)
-        fields["ignored"] = list(self.ignored)
-        return ReceiptJson(**fields)  # type: ignore[typeddict-item]
+    def json(self) -> dict[str, Any]:
+        return {**asdict(self), "ignored": list(self.ignored)}

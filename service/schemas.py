@@ -12,6 +12,7 @@ from store.errors import InvalidInput
 from store.records import Mode
 
 MAX_STOPS = 16
+MODES: Mapping[str, Mode] = {"mask": "mask", "exact": "exact"}
 
 Tokens = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
@@ -68,8 +69,8 @@ class RetrieveBody(Body):
 
 
 def checked_mode(mode: str | None) -> Mode | None:
-    if mode is None or mode == "mask" or mode == "exact":  # noqa: PLR1714 - mypy narrows this form
-        return mode
+    if mode is None or mode in MODES:
+        return MODES[mode] if mode else None
     why = "Mode auto (mask with a guard) is not built yet" if mode == "auto" else f"No mode is named {mode!r}"
     raise InvalidInput(
         f"{why}: ask for mask (route only inside the task's selection) or exact (route freely, page in what misses).",
@@ -193,8 +194,8 @@ class CompletionBody(OpenAIBody):
         if not self.prompt:
             raise InvalidInput("`prompt` is an empty list. Send at least one text or token id.", param="prompt")
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
 
 def _same(value: object, neutral: object) -> bool:

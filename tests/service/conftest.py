@@ -1,0 +1,131 @@
+"""A real engine on a tiny random checkpoint, and a real store with tasks at every stage of readiness."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from engine.card import ModelCard
+from engine.embedder import HashEmbedder
+from engine.plan import plan_memory
+from engine.tiny import write_tiny
+from service.app import create_app
+from service.model import engine_config
+from service.parts import Parts, open_parts
+from service.settings import PREFIX, Settings
+from store.database import Store, open_store
+from store.records import Evaluation, Exemplar, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
+
+COOKING = ["how long do I boil an egg", "how long do I boil potatoes", "boil rice how long"]
+SQL = ["select all rows from the users table", "select rows from orders", "select names from the table users"]
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny("qwen3_moe", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def card(model_folder: Path) -> ModelCard:
+    return ModelCard.read(model_folder)
+
+
+@pytest.fixture(scope="session")
+def selection_of(card: ModelCard) -> Callable[[float, int], Selection]:
+    def make(keep: float, seed: int = 0) -> Selection:
+        rng = np.random.default_rng(seed)
+        count = round(keep * card.experts)
+        return Selection.of([rng.permutation(card.experts)[:count].tolist() for _ in range(card.layers)])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stock(card: ModelCard, selection_of: Callable[[float, int], Selection]) -> Callable[[str], None]:
+    """Fills a new store: `cooking` and `sql` with evidence, `unproven` without, `stranger` of another model."""
+
+    def fill(url: str) -> None:
+        with open_store(url) as store:
+            for fingerprint in (card.fingerprint, "another-model"):
+                store.models.put(ModelRecord(fingerprint, "tiny", "qwen3_moe", 3, 8, 2, "c", "w", "t"))
+            for number, (task, texts) in enumerate({"cooking": COOKING, "sql": SQL, "unproven": [], "stranger": []}.items()):
+                _put_task(store, task, texts, "another-model" if task == "stranger" else card.fingerprint)
+                if task in ("cooking", "sql"):
+                    _put_evidence(store, task, lambda keep, seed, n=number: selection_of(keep, 10 * n + seed))
+
+    return fill
+
+
+def _put_task(store: Store, task: str, texts: list[str], model: str) -> None:
+    embedder = HashEmbedder()
+    store.tasks.put(TaskRecord(task, f"about {task}"))
+    store.exemplars.replace(task, [Exemplar(task, text, embedder.embed([text])[0], embedder.id) for text in texts])
+    statistics = {"count": np.ones((3, 8))}
+    store.profiles.put(
+        Profile(f"p-{task}", model, task, statistics, 100, "hash", frozenset({"item"}), {"reap": "1"}, datetime.now(UTC))
+    )
+
+
+def _put_evidence(store: Store, task: str, selection_of: Callable[[float, int], Selection]) -> None:
+    """At each size reap is best among the scorers that may serve; random would win, were it allowed to."""
+    accuracy = {"tcess": 0.8, "reap": 0.9, "random": 1.0, "frequency": 0.99}
+    for seed, scorer in enumerate(accuracy):
+        for keep in (1.0, 0.5, 0.25):
+            name = f"{task}-{scorer}-{keep}"
+            store.selections.put(
+                StoredSelection(name, f"p-{task}", scorer, "uniform", keep, selection_of(keep, seed if keep < 1 else 0))
+            )
+            found = accuracy[scorer] * (0.7 + 0.3 * keep)
+            store.evaluations.put(Evaluation(name, "held-out", 20, found, 1.0, 2.0 - keep, 0.9))
+
+
+@pytest.fixture(scope="session")
+def store_url(stock: Callable[[str], None], tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'store.db'}"
+    stock(url)
+    return url
+
+
+@pytest.fixture(scope="session")
+def half_settings(model_folder: Path, store_url: str) -> Settings:
+    """A budget that holds half of the experts."""
+    settings = Settings(model=str(model_folder), store=store_url, embedder="hash", max_context=256, max_batch=4, threads=1)
+    config = engine_config(settings)
+    # The floor of the budget depends on whether there is one, so ask for a plan under a generous one.
+    plan = plan_memory(ModelCard.read(model_folder), replace(config, memory=2**33))
+    return settings.model_copy(update={"memory": plan.memory_for(0.5)})
+
+
+@pytest.fixture(scope="session")
+def parts(half_settings: Settings) -> Iterator[Parts]:
+    with open_parts(half_settings) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def app(parts: Parts) -> FastAPI:
+    return create_app(lambda: nullcontext(parts))
+
+
+@pytest.fixture(scope="session")
+def client(app: FastAPI) -> Iterator[TestClient]:
+    with TestClient(app) as opened:
+        while opened.get("/readyz").status_code == 503:
+            pass
+        yield opened
