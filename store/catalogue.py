@@ -158,6 +158,7 @@ def _exemplar(row: ExemplarRow) -> Exemplar:
 def _exemplar_values(task: str, position: int, exemplar: Exemplar) -> dict[str, Any]:
     if exemplar.task != task:
         raise InvalidInput(f"An exemplar of {exemplar.task!r} can't be one of {task!r}. Replace each task's own.")
+    _check_text(exemplar.text)
     _check_unit(exemplar)
     return {
         "task": task,
@@ -167,6 +168,12 @@ def _exemplar_values(task: str, position: int, exemplar: Exemplar) -> dict[str, 
         "vector": pack_vector(exemplar.vector),
         "digest": exemplar_digest(exemplar),
     }
+
+
+def _check_text(text: str) -> None:
+    """What either database would refuse is refused for both."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InvalidInput(f"An exemplar must be Unicode text without NUL or lone surrogates, got {text[:80]!r}.")
 
 
 def _check_unit(exemplar: Exemplar) -> None:

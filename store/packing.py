@@ -17,18 +17,18 @@ from store.records import F32, Exemplar, Selection
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 FORMAT = 1
-FORMAT_NAME = "__format__"
+FORMAT_NAME = "format"
+PREFIX = "array."  # keeps names apart from the format's own and from numpy's parameters
 KINDS = frozenset("biuf")  # booleans, whole numbers, floats: never objects
 
 
 def pack_arrays(arrays: Arrays) -> bytes:
     """One compressed .npz, names and dtypes kept. The same arrays give the same bytes."""
-    assert FORMAT_NAME not in arrays, f"{FORMAT_NAME} is the format's own name"
     kinds = {array.dtype.kind for array in arrays.values()}
     assert kinds <= KINDS, f"statistics hold numbers, got dtype kinds {kinds - KINDS}"
     buffer = io.BytesIO()
-    plain = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
-    np.savez_compressed(buffer, allow_pickle=False, **{FORMAT_NAME: np.int64(FORMAT)}, **plain)
+    named = {PREFIX + name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
+    np.savez_compressed(buffer, allow_pickle=False, **{FORMAT_NAME: np.int64(FORMAT)}, **named)
     return buffer.getvalue()
 
 
@@ -37,7 +37,7 @@ def unpack_arrays(blob: bytes, whose: str) -> dict[str, npt.NDArray[np.generic]]
     try:
         with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
             arrays = dict(stored)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (ValueError, TypeError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise CorruptStore(
             f"The statistics of {whose} are damaged: {error}. Delete that task and profile it again."
         ) from error
@@ -47,7 +47,7 @@ def unpack_arrays(blob: bytes, whose: str) -> dict[str, npt.NDArray[np.generic]]
             f"The statistics of {whose} are in format {version}, this moepager reads {FORMAT}. "
             "Upgrade moepager, or profile the task again."
         )
-    return arrays
+    return {name.removeprefix(PREFIX): array for name, array in arrays.items()}
 
 
 def pack_selection(selection: Selection) -> tuple[int, bytes]:

@@ -14,7 +14,8 @@ from store.schema import Row
 
 def insert_once(session: Session, row: type[Row], values: Mapping[str, Any]) -> bool:
     """Whether the row is new. One with the same primary key stays as it is."""
-    done = session.execute(_insert(session, row, values).on_conflict_do_nothing(index_elements=_key(row)))
+    insert = _insert(session, row, values).on_conflict_do_nothing(index_elements=_key(row))
+    done = session.execute(insert, execution_options={"preserve_rowcount": True})
     assert isinstance(done, CursorResult)
     return done.rowcount == 1
 

@@ -8,6 +8,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
+from sqlalchemy import create_engine
 
 from store.database import Store, open_store
 from store.records import Evaluation, Exemplar, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
@@ -153,13 +155,15 @@ def postgres() -> Iterator[str]:
         ]
         made = subprocess.run(make, stdout=output, stderr=output, check=False, **run)
         assert made.returncode == 0, log.read_text()
-        serve = [binaries / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder, "-c", "fsync=off"]
+        serve = [binaries / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
+        careless = ("fsync=off", "full_page_writes=off", "autovacuum=off", "shared_buffers=32MB")
+        serve += [word for setting in careless for word in ("-c", setting)]
         server = subprocess.Popen(serve, stdout=output, stderr=output, **run)
     try:
         wait_until_ready(server, port, log)
         yield f"postgresql+psycopg://postgres@127.0.0.1:{port}"
     finally:
-        server.terminate()  # smart shutdown would wait for clients
+        server.send_signal(signal.SIGQUIT)  # at once: its data is thrown away
         try:
             server.wait(10)
         except subprocess.TimeoutExpired:
@@ -168,17 +172,19 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-DATABASES = itertools.count()
+FRESH = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid();
+    DROP SCHEMA public CASCADE;
+    CREATE SCHEMA public;
+"""
 
 
 @pytest.fixture
-def postgres_url(postgres: str) -> Iterator[str]:
-    """A database of its own for each test."""
-    name = f"test_{next(DATABASES)}"
-    with psycopg.connect(postgres.replace("+psycopg", "") + "/postgres", autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
-        yield f"{postgres}/{name}"
-        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
+def postgres_url(postgres: str) -> str:
+    """An empty database, nobody connected. The schema is made anew, which is ten times faster than a database."""
+    with psycopg.connect(f"{postgres.replace('+psycopg', '')}/postgres", autocommit=True) as admin:
+        admin.execute(FRESH)
+    return f"{postgres}/postgres"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -193,6 +199,19 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def store(database_url: str) -> Iterator[Store]:
     with open_store(database_url) as opened:
         yield opened
+
+
+@pytest.fixture
+def run_sql(database_url: str) -> Callable[[str], None]:
+    """Does to the database what the store would never do."""
+
+    def run(statement: str) -> None:
+        engine = create_engine(database_url)
+        with engine.begin() as connection:
+            connection.exec_driver_sql(statement)
+        engine.dispose()
+
+    return run
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

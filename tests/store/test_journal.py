@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from store.database import Store
+from store.errors import Conflict, InvalidInput, NotFound
+from store.records import Decision, Job, TaskRecord
+
+START = datetime(2025, 3, 1, tzinfo=UTC)
+
+
+def job(id: str = "j1", **changes: Any) -> Job:  # noqa: A002
+    fields = {"model": "m", "task": "sql", "state": "queued", "progress": 0.0, "detail": "", "created": START}
+    return Job(id=id, **{**fields, "updated": START, **changes})
+
+
+def decision(number: int = 1, **changes: Any) -> Decision:
+    fields: dict[str, Any] = {
+        "request": f"r{number}",
+        "query_hash": "q" * 64,
+        "task": "sql",
+        "nearest": "sql",
+        "similarity": 0.75,
+        "threshold": 0.5,
+        "reason": "retrieved",
+        "mode": "mask",
+        "created": START,
+    }
+    return Decision(**{**fields, **changes})
+
+
+def test_a_job_comes_back_as_it_was(store: Store) -> None:
+    store.jobs.put(job(progress=0.25, detail="25 of 100 items"))
+    assert store.jobs.get("j1") == job(progress=0.25, detail="25 of 100 items")
+
+
+def test_an_update_changes_what_is_given_and_notes_the_time(store: Store) -> None:
+    store.jobs.put(job(detail="waiting"))
+    running = store.jobs.update("j1", state="running", progress=0.5)
+    assert (running.state, running.progress, running.detail) == ("running", 0.5, "waiting")
+    assert running.updated > START
+    assert running.created == START
+    done = store.jobs.update("j1", state="done", progress=1.0, detail="")
+    assert store.jobs.get("j1") == done
+    assert (done.state, done.detail) == ("done", "")
+
+
+def test_jobs_are_listed_the_youngest_first(store: Store) -> None:
+    for number in (1, 3, 2):
+        store.jobs.put(job(f"j{number}", created=START + timedelta(hours=number)))
+    assert [found.id for found in store.jobs.list()] == ["j3", "j2", "j1"]
+
+
+def test_an_id_that_is_taken_is_refused(store: Store) -> None:
+    store.jobs.put(job())
+    with pytest.raises(Conflict, match="j1 is in the store already"):
+        store.jobs.put(job(detail="another"))
+    assert store.jobs.get("j1").detail == ""
+
+
+def test_an_unknown_job_is_not_found(store: Store) -> None:
+    with pytest.raises(NotFound, match="No job j9"):
+        store.jobs.get("j9")
+    with pytest.raises(NotFound, match="No job j9"):
+        store.jobs.update("j9", state="done")
+
+
+@pytest.mark.parametrize("progress", [-0.1, 1.1, float("nan")])
+def test_progress_is_a_share(store: Store, progress: float) -> None:
+    store.jobs.put(job())
+    with pytest.raises(InvalidInput, match="between 0 and 1"):
+        store.jobs.update("j1", progress=progress)
+    with pytest.raises(InvalidInput, match="between 0 and 1"):
+        store.jobs.put(job("j2", progress=progress))
+
+
+def test_a_state_that_is_none_is_refused_by_the_database(store: Store) -> None:
+    with pytest.raises(Conflict, match="state"):
+        store.jobs.put(job(state="sleeping"))
+    assert store.jobs.list() == []
+
+
+def test_a_job_outlives_its_task(stocked: Store) -> None:
+    stocked.jobs.put(job())
+    stocked.tasks.delete("sql")
+    assert [found.task for found in stocked.jobs.list()] == ["sql"]
+
+
+def test_decisions_come_back_the_youngest_first(store: Store) -> None:
+    given = [decision(n, created=START + timedelta(seconds=n)) for n in range(5)]
+    for each in given:
+        store.decisions.add(each)
+    assert store.decisions.list() == given[::-1]
+    assert store.decisions.list(limit=2) == [given[4], given[3]]
+
+
+def test_a_decision_for_no_task_comes_back(store: Store) -> None:
+    given = decision(task=None, nearest=None, similarity=None, reason="no-tasks", mode="exact")
+    store.decisions.add(given)
+    assert store.decisions.list() == [given]
+
+
+def test_a_limit_is_at_least_one(store: Store) -> None:
+    with pytest.raises(InvalidInput, match="at least 1, got 0"):
+        store.decisions.list(limit=0)
+
+
+def test_threads_add_decisions_and_tasks_without_losing_any(store: Store) -> None:
+    def work(number: int) -> None:
+        store.decisions.add(decision(number))
+        store.tasks.put(TaskRecord("same", str(number)))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(40)))
+    assert {found.request for found in store.decisions.list()} == {f"r{n}" for n in range(40)}
+    assert len(store.tasks.list()) == 1
+
+
+def test_the_audit_log_survives_its_task(stocked: Store, run_sql: Callable[[str], None]) -> None:
+    stocked.decisions.add(decision())
+    stocked.tasks.delete("sql")
+    assert stocked.decisions.list() == [decision()]
