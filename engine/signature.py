@@ -1,7 +1,7 @@
 """PreMoe's own key of a query (arXiv 2505.17639, released code): which experts the first MoE layer's router wants.
 
-Per expert the sum of raw top-1 logits over the prompt's tokens, divided by the number of all tokens: 0 for an expert that
-is never first. Stops the pass at that router, before any expert is read. T tokens, E experts.
+Per expert the sum of raw top-1 logits over the prompt's tokens, divided by the number of all tokens: 0 for an expert
+that is never first. Stops the pass at that router, before any expert is read. T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.engine import Engine
+from engine.observer import Observer
 from store.errors import InvalidInput
 from store.records import F32
 
@@ -21,27 +22,26 @@ class _Seen(Exception):  # noqa: N818 - a way out, not an error
     """The first router has spoken; the rest of the pass is not needed."""
 
 
-class _FirstRouter:
-    """An observer that takes layer 0's logits and ends the pass."""
+class _FirstRouter(Observer):
+    """Takes layer 0's logits and ends the pass."""
 
     def __init__(self) -> None:
         self.signature = torch.zeros(0)  # [E]
 
-    def residual(self, layer: int, h: Tensor) -> None:
-        """Not needed."""
-
-    def routed(self, layer: int, x: Tensor, logits: Tensor, weights: Tensor, index: Tensor, valid: Tensor) -> None:
+    def routed(
+        self,
+        layer: int,
+        x: Tensor,  # noqa: ARG002
+        logits: Tensor,
+        weights: Tensor,  # noqa: ARG002
+        index: Tensor,  # noqa: ARG002
+        valid: Tensor,
+    ) -> None:
         assert layer == 0, layer
         highest, first = logits[valid].to(torch.float64).max(dim=-1)  # [T], [T]
         sums = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device).index_add(0, first, highest)
         self.signature = sums / len(first)  # [E]
         raise _Seen
-
-    def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
-        raise AssertionError("the pass ends before the experts")
-
-    def combined(self, layer: int, y: Tensor) -> None:
-        raise AssertionError("the pass ends before the experts")
 
 
 def signature(engine: Engine, prompt: Sequence[int]) -> F32:

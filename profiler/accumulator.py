@@ -19,7 +19,7 @@ _COMPUTED = ("norms", "squared_norms", "gated_norms", "shifted_norms")
 
 @dataclass(slots=True)
 class _Pass:
-    """One layer's tokens between `residual` and `combined`, and what its experts gave, in the order in which they ran."""
+    """One layer's tokens between `residual` and `combined`, and what its experts gave, in the order they ran."""
 
     residual: Tensor  # [T, H]
     valid: Tensor  # bool [T]

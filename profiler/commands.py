@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from store.errors import InvalidInput
+from store.records import TaskRecord
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
+    from engine.config import EngineConfig
+    from profiler.corpus import Corpus
+    from profiler.job import Options
     from profiler.progress import Progress as Step
     from profiler.progress import Report
     from store.database import Store
@@ -50,75 +53,87 @@ def profile(
 
     An interrupted run goes on where it stopped when it is started again.
     """
-    from profiler.job import GENERALIST
-
-    if (calibration is None) != (task == GENERALIST):
-        raise InvalidInput(
-            "A task needs --calibration FILE."
-            if calibration is None
-            else f"--task {GENERALIST} takes no --calibration.",
-            param="calibration",
-        )
     from engine.config import EngineConfig
-    from engine.engine import Engine
     from profiler.evidence import KEEPS
     from profiler.job import Options
     from profiler.scorers.registry import choose
-    from store.database import open_store
     from store.hub import model_folder
     from store.sizes import parse_bytes
 
+    started = time.perf_counter()
     choose(scorer)
-    options = Options(scorers=scorer, keeps=tuple(keep or KEEPS), rows=batch, model_name=model)
+    budget = None if memory is None else parse_bytes(memory)
+    text = _read(task, calibration), _read(task, evaluation, held_out=True)
     config = EngineConfig(
         model_folder(model),
-        memory=None if memory is None else parse_bytes(memory),
+        memory=budget,
         device=device,
         dtype=dtype,
         max_context=max_context,
         max_batch=batch,
         threads=threads,
+        chunk_tokens=max(max_context or 2048, 4096 if budget is None else 0),  # an item goes through in one piece
     )
-    started = time.perf_counter()
-    with open_store(store) as opened, Engine.open(config) as engine, _bar() as report:
-        files = calibration, evaluation
-        made = _run(engine, opened, task, description, files, embedder, options, report)
-        found = _summary(opened, made, time.perf_counter() - started)
+    options = Options(scorers=scorer, keeps=tuple(keep or KEEPS), rows=batch, model_name=_model_name(model))
+    found = _run(config, store, TaskRecord(task, description), text, embedder, options)
+    found["seconds"] = round(time.perf_counter() - started, 3)
     _show(found)
     if as_json:
         typer.echo(json.dumps(found))
 
 
-def _run(
-    engine: Engine,
-    store: Store,
-    task: str,
-    description: str,
-    files: tuple[Path | None, Path | None],
-    embedder: str,
-    options: Any,
-    report: Report,
-) -> Profile:
-    from engine.embedder import open_embedder
+def _read(task: str, path: Path | None, held_out: bool = False) -> Corpus | None:
+    """The text of one file; repeated lines are named. The generalist, and only it, has no calibration."""
     from profiler.corpus import read_corpus
+    from profiler.job import GENERALIST
+
+    if not held_out and (path is None) != (task == GENERALIST):
+        made_of = f"--task {GENERALIST} takes no --calibration: it is made of the other tasks' profiles."
+        raise InvalidInput("A task needs --calibration FILE." if path is None else made_of, param="calibration")
+    if path is None:
+        return None
+    corpus = read_corpus(path)
+    for found in corpus.duplicates[:5]:
+        typer.echo(f"{corpus.source}, line {found.line} repeats line {found.first_line}: left out.", err=True)
+    if len(corpus.duplicates) > 5:
+        typer.echo(f"{corpus.source}: {len(corpus.duplicates)} repeated lines left out in all.", err=True)
+    return corpus
+
+
+def _model_name(model: str | None) -> str | None:
+    """What the store calls the model: a hub id as it is, a folder by its own name."""
+    if model is None:
+        return "demo"
+    return None if Path(model).expanduser().is_dir() else model
+
+
+def _run(
+    config: EngineConfig,
+    url: str | None,
+    task: TaskRecord,
+    text: tuple[Corpus | None, Corpus | None],
+    embedder: str,
+    options: Options,
+) -> dict[str, Any]:
+    from engine.embedder import open_embedder
+    from engine.engine import Engine
     from profiler.generalist import profile_generalist
     from profiler.job import profile_task
-    from store.records import TaskRecord
+    from store.database import open_store
 
-    calibration, evaluation = (None if path is None else read_corpus(path) for path in files)
-    for corpus in filter(None, (calibration, evaluation)):
-        for found in corpus.duplicates[:5]:
-            typer.echo(f"{corpus.source}, line {found.line} repeats line {found.first_line}: left out.", err=True)
-        if len(corpus.duplicates) > 5:
-            typer.echo(f"{corpus.source}: {len(corpus.duplicates)} repeated lines left out in all.", err=True)
-    if calibration is None:
-        return profile_generalist(engine, store, evaluation, options=options, report=report)
-    record = TaskRecord(task, description)
-    chosen = open_embedder(embedder)
-    return profile_task(engine, store, record, calibration, evaluation, embedder=chosen, options=options, report=report)
+    calibration, evaluation = text
+    embedding = None if calibration is None else open_embedder(embedder)
+    with open_store(url) as store, Engine.open(config) as engine, _bar() as report:
+        if calibration is None or embedding is None:
+            made = profile_generalist(engine, store, evaluation, options=options, report=report)
+        else:
+            made = profile_task(
+                engine, store, task, calibration, evaluation, embedder=embedding, options=options, report=report
+            )
+        return _summary(store, made)
 
 
-def _summary(store: Store, made: Profile, seconds: float) -> dict[str, Any]:
+def _summary(store: Store, made: Profile) -> dict[str, Any]:
     from profiler.scorers.registry import SCORERS
     from profiler.stability import split_half_overlap
     from profiler.statistics import Statistics
@@ -143,7 +158,6 @@ def _summary(store: Store, made: Profile, seconds: float) -> dict[str, Any]:
         "task": made.task,
         "model": made.model,
         "tokens": made.tokens,
-        "seconds": round(seconds, 3),
         "statistics": [{"name": name, "shape": list(array.shape)} for name, array in statistics.arrays.items()],
         "stability": {name: split_half_overlap(statistics, scorer, 0.5) for name, scorer in SCORERS.items()},
         "evaluations": selections,

@@ -1,0 +1,123 @@
+"""`moepager profile` as a person or a script calls it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from engine.tiny import write_tiny
+from profiler.commands import app
+from store.database import open_store
+from store.errors import InvalidInput, MoepagerError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny("olmoe", tmp_path_factory.mktemp("tiny"), seed=4)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_items(name, count, start=0, **extra):
+        path = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps({"prompt": f"item {start + n}", "response": "yes", **extra}) for n in range(count)]
+        path.write_text("\n".join(lines) + "\n")
+        return str(path)
+
+    return write_items
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch):
+    """Calls the command on its own home; errors come out as they are, for the root to map."""
+    monkeypatch.setenv("MOEPAGER_HOME", str(tmp_path / "home"))
+    root = typer.Typer()
+    root.callback()(lambda: None)
+    root.add_typer(app)
+
+    def call(*options, task="words"):
+        common = ["--model", str(model), "--embedder", "hash", "--max-context", "128"]
+        result = CliRunner().invoke(root, ["profile", "--task", task, *common, *options])
+        if isinstance(result.exception, MoepagerError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result
+
+    return call
+
+
+def test_the_last_line_is_one_json_object_with_the_profile_and_its_evidence(run, write, tmp_path):
+    result = run(
+        "--calibration", write("c", 6), "--eval", write("e", 3, start=50), "--json",
+        "--scorer", "reap", "--scorer", "random", "--keep", "1", "--keep", "0.5", "--description", "yes",
+    )  # fmt: skip
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["tokens"] > 0
+    assert found["seconds"] > 0
+    assert {"name": "gates", "shape": [2, 2, 3, 8]} in found["statistics"]
+    rows = [(row["scorer"], row["keep"], row["experts"]) for row in found["evaluations"]]
+    assert rows == [("random", 1.0, 24), ("random", 0.5, 12), ("reap", 1.0, 24), ("reap", 0.5, 12)]
+    assert 0 <= found["stability"]["reap"] <= 1
+    with open_store(f"sqlite:///{tmp_path}/home/store.db") as store:
+        assert store.profiles.get(found["profile_id"]).task == "words"
+        assert store.tasks.get("words").description == "yes"
+        assert len(store.exemplars.list(task="words")) == 6
+
+
+def test_without_json_a_table_shows_every_scorer_and_size(run, write):
+    shown = run("--calibration", write("c", 4), "--eval", write("e", 2, start=50), "--scorer", "tcess").stdout
+    assert "tcess" in shown
+    assert "0.125" in shown
+    assert "{" not in shown
+
+
+def test_a_named_store_and_a_memory_budget_are_used(run, write, tmp_path):
+    url = f"sqlite:///{tmp_path}/elsewhere.db"
+    run("--calibration", write("c", 4), "--store", url, "--memory", "64MiB", "--keep", "0.5")
+    with open_store(url) as store:
+        assert [profile.task for profile in store.profiles.list()] == ["words"]
+
+
+def test_repeated_lines_are_named_and_left_out(run, write, tmp_path):
+    path = write("c", 4)
+    doubled = tmp_path / "doubled.jsonl"
+    doubled.write_text((tmp_path / "c.jsonl").read_text() * 2)
+    result = run("--calibration", str(doubled), "--keep", "1", "--json")
+    assert "line 5 repeats line 1: left out." in result.stderr
+    again = run("--calibration", path, "--keep", "1", "--json")
+    ids = [json.loads(one.stdout.splitlines()[-1])["profile_id"] for one in (result, again)]
+    assert ids[0] == ids[1]
+
+
+def test_the_generalist_takes_the_tasks_that_are_there(run, write):
+    run("--calibration", write("c", 4), "--keep", "0.5")
+    result = run("--eval", write("e", 2, start=50), "--keep", "0.5", "--scorer", "gate", "--json", task="generalist")
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert (found["task"], len(found["evaluations"])) == ("generalist", 1)
+
+
+def test_a_task_without_calibration_and_a_generalist_with_one_are_refused(run, write):
+    with pytest.raises(InvalidInput, match="A task needs --calibration"):
+        run()
+    with pytest.raises(InvalidInput, match="--task generalist takes no --calibration"):
+        run("--calibration", write("c", 2), task="generalist")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calibration", "absent.jsonl"], "no file absent.jsonl"),
+        (["--calibration", "absent.jsonl", "--memory", "2G"], "Not a size of memory"),
+        (["--calibration", "absent.jsonl", "--scorer", "best"], "no scorer 'best'"),
+        (["--dtype", "int4"], "dtype must be one of"),
+        (["--model", "/nowhere"], "No model folder at /nowhere"),
+        (["--eval", "absent.jsonl"], "no file absent.jsonl"),
+        (["--embedder", "/nowhere"], "No sentence-transformers model can be loaded from '/nowhere'"),
+    ],
+)
+def test_what_is_wrong_is_said(options, message, run, write):
+    with pytest.raises(MoepagerError, match=message):
+        run("--calibration", write("c", 2), *options)
