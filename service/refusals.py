@@ -62,6 +62,8 @@ async def _refuse_body(_request: Request, error: Exception) -> JSONResponse:
 async def _refuse_route(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}. The routes are listed at /docs."
+    if error.status_code == 400:  # the one thing that the framework itself refuses so
+        message = f"The body can't be read as JSON in UTF-8: {error.detail}."
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     return JSONResponse(_body(message, error.status_code, code, None), error.status_code, error.headers)
 
@@ -72,7 +74,7 @@ async def _fail(_request: Request, _error: Exception) -> JSONResponse:
 
 def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     """One message and the field it is about. Of a union's several complaints the most specific one counts."""
-    first = max(errors, key=lambda error: len(error["loc"]))
+    first = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     if first["type"] == "json_invalid":
         wrong = first.get("ctx", {}).get("error", first["msg"])
         return f"The body is not JSON: {wrong}, at character {first['loc'][-1]}.", None

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.plan import MemoryPlan
 from service.retrieval import Retrieval
 from service.settings import UnknownTask
-from store.errors import InvalidInput, NotFound
+from store.errors import InvalidInput, MismatchError, NotFound
 from store.records import Evaluation, Mode, Selection, StoredSelection
 
 if TYPE_CHECKING:
@@ -47,19 +47,30 @@ class Catalogue:
 
     model: str  # fingerprint
     tasks: Mapping[str, ProfiledTask]
+    elsewhere: Mapping[str, str] = field(default_factory=dict)  # tasks that only another model has a profile of: its name
 
     @classmethod
     def read(cls, store: Store, model: str) -> Catalogue:
-        tasks = {}
+        tasks, elsewhere = {}, {}
+        others = [other for other in store.models.list() if other.fingerprint != model]
         for task in store.tasks.list():
             profile = store.profiles.latest(model, task.name)
-            if profile is not None:
+            if profile is None:
+                having = (other.name for other in others if store.profiles.latest(other.fingerprint, task.name))
+                elsewhere.update({task.name: name for name in having})
+            else:
                 # By selection: of several evaluations the one made last counts, not the one that flatters.
                 found = {stored.id: Candidate(stored, each) for stored, each in store.evaluations.list(profile.id)}
                 tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, tuple(found.values()))
-        return cls(model, tasks)
+        return cls(model, tasks, elsewhere)
 
     def named(self, task: str) -> ProfiledTask:
+        if task in self.elsewhere:
+            raise MismatchError(
+                f"Task {task!r} has a profile of another model ({self.elsewhere[task]}), none of this one "
+                f"(fingerprint {self.model[:16]}). A profile belongs to one model: profile the task on this one, "
+                f"`moepager profile --task {task} --calibration FILE --eval FILE`."
+            )
         if task not in self.tasks:
             known = ", ".join(sorted(self.tasks)) or "none yet"
             raise NotFound(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +19,14 @@ from fastapi.testclient import TestClient
 from engine.card import ModelCard
 from engine.embedder import HashEmbedder
 from engine.plan import plan_memory
+from engine.requests import FinishedEvent, GenerationRequest, Sampling
 from engine.tiny import write_tiny
 from service.app import create_app
 from service.model import engine_config
 from service.parts import Parts, open_parts
 from service.settings import PREFIX, Settings
 from store.database import Store, open_store
-from store.records import Evaluation, Exemplar, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
+from store.records import Evaluation, Exemplar, Mode, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
 
 COOKING = ["how long do I boil an egg", "how long do I boil potatoes", "boil rice how long"]
 SQL = ["select all rows from the users table", "select rows from orders", "select names from the table users"]
@@ -129,3 +132,38 @@ def client(app: FastAPI) -> Iterator[TestClient]:
         while opened.get("/readyz").status_code == 503:
             pass
         yield opened
+
+
+@pytest.fixture
+def events_of() -> Callable[[str], list[tuple[str, Any]]]:
+    """Server-sent events of a body: (name, data) pairs, comments left out; the name is "" where there is none."""
+
+    def parse(body: str) -> list[tuple[str, Any]]:
+        found = []
+        for frame in body.split("\n\n"):
+            fields = dict(line.split(": ", 1) for line in frame.splitlines() if not line.startswith(":"))
+            if fields:
+                data = fields["data"]
+                found.append((fields.get("event", ""), data if data == "[DONE]" else json.loads(data)))
+        return found
+
+    return parse
+
+
+@pytest.fixture
+def generated(parts: Parts) -> Callable[..., FinishedEvent]:
+    """What the engine itself says to a prompt, by no way of the service."""
+
+    def generate(prompt: Sequence[int], selection: Selection | None, **sampling: Any) -> FinishedEvent:
+        mode: Mode = "exact" if selection is None else "mask"
+        request = GenerationRequest(tuple(prompt), selection, mode, Sampling(**sampling))
+        *_, last = parts.worker.submit(request)
+        assert isinstance(last, FinishedEvent)
+        return last
+
+    return generate
+
+
+@pytest.fixture
+def selection_named(parts: Parts) -> Callable[[str], Selection]:
+    return lambda name: parts.store.selections.get(name).selection
