@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from service.context import RequestIds, opening
 from service.parts import Parts
 from service.refusals import add_refusals
-from service.routes import chat, completions, health, models, query, retrieve, tasks
+from service.routes import chat, completions, health, models, query, residency, retrieve, tasks
 
 
 def create_app(
@@ -26,6 +26,6 @@ def create_app(
     app = FastAPI(title="moepager", summary="Task-adaptive expert retrieval for MoE language models", lifespan=lifespan)
     add_refusals(app)
     app.add_middleware(RequestIds)
-    for routes in (health, models, chat, completions, query, retrieve, tasks):
+    for routes in (health, models, chat, completions, query, residency, retrieve, tasks):
         app.include_router(routes.router)
     return app

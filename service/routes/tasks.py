@@ -1,8 +1,7 @@
-"""`GET /v1/tasks`: what each task can be served with, and its evidence. `GET /v1/residency`: what is on the device."""
+"""`GET /v1/tasks`: what each task can be served with, and its evidence."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -57,16 +56,3 @@ def evidence_object(candidate: Candidate, policy: Policy) -> dict[str, Any]:
 
 def _by_size(candidate: Candidate) -> tuple[float, str]:
     return -candidate.stored.keep, candidate.stored.scorer
-
-
-@router.get("/v1/residency")
-async def residency(parts: PartsDep) -> dict[str, Any]:
-    plan = parts.engine.plan
-    return {
-        "model": parts.model_id,
-        "budget": plan.budget,
-        "planned_bytes": plan.total_bytes,
-        "slot_bytes": plan.slot_bytes,
-        "slots": plan.slots,
-        **asdict(parts.engine.residency()),
-    }
