@@ -123,7 +123,7 @@ def _postgres_engine(url: URL) -> Engine:
 
 def _meaning(error: DBAPIError, name: str) -> MoepagerError | None:
     """What a driver's error means to a person; None for one that must be our own bug."""
-    said = str(error.orig).strip()
+    said = " ".join(str(error.orig).split()).rstrip(".?")  # drivers speak in several lines
     if isinstance(error, IntegrityError):
         return Conflict(
             f"The store refused a row that contradicts others: {said}. Another run changed them: try again."
@@ -160,6 +160,6 @@ def _damaged(name: str, said: str) -> CorruptStore:
 
 
 def _unreachable(name: str, said: str) -> StoreUnreachable:
-    return StoreUnreachable(
-        f"Can't use the store {name}: {said}. Check that its server runs, or that its folder exists and is writable."
-    )
+    server = "Check that the server runs, and the URL's host, user, password and database."
+    file = "Check that the file's folder exists, that both are writable, and that the disk is not full."
+    return StoreUnreachable(f"Can't use the store {name}: {said}. {file if name.startswith('sqlite') else server}")

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,16 +203,21 @@ def store(database_url: str) -> Iterator[Store]:
 
 
 @pytest.fixture
-def run_sql(database_url: str) -> Callable[[str], None]:
-    """Does to the database what the store would never do."""
+def run_sql_on() -> Callable[[str, str], None]:
+    """Does to a database what the store would never do."""
 
-    def run(statement: str) -> None:
-        engine = create_engine(database_url)
+    def run(url: str, statement: str) -> None:
+        engine = create_engine(url)
         with engine.begin() as connection:
             connection.exec_driver_sql(statement)
         engine.dispose()
 
     return run
+
+
+@pytest.fixture
+def run_sql(database_url: str, run_sql_on: Callable[[str, str], None]) -> Callable[[str], None]:
+    return partial(run_sql_on, database_url)
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
