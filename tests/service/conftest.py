@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from engine.card import ModelCard
 from engine.embedder import HashEmbedder
 from engine.plan import plan_memory
-from engine.requests import FinishedEvent, GenerationRequest, Sampling
+from engine.requests import FinishedEvent, GenerationRequest, Reason, Sampling, Served, TokenEvent
 from engine.tiny import write_tiny
+from engine.worker import TokenStream
 from service.app import create_app
 from service.model import engine_config
 from service.parts import Parts, open_parts
 from service.settings import PREFIX, Settings
 from store.database import Store, open_store
+from store.errors import Busy
 from store.records import Evaluation, Exemplar, Mode, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
 
 COOKING = ["how long do I boil an egg", "how long do I boil potatoes", "boil rice how long"]
@@ -167,3 +174,81 @@ def generated(parts: Parts) -> Callable[..., FinishedEvent]:
 @pytest.fixture
 def selection_named(parts: Parts) -> Callable[[str], Selection]:
     return lambda name: parts.store.selections.get(name).selection
+
+
+class ScriptedWorker:
+    """Stands where the engine's worker stands, for what a real one does too seldom: dawdling, failing, being full.
+
+    Streams `text` one character a token, `delay` seconds apart, in the engine's own TokenStreams.
+    """
+
+    def __init__(self) -> None:
+        self.text = "abc"
+        self.delay = 0.0
+        self.failure: BaseException | None = None  # in place of the end
+        self.room = 100
+        self.streams: list[TokenStream] = []
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        if len(self.streams) >= self.room:
+            raise Busy("The queue is full.")
+        stream = TokenStream(request)
+        self.streams.append(stream)
+        threading.Thread(target=self._run, args=(stream,), daemon=True).start()
+        return stream
+
+    def _run(self, stream: TokenStream) -> None:
+        sent = ""
+        for character in self.text:
+            if stream.request.cancelled.wait(self.delay):
+                break
+            sent += character
+            stream.put(TokenEvent(0, ord(character), character))
+        if self.failure is not None:
+            stream.put(self.failure)
+            return
+        reason: Reason = "cancelled" if stream.request.cancelled.is_set() else "stop"
+        served = Served(stream.request.mode, 1.0, 12, 0, 0, 0.0, 1.0, 0)
+        stream.put(FinishedEvent(0, reason, sent, len(stream.request.prompt), len(sent), served))
+
+
+@pytest.fixture
+def worker() -> ScriptedWorker:
+    return ScriptedWorker()
+
+
+@pytest.fixture
+def scripted_app(parts: Parts, worker: ScriptedWorker) -> FastAPI:
+    """The application with its real parts, but for the worker. A request's time is short."""
+    settings = parts.settings.model_copy(update={"request_timeout": 1.0})
+    return create_app(lambda: nullcontext(replace(parts, worker=worker, settings=settings)))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def scripted(scripted_app: FastAPI) -> Iterator[TestClient]:
+    with TestClient(scripted_app) as opened:
+        while opened.get("/readyz").status_code == 503:
+            pass
+        yield opened
+
+
+@contextmanager
+def _live(app: FastAPI) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        try:
+            while not server.started or httpx.get(f"{url}/readyz").status_code != 200:
+                time.sleep(0.01)
+            yield url
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def live() -> Callable[[FastAPI], AbstractContextManager[str]]:
+    """A real uvicorn on a free port of this machine; gives its URL."""
+    return _live
