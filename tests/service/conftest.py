@@ -248,7 +248,7 @@ def _live(app: FastAPI) -> Iterator[str]:
             thread.join()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def live() -> Callable[[FastAPI], AbstractContextManager[str]]:
     """A real uvicorn on a free port of this machine; gives its URL."""
     return _live
