@@ -102,15 +102,15 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
         )
     heads = _number(config, "num_attention_heads")
     layers = _number(config, "num_hidden_layers")
-    key, value, kv_heads = _attention_shape(config, heads)
+    cached, width = _attention_shape(config, heads)
     return Geometry(
         dtype=_dtype(config, parts[0].dtype),
         dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
         expert=tuple(part.nbytes // itemsize.get(part.dtype, 1) for part in parts),
         expert_width=max(length for part in parts for length in part.shape),
-        kv_per_token=layers * kv_heads * (key + value),
+        kv_per_token=layers * cached,
         decoder_layers=layers,
-        attention_width=heads * max(key, value),
+        attention_width=width,
         scored_heads=heads if any(name.endswith(".sinks") for name in experts.dense) else 0,
         dense_width=max(
             int(config.get(name) or 0) for name in ("intermediate_size", "shared_expert_intermediate_size")
@@ -118,19 +118,17 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
     )
 
 
-def _attention_shape(config: Mapping[str, Any], heads: int) -> tuple[int, int, int]:
-    """Width of a key, width of a value, heads that are cached.
+def _attention_shape(config: Mapping[str, Any], heads: int) -> tuple[int, int]:
+    """What a decoder layer caches for one token, and the widest of query, key and value over all heads, in elements.
 
-    Latent attention is cached expanded, as transformers does.
+    Latent attention is cached compressed, as transformers does it since version 5.
     """
     if config.get("kv_lora_rank"):
-        return (
-            _number(config, "qk_nope_head_dim") + _number(config, "qk_rope_head_dim"),
-            _number(config, "v_head_dim"),
-            heads,
-        )
-    width = config.get("head_dim") or _number(config, "hidden_size") // heads
-    return int(width), int(width), int(config.get("num_key_value_heads") or heads)
+        rope, value = _number(config, "qk_rope_head_dim"), _number(config, "v_head_dim")
+        key = _number(config, "qk_nope_head_dim") + rope
+        return _number(config, "kv_lora_rank") + rope, heads * max(key, value)
+    width = int(config.get("head_dim") or _number(config, "hidden_size") // heads)
+    return 2 * width * int(config.get("num_key_value_heads") or heads), heads * width
 
 
 def _dtype(config: Mapping[str, Any], stored: str) -> str:

@@ -67,6 +67,7 @@ class Engine:
         self.board = Switchboard(routers, card.experts, card.top_k, remembered=plan.max_batch)
         with torch.inference_mode():
             self.board.check(card.hidden)
+        _check_cache(skeleton, plan)
         self.kv = KvPool(skeleton.kv_shapes, plan.max_batch, plan.max_context, getattr(torch, plan.dtype), device)
 
     @classmethod
@@ -120,6 +121,10 @@ class Engine:
             paging_seconds=paged.seconds,
             per_layer=tuple(sum(slot >= 0 for slot in row) for row in residency.table),
         )
+
+    def evict(self) -> int:
+        """Forget every expert that no lease holds, so that the next lease reads all of its own. Gives their number."""
+        return self.bank.residency.evict_idle()
 
     def lease(self, selection: Selection) -> AbstractContextManager[Lease]:
         """Page in what is missing of `selection` and hold it until the block ends."""
@@ -270,6 +275,17 @@ class Engine:
                 handle.remove()
             for paged in self._experts:
                 paged.observer = None
+
+
+def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:
+    """The plan's formula against what the model really keeps for a token, before the cache is allocated."""
+    per_token = sum(heads * width for layer in skeleton.kv_shapes for heads, width in layer)
+    needed = per_token * plan.max_batch * plan.max_context * skeleton.layout.dtype.itemsize
+    if needed > plan.kv_bytes:
+        raise UnsupportedFamily(
+            f"{type(skeleton.model).__name__} keeps {needed} bytes of keys and values, planned were {plan.kv_bytes}: its "
+            "attention is of a kind that the memory plan does not know."
+        )
 
 
 def _residual_hook(observer: Observer, layer: int) -> Any:

@@ -6,7 +6,8 @@ biases and orientation come from its module. T tokens, k experts a token, H hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -37,41 +38,51 @@ class PagedExperts:
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """`hidden` [T, H], `index` and `weights` [T, k] -> [T, H]. An index of E marks padding: no expert sees it."""
-        top_k = index.shape[1]
+        if len(hidden) == 1 and self.observer is None:
+            return self._one(hidden, index, weights)
+        combined = self._many(hidden, index, weights)  # [T, H]
+        if self.observer is not None:
+            self.observer.combined(self.layer, combined)
+        return combined
+
+    def _one(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """A single token, as in decoding one row: nothing to sort, gather or scatter."""
+        chosen: list[int] = index[0].tolist()
+        outputs: dict[int, Tensor] = {}
+        with closing(self._bank.visit(self.layer, chosen)) as visit:
+            for expert, slot in visit:
+                outputs[expert] = self._feed_forward(hidden, self._bank.views[slot])  # [1, H]
+        stacked = torch.cat([outputs[expert] for expert in chosen])  # [k, H]
+        return (stacked * weights.view(-1, 1)).sum(0, keepdim=True).to(hidden.dtype)  # [1, H]
+
+    def _many(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Tokens sorted by expert, each expert's in one piece; the sum over k is in the router's order, so which
+        experts were resident never changes an answer."""
         flat = index.reshape(-1)  # [T*k]
         order = flat.argsort(stable=True)  # [T*k]
         counts = torch.bincount(flat, minlength=self._experts).tolist()[: self._experts]
         hit = [expert for expert, count in enumerate(counts) if count]
         sizes = [counts[expert] for expert in hit]
-        routed = order[: sum(sizes)]  # padding sorts last
-        tokens = routed // top_k  # [n_all]
+        routed = order[: sum(sizes)]  # [n_all] padding sorts last
+        tokens = routed // index.shape[1]  # [n_all]
         scale = weights.reshape(-1, 1)[routed]  # [n_all, 1]
         inputs = hidden[tokens]  # [n_all, H]
-        outputs = inputs.new_empty(inputs.shape, dtype=torch.promote_types(inputs.dtype, scale.dtype))
-        pieces = zip(*(torch.split(tensor, sizes) for tensor in (inputs, scale, outputs)), strict=True)
-        places = dict(zip(hit, pieces, strict=True))
-        views, feed_forward = self._bank.views, self._feed_forward
-        visit = self._bank.visit(self.layer, hit)
-        try:
-            for expert, slot in visit:
-                x, w, out = places[expert]
-                y = feed_forward(x, views[slot])  # [n, H]
-                if self.observer is not None:
-                    start = sum(counts[:expert])
-                    self.observer.expert(self.layer, expert, tokens[start : start + len(x)], w.squeeze(1), y)
-                torch.mul(y, w, out=out)
-        finally:
-            visit.close()  # an error must not leave the visit's slots pinned until its traceback is gone
-        return self._combine(outputs, routed, index.shape, hidden.dtype)
+        outputs = inputs.new_empty(inputs.shape, dtype=torch.promote_types(inputs.dtype, scale.dtype))  # [n_all, H]
+        pieces = zip(*(torch.split(each, sizes) for each in (tokens, inputs, scale, outputs)), strict=True)
+        self._run(hit, dict(zip(hit, pieces, strict=True)))
+        places = outputs.new_zeros(len(flat), outputs.shape[1]).index_copy_(0, routed, outputs)  # [T*k, H]
+        return places.view(*index.shape, -1).sum(1).to(hidden.dtype)  # [T, H]
 
-    def _combine(self, outputs: Tensor, routed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Sum over k in the router's order, whatever order the experts ran in: residency never changes an answer."""
-        tokens, top_k = shape
-        places = outputs.new_zeros(tokens * top_k, outputs.shape[1]).index_copy_(0, routed, outputs)  # [T*k, H]
-        combined = places.view(tokens, top_k, -1).sum(1).to(dtype)  # [T, H]
-        if self.observer is not None:
-            self.observer.combined(self.layer, combined)
-        return combined
+    def _run(self, hit: Sequence[int], pieces: Mapping[int, tuple[Tensor, ...]]) -> None:
+        """For each expert: its tokens [n], inputs [n, H] and weights [n, 1] -> weighted outputs [n, H], in place."""
+        # Closed at once if an expert fails: the slots of a visit must not stay pinned until the traceback is gone.
+        with closing(self._bank.visit(self.layer, hit)) as visit:
+            for expert, slot in visit:
+                tokens, x, w, out = pieces[expert]
+                y = self._feed_forward(x, self._bank.views[slot])  # [n, H]
+                if self.observer is not None:
+                    self.observer.expert(self.layer, expert, tokens, w.squeeze(1), y)
+                torch.mul(y, w, out=out)
 
 
 def paged_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

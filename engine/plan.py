@@ -140,15 +140,16 @@ def _workspace(card: ModelCard, chunk: int, context: int, batch: int, size: int)
     Of one layer: residual stream and norms (8 H), query, key, value and context (6 widths), the routed experts' inputs
     and outputs (2 k H) with the busiest expert's inner columns (3 widths), a dense or shared feed-forward (3 widths);
     router logits and probabilities in f32 (6 E); the attention mask, and all heads' scores where the kernel is not
-    fused; kept for the coverage of all layers: weights and indices of k experts (12 L k); logits of one position a
-    row, three times in f32 (sampling sorts them).
+    fused; its cached keys and values spread to all heads. Kept for the coverage of all layers: weights and indices of
+    k experts (12 L k). Logits of one position a row, three times in f32 (sampling sorts them).
     """
     geometry = card.geometry
     columns = 8 * card.hidden + 6 * geometry.attention_width + 2 * card.top_k * card.hidden
     columns += 3 * geometry.expert_width + 3 * geometry.dense_width
     routing = 6 * card.experts * 4 + 12 * card.layers * card.top_k
     attention = context * (5 + 8 * geometry.scored_heads)
-    return chunk * (columns * size + routing + attention) + 3 * batch * card.vocab * 4
+    expanded = batch * context * 2 * geometry.attention_width * size
+    return chunk * (columns * size + routing + attention) + expanded + 3 * batch * card.vocab * 4
 
 
 def _within(plan: MemoryPlan, budget: int) -> MemoryPlan:

@@ -113,6 +113,7 @@ class _File:
         self._path = path
         self._buffered = _open(path, 0)
         self._direct: int | None = None
+        self._refused = False
         if direct:
             try:
                 self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -126,14 +127,13 @@ class _File:
             os.close(self._direct)
 
     def fill(self, run: _Run, staging: Bytes) -> int:
-        if self._direct is not None:
+        if self._direct is not None and not self._refused:
             try:
                 return self._fill_direct(self._direct, run, staging)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise _failed(run, error) from error
-                os.close(self._direct)
-                self._direct = None
+                self._refused = True  # the descriptor stays open: another thread may be reading from it
         return self._fill_buffered(run)
 
     def _fill_direct(self, descriptor: int, run: _Run, staging: Bytes) -> int:

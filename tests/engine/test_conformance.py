@@ -1,4 +1,4 @@
-"""Every family against plain transformers: the whole rule, the selection rule, the row rule, exact mode at the floor."""
+"""Every family against plain transformers: the whole, selection and row rules, and exact mode at the floor."""
 
 from __future__ import annotations
 

@@ -1,0 +1,148 @@
+"""The slot table: pins, eviction order, roll back; then a state machine against a plain model of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engine.residency import ABSENT, Residency
+from store.errors import BudgetError
+from store.records import ExpertKey
+
+LAYERS, EXPERTS, SLOTS = 3, 4, 7
+
+
+def _keys(*pairs: tuple[int, int]) -> list[ExpertKey]:
+    return [ExpertKey(*pair) for pair in pairs]
+
+
+def test_a_resident_expert_is_not_loaded_again() -> None:
+    residency = Residency(2, 4, 4)
+    first = residency.plan(_keys((0, 1), (1, 2)))
+    second = residency.plan(_keys((0, 1), (1, 3)))
+    assert [load.key for load in first] == _keys((0, 1), (1, 2))
+    assert [load.key for load in second] == _keys((1, 3))
+    residency.check()
+
+
+def test_the_least_recently_used_unleased_expert_is_evicted() -> None:
+    residency = Residency(1, 8, 3)
+    for expert in (0, 1, 2):
+        residency.plan(_keys((0, expert)))
+        residency.release(_keys((0, expert)))
+    residency.touch(residency.slot(ExpertKey(0, 0)))
+    residency.plan(_keys((0, 5)))
+    assert residency.slot(ExpertKey(0, 1)) == ABSENT
+    assert residency.slot(ExpertKey(0, 0)) != ABSENT
+
+
+def test_a_leased_expert_is_never_evicted() -> None:
+    residency = Residency(1, 8, 2)
+    residency.plan(_keys((0, 0)))
+    slot = residency.slot(ExpertKey(0, 0))
+    for expert in range(1, 8):
+        residency.plan(_keys((0, expert)))
+        residency.release(_keys((0, expert)))
+    assert residency.slot(ExpertKey(0, 0)) == slot
+
+
+def test_a_lease_that_does_not_fit_changes_nothing() -> None:
+    residency = Residency(1, 8, 4)
+    residency.plan(_keys((0, 0), (0, 1)))
+    residency.plan(_keys((0, 2)))
+    residency.release(_keys((0, 2)))
+    before = (list(residency.table[0]), residency.available, residency.leased)
+    with pytest.raises(BudgetError, match="3 need a slot, but only 1 of the 4 slots"):
+        residency.plan(_keys((0, 2), (0, 3), (0, 4), (0, 5)))
+    assert (list(residency.table[0]), residency.available, residency.leased) == before
+    residency.check()
+
+
+def test_a_resident_expert_that_is_wanted_does_not_count_as_room_for_the_missing() -> None:
+    residency = Residency(1, 8, 2)
+    residency.plan(_keys((0, 0)))
+    residency.release(_keys((0, 0)))
+    with pytest.raises(BudgetError):
+        residency.plan(_keys((0, 0), (0, 1), (0, 2)))
+    assert residency.slot(ExpertKey(0, 0)) != ABSENT
+
+
+def test_a_forgotten_load_leaves_its_slot_empty() -> None:
+    residency = Residency(1, 4, 2)
+    residency.plan(_keys((0, 3)))
+    residency.forget(ExpertKey(0, 3))
+    assert residency.slot(ExpertKey(0, 3)) == ABSENT
+    assert residency.available == 2
+    residency.check()
+
+
+KEYS = st.builds(ExpertKey, st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
+
+
+class ResidencyMachine(RuleBasedStateMachine):
+    """Leases come and go, loads fail; the model is a counter of pins and the set of what may be resident."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.residency = Residency(LAYERS, EXPERTS, SLOTS)
+        self.leases: list[frozenset[ExpertKey]] = []
+        self.resident: set[ExpertKey] = set()
+
+    def pins(self) -> Counter[ExpertKey]:
+        return Counter(key for lease in self.leases for key in lease)
+
+    @rule(wanted=st.frozensets(KEYS, min_size=1, max_size=SLOTS + 1))
+    def lease(self, wanted: frozenset[ExpertKey]) -> None:
+        fits = len(wanted | self.pins().keys()) <= SLOTS
+        try:
+            loads = self.residency.plan(wanted)
+        except BudgetError:
+            assert not fits
+            return
+        assert fits
+        assert {load.key for load in loads} == wanted - self.resident
+        assert len({load.slot for load in loads}) == len(loads)
+        self.leases.append(wanted)
+        self.sync()
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        lease = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+        self.residency.release(lease)
+
+    @rule(wanted=st.frozensets(KEYS, min_size=1, max_size=3))
+    def lease_whose_read_fails(self, wanted: frozenset[ExpertKey]) -> None:
+        try:
+            loads = self.residency.plan(wanted)
+        except BudgetError:
+            return
+        for load in loads:
+            self.residency.forget(load.key)
+        self.residency.release(wanted - {load.key for load in loads})
+        assert all(self.residency.slot(load.key) == ABSENT for load in loads)
+        self.sync()
+
+    @rule(key=KEYS)
+    def touch(self, key: ExpertKey) -> None:
+        if self.residency.slot(key) != ABSENT:
+            self.residency.touch(self.residency.slot(key))
+
+    def sync(self) -> None:
+        rows = enumerate(self.residency.table)
+        self.resident = {ExpertKey(layer, e) for layer, row in rows for e, slot in enumerate(row) if slot != ABSENT}
+
+    @invariant()
+    def everything_leased_is_resident_and_the_table_is_sound(self) -> None:
+        self.residency.check()
+        assert self.pins().keys() <= self.resident
+        assert self.residency.leased == len(self.pins())
+        assert self.residency.available == SLOTS - len(self.pins())
+
+
+ResidencyMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestResidency = ResidencyMachine.TestCase
