@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from demo.tour import Shown
     from profiler.progress import Report
 
+AMPLE = 1 << 40  # a budget that holds everything, but is one: without any, the plan has more workspace
+
 app = typer.Typer()
 group = typer.Typer(name="demo-tools", help="What the demo is made of.", no_args_is_help=True)
 
@@ -76,13 +78,14 @@ def prepare_store(url: str) -> None:
 
 
 def memory_for(model: Path, keep: float) -> int:
-    """The budget under which this share of every layer's experts is resident, as `moepager serve` plans it."""
+    """The budget under which this share of every layer's experts is resident, as the demo's service plans it."""
+    from demo.tour import MAX_BATCH, MAX_CONTEXT
     from engine.card import ModelCard
     from engine.config import EngineConfig
     from engine.plan import plan_memory
 
-    tiny = plan_memory(ModelCard.read(model), EngineConfig(model, memory=1 << 40))
-    return tiny.memory_for(keep)
+    bounded = EngineConfig(model, memory=AMPLE, max_context=MAX_CONTEXT, max_batch=MAX_BATCH)
+    return plan_memory(ModelCard.read(model), bounded).memory_for(keep)
 
 
 def describe(one: Shown) -> str:

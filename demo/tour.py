@@ -20,6 +20,10 @@ from demo.tasks.registry import TASKS
 from store.errors import MoepagerError
 
 START_SECONDS = 120
+# A service for one person: what the cache of a longer conversation would take goes to experts.
+MAX_CONTEXT, MAX_BATCH = 128, 4
+# A service for one person: what the cache of a longer conversation would take goes to experts.
+MAX_CONTEXT, MAX_BATCH = 128, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +55,8 @@ def tour(store_url: str, memory: int, log: Path) -> Iterator[Shown]:
 def serving(store_url: str, memory: int, log: Path) -> Iterator[httpx.Client]:
     """`moepager serve` on a free port of 127.0.0.1, with a client for it; ended when the block is left."""
     port = _free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "service",
-        "serve",
-        "--store",
-        store_url,
-        "--memory",
-        str(memory),
-        "--port",
-        str(port),
-    ]
+    limits = ["--max-context", str(MAX_CONTEXT), "--max-batch", str(MAX_BATCH), "--memory", str(memory)]
+    command = [sys.executable, "-m", "service", "serve", "--store", store_url, "--port", str(port), *limits]
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=_environment())  # noqa: S603 - our own command
         try:

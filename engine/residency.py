@@ -93,6 +93,13 @@ class Residency:
         if slot in self._idle:
             self._idle.move_to_end(slot)
 
+    def evict_idle(self) -> int:
+        """Empty every slot that no lease holds; gives their number."""
+        count = len(self._idle)
+        while self._idle:
+            self._empty.append(self._evict())
+        return count
+
     def check(self) -> None:
         """Assert that table, slots, pins and queues tell the same story."""
         for slot, key in enumerate(self._keys):
