@@ -11,7 +11,7 @@ from sqlalchemy import Select, delete, insert, select
 from sqlalchemy.orm import Session
 
 from store.connection import Database
-from store.errors import InvalidInput, NotFound
+from store.errors import CorruptStore, InvalidInput, NotFound
 from store.packing import exemplar_digest, pack_vector, unpack_vector
 from store.records import Exemplar, ModelRecord, TaskRecord
 from store.schema import ExemplarRow, ModelRow, TaskRow
@@ -104,6 +104,15 @@ class Exemplars:
         """By task, then in the order in which they were given."""
         with self._database.read() as session:
             return [_exemplar(row) for row in session.scalars(_ordered(select(ExemplarRow), embedder, task))]
+
+    def check(self) -> None:
+        """Raises CorruptStore for an exemplar that is not what was stored."""
+        with self._database.read() as session:
+            for row in session.scalars(select(ExemplarRow)):
+                if exemplar_digest(_exemplar(row)) != row.digest:
+                    raise CorruptStore(
+                        f"Exemplar {row.text[:40]!r} of task {row.task!r} is damaged. Profile that task again."
+                    )
 
     def labels(self, embedder: str) -> Sequence[Label]:
         """The same exemplars in the same order as `list(embedder)`, without reading their vectors."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -61,6 +61,14 @@ class Database:
         with self._translated(), Session(self._engine) as session, session.begin():
             session.connection(execution_options={WRITES: True})
             yield session
+
+    def check(self) -> None:
+        """Has SQLite look at its every page; PostgreSQL checks pages as it reads them. Raises CorruptStore."""
+        if self.dialect == "sqlite":
+            with self.read() as session:
+                said = session.execute(text("PRAGMA quick_check(3)")).scalars().all()
+            if said != ["ok"]:
+                raise _damaged(self.name, "; ".join(map(str, said)))
 
     def close(self) -> None:
         self._engine.dispose()

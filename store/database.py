@@ -31,6 +31,14 @@ class Store:
         """The database's URL without its password."""
         return self._database.name
 
+    def check(self) -> None:
+        """Reads everything and compares it with its hashes and formats. Raises CorruptStore, MismatchError."""
+        self._database.check()
+        self.exemplars.check()
+        for profile in self.profiles.list():  # reading one unpacks and checks its statistics
+            self.evaluations.list(profile.id)
+            self.selections.find(profile.id)
+
     def close(self) -> None:
         self._database.close()
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from store.database import open_store
-from store.records import Profile, TaskRecord
+from store.database import Store, open_store
+from store.errors import CorruptStore
+from store.records import Exemplar, Profile, Selection, StoredSelection, TaskRecord
 
 
 def test_without_a_url_the_store_is_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +47,46 @@ def test_threads_that_open_a_fresh_store_at_once_make_it_once(database_url: str)
         list(pool.map(put, range(6)))
     with open_store(database_url) as opened:
         assert [task.name for task in opened.tasks.list()] == [f"t{n}" for n in range(6)]
+
+
+@pytest.fixture
+def full(stocked: Store, make_profile: Callable[..., Profile], make_exemplars: Callable[..., list[Exemplar]]) -> Store:
+    stocked.exemplars.replace("sql", make_exemplars("sql", 3))
+    selection = StoredSelection("s1", "p1", "gate", "uniform", 0.5, Selection.whole(2, 4))
+    stocked.profiles.put(make_profile(), [selection])
+    return stocked
+
+
+def test_a_sound_store_passes_its_check(full: Store) -> None:
+    full.check()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("UPDATE exemplars SET text = 'changed' WHERE position = 1", "Exemplar 'changed' of task 'sql' is damaged"),
+        ("UPDATE profiles SET statistics = substr(statistics, 1, 50)", "statistics of profile p1 are damaged"),
+        ("UPDATE selections SET bitmap = substr(bitmap, 1, 1)", "selection s1 is damaged"),
+    ],
+)
+def test_a_check_finds_damage_in_every_table(
+    full: Store, run_sql: Callable[[str], None], damage: str, said: str
+) -> None:
+    run_sql(damage)
+    with pytest.raises(CorruptStore, match=said):
+        full.check()
+
+
+def test_a_check_looks_at_pages_that_no_query_reads(tmp_path: Path) -> None:
+    file = tmp_path / "store.db"
+    with open_store(f"sqlite:///{file}") as opened:
+        for number in range(200):
+            opened.tasks.put(TaskRecord(f"t{number}", "x" * 200))
+    content = bytearray(file.read_bytes())
+    content[-4096:] = b"\xff" * 4096
+    file.write_bytes(content)
+    with pytest.raises(CorruptStore, match="damaged"), open_store(f"sqlite:///{file}") as opened:
+        opened.check()
 
 
 def test_a_store_that_is_up_to_date_opens_at_once(database_url: str) -> None:
