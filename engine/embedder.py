@@ -125,7 +125,9 @@ def _load_sentence_model(source: str) -> Any:
             "This embedder needs sentence-transformers: `pip install sentence-transformers`, or choose `hash`."
         )
     from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - seconds to import
+    from transformers.utils import logging  # noqa: PLC0415
 
+    logging.disable_progress_bar()  # a command has a bar of its own, and a service has none
     try:
         return SentenceTransformer(source, device="cpu", model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:

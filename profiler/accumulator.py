@@ -13,6 +13,8 @@ from torch import Tensor
 from profiler.statistics import BINS, Statistics, array_shapes
 from store.errors import CheckpointError
 
+REDUCED_AT_ONCE = 1 << 20  # numbers of expert outputs that are held before they are reduced to norms
+
 _ROUTED = ("selected", "gates", "top_logits", "pool_logits")
 _COMPUTED = ("norms", "squared_norms", "gated_norms", "shifted_norms")
 
@@ -26,8 +28,29 @@ class _Pass:
     gates: Tensor  # f64 [T, E], 0 for padding
     experts: list[int] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)  # i64 [n] each
-    norms: list[Tensor] = field(default_factory=list)  # f64 [n] each
+    outputs: list[Tensor] = field(default_factory=list)  # [n, H] each, of the experts that are not reduced yet
+    waiting: int = 0  # how many numbers those are
+    norms: list[Tensor] = field(default_factory=list)  # [n] each
     peaks: list[Tensor] = field(default_factory=list)  # [n] each
+
+    def take(self, expert: int, tokens: Tensor, outputs: Tensor) -> None:
+        """Many experts see few tokens each: they are reduced together, as soon as they are worth it."""
+        self.experts.append(expert)
+        self.tokens.append(tokens)
+        self.outputs.append(outputs)
+        self.waiting += outputs.numel()
+        if self.waiting >= REDUCED_AT_ONCE:
+            self.reduce()
+
+    def reduce(self) -> None:
+        if self.outputs:
+            outputs = torch.cat(self.outputs)  # [n, H]
+            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+            self.norms.append(torch.linalg.vector_norm(outputs, dim=-1))
+            # Ten times faster on the CPU than the norm of order infinity, which says the same.
+            self.peaks.append(torch.maximum(outputs.amax(dim=-1), -outputs.amin(dim=-1)))
+            self.outputs.clear()
+            self.waiting = 0
 
     def table(self, values: list[Tensor]) -> Tensor:
         """What was gathered expert by expert as f64 [T, E], 0 where an expert did not see the token."""
@@ -89,15 +112,16 @@ class Accumulator:
     ) -> None:
         assert self._residual is not None, "the residual comes before the routing"
         assert valid.shape[0] == self._buckets.shape[1], "begin was told of another batch"
-        z = torch.where(valid[:, None], logits, 0).to(torch.float64)  # [T, E]
+        z = torch.where(valid[:, None], logits, 0)  # [T, E]
         _refuse_infinite(z, layer, "router logits")
         chosen, gates = self._spread(weights, index, valid)  # [T, E], [T, E]
-        pool, ids = z.topk(min(self._top_k, z.shape[1]), dim=-1)  # [T, K], [T, K]
+        highest, ids = z.topk(self._top_k, dim=-1)  # [T, K], [T, K]
+        pool = highest.to(torch.float64)  # [T, K]
         shares = pool.softmax(-1)  # [T, K]
         buckets = self._buckets * valid  # [4, T]
         self._count_tokens(buckets)
-        top = torch.zeros_like(z).scatter(1, ids[:, :1], pool[:, :1])  # [T, E]
-        pooled = torch.zeros_like(z).scatter(1, ids, pool)  # [T, E]
+        top = torch.zeros_like(gates).scatter(1, ids[:, :1], pool[:, :1])  # [T, E]
+        pooled = torch.zeros_like(gates).scatter(1, ids, pool)  # [T, E]
         for name, values in zip(_ROUTED, (chosen, gates, top, pooled), strict=True):
             self._sums[name][layer] += buckets @ values  # [4, E]
         self._sums["top_shares"][layer] += buckets @ shares[:, 0]  # [4]
@@ -105,25 +129,22 @@ class Accumulator:
         self._pass = _Pass(self._residual, valid, gates)
 
     def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:  # noqa: ARG002
-        """Called many times a layer: two reductions here, everything else once in `combined`."""
         assert self._pass is not None, "the routing comes before the experts"
-        self._pass.experts.append(expert)
-        self._pass.tokens.append(tokens)
-        self._pass.norms.append(torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float64))  # [n]
-        self._pass.peaks.append(outputs.abs().amax(dim=-1))  # [n]
+        self._pass.take(expert, tokens, outputs)
 
     def combined(self, layer: int, y: Tensor) -> None:
         assert self._pass is not None, "the routing comes before the output"
         now = self._pass
+        now.reduce()
         shift = torch.where(now.valid, _shift(now.residual, y), 0.0)  # [T]
         norms, peaks = now.table(now.norms), now.table(now.peaks)  # [T, E], [T, E]
         gated = now.gates * norms  # [T, E]
         buckets = self._buckets * now.valid  # [4, T]
         parts = (norms, norms.square(), gated, shift[:, None] * gated)
-        for name, values in zip(_COMPUTED, parts, strict=True):
-            sums = buckets @ values  # [4, E]
-            _refuse_infinite(sums, layer, "expert outputs")
-            self._sums[name][layer] += sums
+        sums = torch.stack([buckets @ values for values in parts])  # [4, 4, E]
+        _refuse_infinite(sums, layer, "expert outputs")
+        for name, added in zip(_COMPUTED, sums, strict=True):
+            self._sums[name][layer] += added
         self._sums["peak"][layer] = torch.maximum(self._sums["peak"][layer], peaks.amax(dim=0))  # [E]
         self._pass = self._residual = None
 

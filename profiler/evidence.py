@@ -24,10 +24,11 @@ KEEPS = (1.0, 0.5, 0.25, 0.125)
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Evaluation items as tokens, and the hash that names them."""
+    """Evaluation items as tokens, the hash that names them, and how many of them run at once."""
 
     items: Sequence[Encoded]
     content_hash: str
+    rows: int
 
 
 def check_keeps(engine: Engine, keeps: Sequence[float]) -> tuple[float, ...]:
@@ -77,9 +78,9 @@ def put_evaluations(
     whole: Measured | None = None
     for done, stored in enumerate(missing):
         report(Progress(profile.task, "evaluate", done, len(missing)))
-        whole = whole or evaluate(engine, held_out.items, None)
+        whole = whole or evaluate(engine, held_out.items, None, held_out.rows)
         complete = len(stored.selection) == engine.card.layers * engine.card.experts
-        here = whole if complete else evaluate(engine, held_out.items, stored.selection)
+        here = whole if complete else evaluate(engine, held_out.items, stored.selection, held_out.rows)
         store.evaluations.put(_evaluation(stored, held_out, here, whole))
     report(Progress(profile.task, "evaluate", len(missing), len(missing)))
 

@@ -42,9 +42,10 @@ def profile_generalist(
     """
     scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
     parts = task_profiles(store, engine.card.fingerprint)
+    held_out: HeldOut | None = None
     if evaluation is not None:
         _refuse_seen(parts, evaluation)
-    held_out = HeldOut(encode_corpus(engine, evaluation), evaluation.content_hash) if evaluation is not None else None
+        held_out = HeldOut(encode_corpus(engine, evaluation), evaluation.content_hash, options.rows)
     with hold(options.folder, lock_name(engine.card, GENERALIST)):
         profile = _mean(store, engine.card.fingerprint, parts)
         task = TaskRecord(GENERALIST, f"The mean of {len(parts)} tasks: {', '.join(one.task for one in parts)}.")

@@ -69,7 +69,7 @@ def profile_task(
     if task.name == GENERALIST:
         raise InvalidInput(f"The task name {GENERALIST!r} stands for all tasks together; choose another.", param="task")
     scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
-    text, held_out = _encode(engine, calibration, evaluation)
+    text, held_out = _encode(engine, calibration, evaluation, options.rows)
     exemplars = _embed(task.name, calibration, embedder, options.exemplars)
     with hold(options.folder, lock_name(engine.card, task.name)):
         profile = _gather(engine, store, task.name, calibration, text, options, report)
@@ -124,12 +124,14 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\x1e".join(parts).encode()).hexdigest()[:16]
 
 
-def _encode(engine: Engine, calibration: Corpus, evaluation: Corpus | None) -> tuple[list[Encoded], HeldOut | None]:
+def _encode(
+    engine: Engine, calibration: Corpus, evaluation: Corpus | None, rows: int
+) -> tuple[list[Encoded], HeldOut | None]:
     text = encode_corpus(engine, calibration)
     if evaluation is None:
         return text, None
     refuse_overlap(calibration, evaluation)
-    return text, HeldOut(encode_corpus(engine, evaluation), evaluation.content_hash)
+    return text, HeldOut(encode_corpus(engine, evaluation), evaluation.content_hash, rows)
 
 
 def _gather(

@@ -17,7 +17,9 @@ from engine.config import EngineConfig
 from engine.embedder import HashEmbedder
 from engine.engine import Engine
 from engine.tiny import write_tiny
+from profiler import evidence
 from profiler.corpus import Corpus, Item, gather
+from profiler.evaluate import evaluate
 from profiler.generalist import profile_generalist
 from profiler.job import Options, profile_task
 from profiler.run import hold
@@ -91,11 +93,11 @@ def test_a_profile_comes_with_its_provenance_selections_and_evidence(engine, sto
     assert store.models.get(engine.card.fingerprint).top_k == engine.card.top_k
     pairs = store.evaluations.list(made.id)
     assert {(stored.scorer, stored.keep) for stored, _ in pairs} == set(itertools.product(SCORERS, options.keeps))
-    for stored, evidence in pairs:
-        assert evidence.items == 5
-        assert evidence.evaluation_hash == evaluation.content_hash
-        assert 0 < evidence.nll < 20
-        assert evidence.coverage == 1.0 if stored.keep == 1.0 else 0 < evidence.coverage < 1
+    for stored, measured in pairs:
+        assert measured.items == 5
+        assert measured.evaluation_hash == evaluation.content_hash
+        assert 0 < measured.nll < 20
+        assert measured.coverage == 1.0 if stored.keep == 1.0 else 0 < measured.coverage < 1
         assert [len(ids) for ids in stored.selection.experts] == [max(2, int(8 * stored.keep))] * 3
     assert [(step.done, step.total) for step in steps if step.stage == "calibrate"] == [
         (0, 10),
@@ -150,6 +152,34 @@ def test_another_scorer_later_needs_no_second_pass_over_the_calibration(engine, 
     assert run("peu") == first
     assert sum(passes) == 3 + 3
     assert {stored.scorer for stored in store.selections.find(first)} == {"reap", "peu"}
+
+
+def test_interrupted_evaluations_go_on_with_the_selection_they_stopped_at(engine, store, options, monkeypatch):
+    def run() -> str:
+        return profile_task(
+            engine, store, TaskRecord("t"), texts(1, 4), texts(2, 3), embedder=HashEmbedder(), options=options
+        ).id
+
+    def stop_after(count: int) -> None:
+        calls = iter(range(count))
+
+        def measured(*arguments):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return evaluate(*arguments)
+
+        monkeypatch.setattr(evidence, "evaluate", measured)
+
+    stop_after(3)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    [profile] = store.profiles.list()
+    done = store.evaluations.list(profile.id)
+    assert len(done) == 3
+    stop_after(20)  # the whole model again, the three sizes of six scorers, one of tcess: 1 + 18 + 1
+    assert run() == profile.id
+    assert len(store.evaluations.list(profile.id)) == 28
+    assert store.evaluations.list(profile.id)[-4:][0][0].scorer == "tcess"
 
 
 def test_a_few_slots_give_the_same_bits_as_all_of_them(model, engine, store, options, tmp_path):
@@ -225,6 +255,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.embedder import HashEmbedder
 from engine.engine import Engine
+from profiler import evidence
 from profiler.corpus import read_corpus
 from profiler.job import Options, profile_task
 from store.database import open_store
