@@ -43,6 +43,15 @@ class _FirstRouter(Observer):
         self.signature = sums / len(first)  # [E]
         raise _Seen
 
+    def residual(self, layer: int, h: Tensor) -> None:
+        """Not needed."""
+
+    def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
+        """Never reached."""
+
+    def combined(self, layer: int, y: Tensor) -> None:
+        """Never reached."""
+
 
 def signature(engine: Engine, prompt: Sequence[int]) -> F32:
     """f32 [E] of one prompt's tokens. Call it from the thread that owns the engine."""
