@@ -111,6 +111,25 @@ def retrieve_command(
     )
 
 
+@app.command("cache")
+def cache_command(
+    model: Model = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Repeatable share of the experts held.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests in each workload.")] = 200,
+    scorer: Annotated[str, typer.Option(help="Whose profile is replayed.")] = "easy_ep",
+    as_json: AsJson = False,
+) -> None:
+    """Replay recorded routing through profile, LRU, LFU, Belady, a global and a random set at equal bytes."""
+    from benchmarks.cache import bench_cache, verdicts
+    from store.home import bundled_model
+
+    arms = bench_cache(model or bundled_model(), keep or (0.5, 0.25, 0.125), requests, scorer)
+    _table("recorded routing, replayed", [asdict(arm) for arm in arms])
+    for line in verdicts(arms):
+        typer.echo(line, err=True)
+    _answer({"arms": [asdict(arm) for arm in arms], "verdicts": verdicts(arms)}, as_json)
+
+
 def _answer(figures: dict[str, Any], as_json: bool) -> None:
     from benchmarks.machine import machine
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from engine.engine import Engine
-
 from benchmarks.page_cache import evict
 from benchmarks.raw_read import Range, Shape, best_shape, lanes, merged, read_seconds
 from engine.card import ModelCard
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.plan import plan_memory
 from store.checkpoint import CheckpointMap
 from store.errors import InvalidInput

@@ -17,7 +17,7 @@ from store.records import F32
 
 @contextmanager
 def signatures(model: Path) -> Iterator[Vectorise]:
-    """A function from texts to f32 [n, E]. Texts longer than the model's context are cut, as a prompt would have to be."""
+    """A function from texts to f32 [n, E]. Texts longer than the context are cut, as a prompt would have to be."""
     with Engine.open(EngineConfig(model, max_batch=1)) as engine:
         limit = min(engine.plan.max_context, engine.plan.chunk_tokens) - 1
 
