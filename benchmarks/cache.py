@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cache_policies import ONLINE, Request, Tally, fixed, masked, profile
+from benchmarks.cache_policies import ONLINE, Request, fixed, masked, profile
 from benchmarks.routing_trace import record
 from demo.prepare import corpus
 from demo.tasks.registry import TASKS
@@ -51,9 +51,8 @@ def bench_cache(model: Path, keeps: Sequence[float], requests: int, scorer: str,
         card = engine.card
     arms = []
     for keep in keeps:
-        sets = {
-            task: _keys(uniform(SCORERS[scorer].score(each), keep, card.top_k)) for task, each in statistics.items()
-        }
+        scores = {task: SCORERS[scorer].score(each) for task, each in statistics.items()}  # [L, E] each
+        sets = {task: frozenset(uniform(score, keep, card.top_k)) for task, score in scores.items()}
         slots = len(next(iter(sets.values())))
         everyone = _global(statistics, slots)
         chance = frozenset(random.Random(seed).sample(list(Selection.whole(card.layers, card.experts)), slots))
@@ -62,9 +61,9 @@ def bench_cache(model: Path, keeps: Sequence[float], requests: int, scorer: str,
             tallies = {name: policy(trace, slots) for name, policy in ONLINE.items()}
             tallies |= {"global": fixed(trace, everyone), "random": fixed(trace, chance)}
             tallies |= {"profile": profile(trace, sets), "profile-masked": masked(trace, sets)}
-            arms += [
-                _arm(workload, name, keep, slots, tally, card.expert_bytes, requests) for name, tally in tallies.items()
-            ]
+            for name, tally in tallies.items():
+                size = tally.reads * card.expert_bytes
+                arms.append(Arm(workload, name, keep, slots, tally.hit_rate, size, tally.reads / requests))
     return arms
 
 
