@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from store.errors import CheckpointError, InvalidInput
 
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 INCOMPLETE = "\ufffd"  # what a tokenizer shows for bytes that are no character yet
 
 
@@ -21,6 +23,8 @@ class Tokenizer:
     """The tokenizer of a model folder. Safe to use from any thread for encoding and decoding."""
 
     def __init__(self, folder: Path | str) -> None:
+        if not any((Path(folder) / name).is_file() for name in FILES):  # transformers would make up an empty one
+            raise CheckpointError(f"{folder} has no usable tokenizer: none of {', '.join(FILES)}.")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
@@ -42,7 +46,12 @@ class Tokenizer:
             raise InvalidInput(
                 "This model has no chat template, so it can't answer messages. Use plain completion.", param="messages"
             )
-        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # templates refuse what they have no form for, such as a system message
+            raise InvalidInput(
+                f"The model's chat template refuses these messages: {error}", param="messages"
+            ) from error
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, tokens: Sequence[int]) -> str:

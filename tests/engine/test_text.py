@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,18 @@ def test_a_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
         Tokenizer(tmp_path).encode_chat([{"role": "user", "content": "hi"}])
 
 
-def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])  # of the second, transformers makes up an empty tokenizer
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path, family: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
         Tokenizer(tmp_path)
+
+
+def test_messages_that_the_template_refuses_are_bad_input(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ raise_exception('System role not supported') }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InvalidInput, match="refuses these messages: System role not supported"):
+        Tokenizer(tmp_path).encode_chat([{"role": "system", "content": "hi"}])
