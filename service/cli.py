@@ -43,7 +43,7 @@ def gather(points: Iterable[EntryPoint]) -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    root.callback()(_version)
+    root.callback(no_args_is_help=True)(_version)
     for point in sorted(points, key=lambda point: point.name):
         root.add_typer(point.load())
     return root

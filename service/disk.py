@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,17 +30,22 @@ class DiskSpeed:
 
 def measure_disk(files: Sequence[Path], seconds: float = SECONDS) -> DiskSpeed:
     """Read blocks from the files, the largest first, past the page cache where the file system allows it."""
-    block = np.empty(BLOCK, np.uint8)
+    blocks = _blocks(files)
+    block = np.zeros(BLOCK, np.uint8)
     read, started = 0, time.perf_counter()
     with Reader(BLOCK + 8192) as reader:
-        for file in sorted(files, key=lambda file: -file.stat().st_size):
-            size = file.stat().st_size
-            for offset in range(0, size, BLOCK):
-                length = min(BLOCK, size - offset)
-                reader.read([Extent(file, offset, length, block[:length])])
-                read += length
-                if time.perf_counter() - started > seconds or read >= MOST:
-                    return DiskSpeed(read, time.perf_counter() - started)
-    if not read:
-        raise CheckpointError("No bytes to measure the disk with: the model folder has no safetensors files.")
+        for file, offset, length in itertools.cycle(blocks):  # a small model is read again: direct reads are not cached
+            reader.read([Extent(file, offset, length, block[:length])])
+            read += length
+            if time.perf_counter() - started > seconds or read >= MOST:
+                break
     return DiskSpeed(read, time.perf_counter() - started)
+
+
+def _blocks(files: Sequence[Path]) -> list[tuple[Path, int, int]]:
+    """File, offset and length of every block, those of the largest file first."""
+    sizes = sorted(((file.stat().st_size, file) for file in files), reverse=True)
+    found = [(file, at, min(BLOCK, size - at)) for size, file in sizes for at in range(0, size, BLOCK)]
+    if not found:
+        raise CheckpointError("No bytes to measure the disk with: the model folder has no safetensors files.")
+    return found

@@ -8,13 +8,10 @@ import subprocess
 import sys
 
 import typer
-import uvicorn
 
 from engine.card import ModelCard
 from engine.plan import plan_memory
-from service.app import create_app
 from service.model import engine_config
-from service.parts import open_parts
 from service.planning import show_memory
 from service.serving import Catalogue
 from service.settings import Settings
@@ -37,6 +34,12 @@ def run_server(settings: Settings) -> None:
 
 
 def serve(settings: Settings, bound: socket.socket) -> None:
+    # Seconds to import, torch among them: the plan is shown and what is wrong refused before.
+    import uvicorn  # noqa: PLC0415
+
+    from service.app import create_app  # noqa: PLC0415
+    from service.parts import open_parts  # noqa: PLC0415
+
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     app = create_app(lambda: open_parts(settings), on_failure=lambda: setattr(server, "should_exit", True))
     server = uvicorn.Server(uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS))

@@ -47,21 +47,19 @@ class Catalogue:
 
     model: str  # fingerprint
     tasks: Mapping[str, ProfiledTask]
-    elsewhere: Mapping[str, str] = field(default_factory=dict)  # tasks that only another model has a profile of: its name
+    elsewhere: Mapping[str, str] = field(default_factory=dict)  # tasks profiled only for another model: its name
 
     @classmethod
     def read(cls, store: Store, model: str) -> Catalogue:
-        tasks, elsewhere = {}, {}
         others = [other for other in store.models.list() if other.fingerprint != model]
+        tasks, elsewhere = {}, {}
         for task in store.tasks.list():
             profile = store.profiles.latest(model, task.name)
-            if profile is None:
-                having = (other.name for other in others if store.profiles.latest(other.fingerprint, task.name))
-                elsewhere.update({task.name: name for name in having})
-            else:
-                # By selection: of several evaluations the one made last counts, not the one that flatters.
-                found = {stored.id: Candidate(stored, each) for stored, each in store.evaluations.list(profile.id)}
-                tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, tuple(found.values()))
+            if profile is not None:
+                candidates = read_candidates(store, profile.id)
+                tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, candidates)
+            elif having := [other.name for other in others if store.profiles.latest(other.fingerprint, task.name)]:
+                elsewhere[task.name] = having[0]
         return cls(model, tasks, elsewhere)
 
     def named(self, task: str) -> ProfiledTask:
@@ -83,6 +81,12 @@ class Catalogue:
     def retrievable(self) -> tuple[str, ...]:
         """The tasks that a query can be matched to: a generalist serves what matches none."""
         return tuple(sorted(name for name in self.tasks if name != GENERALIST))
+
+
+def read_candidates(store: Store, profile: str) -> tuple[Candidate, ...]:
+    """One for each selection: of several evaluations the one made last counts, not the one that flatters."""
+    found = {stored.id: Candidate(stored, evidence) for stored, evidence in store.evaluations.list(profile)}
+    return tuple(found.values())
 
 
 @dataclass(frozen=True, slots=True)

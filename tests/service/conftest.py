@@ -74,7 +74,8 @@ def stock(card: ModelCard, selection_of: Callable[[float, int], Selection]) -> C
         with open_store(url) as store:
             for fingerprint in (card.fingerprint, "another-model"):
                 store.models.put(ModelRecord(fingerprint, "tiny", "qwen3_moe", 3, 8, 2, "c", "w", "t"))
-            for number, (task, texts) in enumerate({"cooking": COOKING, "sql": SQL, "unproven": [], "stranger": []}.items()):
+            tasks: dict[str, list[str]] = {"cooking": COOKING, "sql": SQL, "unproven": [], "stranger": []}
+            for number, (task, texts) in enumerate(tasks.items()):
                 _put_task(store, task, texts, "another-model" if task == "stranger" else card.fingerprint)
                 if task in ("cooking", "sql"):
                     _put_evidence(store, task, lambda keep, seed, n=number: selection_of(keep, 10 * n + seed))
@@ -88,7 +89,9 @@ def _put_task(store: Store, task: str, texts: list[str], model: str) -> None:
     store.exemplars.replace(task, [Exemplar(task, text, embedder.embed([text])[0], embedder.id) for text in texts])
     statistics = {"count": np.ones((3, 8))}
     store.profiles.put(
-        Profile(f"p-{task}", model, task, statistics, 100, "hash", frozenset({"item"}), {"reap": "1"}, datetime.now(UTC))
+        Profile(
+            f"p-{task}", model, task, statistics, 100, "hash", frozenset({"item"}), {"reap": "1"}, datetime.now(UTC)
+        )
     )
 
 
@@ -115,7 +118,9 @@ def store_url(stock: Callable[[str], None], tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def half_settings(model_folder: Path, store_url: str) -> Settings:
     """A budget that holds half of the experts."""
-    settings = Settings(model=str(model_folder), store=store_url, embedder="hash", max_context=256, max_batch=4, threads=1)
+    settings = Settings(
+        model=str(model_folder), store=store_url, embedder="hash", max_context=256, max_batch=4, threads=1
+    )
     config = engine_config(settings)
     # The floor of the budget depends on whether there is one, so ask for a plan under a generous one.
     plan = plan_memory(ModelCard.read(model_folder), replace(config, memory=2**33))

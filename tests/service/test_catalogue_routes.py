@@ -24,7 +24,9 @@ def test_a_model_is_found_by_its_id(client: TestClient, name: str) -> None:
     assert client.get(f"/v1/models/{name}").json() == listed[name]
 
 
-@pytest.mark.parametrize(("name", "code"), [("other", "model_not_found"), ("a/b", "model_not_found"), ("tiny:no", "not_found")])
+@pytest.mark.parametrize(
+    ("name", "code"), [("other", "model_not_found"), ("a/b", "model_not_found"), ("tiny:no", "not_found")]
+)
 def test_an_unknown_model_is_not_found(client: TestClient, name: str, code: str) -> None:
     answer = client.get(f"/v1/models/{name}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, code)
@@ -79,6 +81,17 @@ def test_residency_says_what_the_device_holds(client: TestClient, parts: Parts) 
     assert found["leased"] == 0
 
 
+def test_residency_can_be_given_up_and_is_paged_in_again(client: TestClient, parts: Parts) -> None:
+    ask = {"query": "boil an egg", "task": "cooking", "max_tokens": 1}
+    client.post("/v1/query", json=ask)
+    held = client.get("/v1/residency").json()["resident"]
+    assert client.delete("/v1/residency").json()["evicted"] == held
+    assert client.get("/v1/residency").json()["resident"] == 0
+    receipt = client.post("/v1/query", json=ask).json()["receipt"]
+    assert receipt["experts_paged"] == receipt["experts"] == 12
+    assert receipt["bytes_paged"] == 12 * parts.engine.card.expert_bytes
+
+
 def test_a_request_id_is_echoed_or_made(client: TestClient) -> None:
     assert client.get("/healthz", headers={"x-request-id": "mine-7"}).headers["x-request-id"] == "mine-7"
     made = client.get("/healthz").headers["x-request-id"]
@@ -98,7 +111,9 @@ def test_health_and_readiness(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/query", 405)])
-def test_routes_that_do_not_exist_answer_in_openais_shape(client: TestClient, method: str, path: str, status: int) -> None:
+def test_routes_that_do_not_exist_answer_in_openais_shape(
+    client: TestClient, method: str, path: str, status: int
+) -> None:
     answer = client.request(method, path)
     assert answer.status_code == status
     assert path in answer.json()["error"]["message"]

@@ -109,12 +109,17 @@ def test_an_empty_answer_still_opens_with_the_role(client: TestClient, events_of
     assert chunks[0]["choices"][0]["finish_reason"] == "stop"
 
 
-def test_the_last_user_message_finds_the_task_and_all_messages_make_the_prompt(client: TestClient, parts: Parts) -> None:
+def test_the_last_user_message_finds_the_task_and_all_messages_make_the_prompt(
+    client: TestClient, parts: Parts
+) -> None:
     messages = [
         {"role": "developer", "content": "Be short."},
         {"role": "user", "content": "select rows from orders"},
         {"role": "assistant", "content": "Done."},
-        {"role": "user", "content": [{"type": "text", "text": "how long do "}, {"type": "text", "text": "I boil an egg"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "how long do "}, {"type": "text", "text": "I boil an egg"}],
+        },
         {"role": "assistant", "content": "It takes"},
     ]
     usage = client.post(CHAT, json=body(messages=messages)).json()["usage"]
@@ -127,7 +132,11 @@ def test_the_last_user_message_finds_the_task_and_all_messages_make_the_prompt(c
 
 @pytest.mark.parametrize(
     "fields",
-    [{"model": "tiny:sql"}, {"expert": {"task": "sql"}}, {"model": "tiny:sql", "expert": {"task": "sql", "mode": "mask"}}],
+    [
+        {"model": "tiny:sql"},
+        {"expert": {"task": "sql"}},
+        {"model": "tiny:sql", "expert": {"task": "sql", "mode": "mask"}},
+    ],
 )
 def test_a_task_is_pinned_by_the_models_name_or_in_the_body(client: TestClient, fields: dict[str, Any]) -> None:
     receipt = client.post(CHAT, json=body(**fields)).json()["usage"]["expert"]

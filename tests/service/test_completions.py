@@ -74,7 +74,14 @@ def test_without_a_limit_a_completion_has_openais_sixteen_tokens(client: TestCli
 
 
 def test_what_benchmarks_send_is_accepted(client: TestClient) -> None:
-    fields = {"logprobs": None, "repetition_penalty": 1.0, "ignore_eos": False, "echo": False, "best_of": 1, "suffix": None}
+    fields = {
+        "logprobs": None,
+        "repetition_penalty": 1.0,
+        "ignore_eos": False,
+        "echo": False,
+        "best_of": 1,
+        "suffix": None,
+    }
     assert complete(client, prompt=EGG, **fields)["usage"]["expert"]["ignored"] == []
 
 

@@ -130,8 +130,9 @@ def test_exemplars_of_another_embedder_are_a_mismatch(
     with open_store(url) as store:
         other = Exemplar("unproven", "a query", HashEmbedder(64).embed(["a query"])[0], HashEmbedder(64).id)
         store.exemplars.replace("unproven", [other])
-    with pytest.raises(MismatchError, match="'unproven' were embedded by hash-v1-64"), open_parts(
-        half_settings.model_copy(update={"store": url})
+    with (
+        pytest.raises(MismatchError, match="'unproven' were embedded by hash-v1-64"),
+        open_parts(half_settings.model_copy(update={"store": url})),
     ):
         pass
 

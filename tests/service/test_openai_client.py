@@ -103,13 +103,12 @@ def test_an_error_in_mid_stream_is_raised_by_the_client(
     scripted_app: FastAPI, live: Callable[[FastAPI], AbstractContextManager[str]], worker: object
 ) -> None:
     worker.failure = RuntimeError("broken")  # type: ignore[attr-defined]
-    seen = ""
+    seen: list[str | None] = []
     with live(scripted_app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         stream = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": EGG}], stream=True)
         with pytest.raises(openai.APIError, match="failed on this request"):
-            for chunk in stream:
-                seen += chunk.choices[0].delta.content or ""
-    assert seen == "abc"
+            seen.extend(chunk.choices[0].delta.content for chunk in stream)
+    assert seen == ["a", "b", "c"]
 
 
 def test_the_async_client_streams_side_by_side(

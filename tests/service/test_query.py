@@ -50,7 +50,12 @@ def test_the_receipt_says_what_was_served(client: TestClient, parts: Parts, sele
     ask(client, query="select rows from orders", task="sql", keep=0.25, scorer="tcess")
     receipt = ask(client, query=EGG)["receipt"]
     assert receipt["task"] == receipt["served_task"] == "cooking"
-    assert (receipt["reason"], receipt["mode"], receipt["keep"], receipt["scorer"]) == ("retrieved", "mask", 0.5, "reap")
+    assert (receipt["reason"], receipt["mode"], receipt["keep"], receipt["scorer"]) == (
+        "retrieved",
+        "mask",
+        0.5,
+        "reap",
+    )
     assert (receipt["experts"], receipt["selection"]) == (len(selection), selection.digest)
     assert (receipt["model"], receipt["profile_id"], receipt["escalated"]) == ("tiny", "p-cooking", False)
     assert receipt["similarity"] == pytest.approx(1.0)
@@ -77,7 +82,9 @@ def test_a_swap_pages_exactly_what_is_missing(client: TestClient, parts: Parts) 
     assert receipt["bytes_paged"] == after.bytes_paged - before.bytes_paged
 
 
-def test_a_query_of_no_task_is_served_exactly_and_says_so(client: TestClient, parts: Parts, generated: Generated) -> None:
+def test_a_query_of_no_task_is_served_exactly_and_says_so(
+    client: TestClient, parts: Parts, generated: Generated
+) -> None:
     answer = ask(client, query=CUP)
     receipt = answer["receipt"]
     assert answer["answer"] == generated(chat_tokens(parts, CUP), None, max_tokens=8).text
@@ -89,7 +96,12 @@ def test_a_query_of_no_task_is_served_exactly_and_says_so(client: TestClient, pa
 
 def test_a_named_task_is_not_searched_for(client: TestClient) -> None:
     receipt = ask(client, query=CUP, task="sql")["receipt"]
-    assert (receipt["task"], receipt["reason"], receipt["similarity"], receipt["mode"]) == ("sql", "pinned", None, "mask")
+    assert (receipt["task"], receipt["reason"], receipt["similarity"], receipt["mode"]) == (
+        "sql",
+        "pinned",
+        None,
+        "mask",
+    )
 
 
 def test_a_task_may_be_served_exactly(client: TestClient) -> None:
