@@ -48,7 +48,7 @@ class _Row:
         """Account for a sampled token; a reason where it is the row's last."""
         self.tokens += 1
         reason: Reason | None = None
-        if token in eos:
+        if token in eos and not self.request.sampling.ignore_eos:
             reason, text = "stop", ""
         else:
             text = self.stops.push(self.detokenizer.push(token))

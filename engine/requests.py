@@ -16,13 +16,17 @@ Reason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """`temperature` 0 is greedy. `seed` None draws one. The same seed and prompt give the same text in any batch."""
+    """`temperature` 0 is greedy. `seed` None draws one. The same seed and prompt give the same text in any batch.
+
+    `ignore_eos` generates past the model's end tokens, which are still no text: for benchmarks of equal lengths.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

@@ -97,6 +97,7 @@ def sampling_for(fields: SamplingFields, prompt: Sequence[int], limit: int | Non
         top_p=fields.top_p if fields.top_p is not None else 1.0,
         seed=fields.seed,
         stop=fields.stops,
+        ignore_eos=fields.ignore_eos or False,
     )
 
 

@@ -37,6 +37,7 @@ class SamplingFields(BaseModel):
     top_p: TopP | None = None
     seed: Seed | None = None
     stop: Text | Stops | None = None
+    ignore_eos: bool | None = None
     stream: bool = False
 
     @property
@@ -143,7 +144,6 @@ class OpenAIBody(SamplingFields):
     )
 
     model: Text
-    ignore_eos: bool | None = None
     stream_options: StreamOptions | None = None
     expert: ExpertOptions | None = None
 

@@ -123,6 +123,16 @@ def test_an_end_token_ends_the_row_and_is_no_text(checkpoint: Checkpoint, open_e
     assert done.text == engine.tokenizer.decode(tokens[:first])
 
 
+def test_an_end_token_may_be_ignored(checkpoint: Checkpoint, open_engine: Open, ask: Ask) -> None:
+    engine = _endless(open_engine(checkpoint("mixtral")))
+    prompt = _prompt(8, 3)
+    tokens = _tokens(list(engine.generate([ask(prompt, max_tokens=20)])))
+    engine.tokenizer.eos = frozenset([tokens[5]])
+    *_, done = events = list(engine.generate([ask(prompt, max_tokens=20, ignore_eos=True)]))
+    assert isinstance(done, FinishedEvent)
+    assert (done.reason, _tokens(events)) == ("length", tokens)
+
+
 def test_the_texts_of_the_tokens_join_to_the_final_text(checkpoint: Checkpoint, open_engine: Open, ask: Ask) -> None:
     engine = _endless(open_engine(checkpoint("olmoe")))
     events = list(engine.generate([ask(_prompt(4, n), max_tokens=25, temperature=1.2, seed=n) for n in range(4)]))

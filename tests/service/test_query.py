@@ -132,6 +132,14 @@ def test_a_stop_string_ends_the_answer(client: TestClient) -> None:
     assert answer["finish_reason"] == "stop"
 
 
+def test_generation_can_go_past_the_end_token(
+    client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts.engine.tokenizer, "eos", frozenset(range(parts.engine.card.vocab)))
+    assert ask(client, query=EGG)["receipt"]["completion_tokens"] == 1
+    assert ask(client, query=EGG, ignore_eos=True)["receipt"]["completion_tokens"] == 8
+
+
 def test_without_a_limit_the_settings_one_holds(client: TestClient, parts: Parts) -> None:
     answer = client.post("/v1/query", json={"query": EGG, "stop": "\n"}).json()
     tokens = answer["receipt"]["completion_tokens"]
