@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 
-from service.context import RequestIds, opening
+from service.context import opening
+from service.middleware import BodyLimit, RequestIds
 from service.parts import Parts
 from service.refusals import add_refusals
 from service.routes import chat, completions, health, models, query, residency, retrieve, tasks
@@ -25,6 +26,7 @@ def create_app(
 
     app = FastAPI(title="moepager", summary="Task-adaptive expert retrieval for MoE language models", lifespan=lifespan)
     add_refusals(app)
+    app.add_middleware(BodyLimit)
     app.add_middleware(RequestIds)
     for routes in (health, models, chat, completions, query, residency, retrieve, tasks):
         app.include_router(routes.router)

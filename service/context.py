@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.parts import Parts
 from store.errors import Busy, MoepagerError
 
 log = logging.getLogger("moepager.service")
-
-REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
 class Opening:
@@ -81,24 +75,3 @@ def request_id(request: Request) -> str:
 
 PartsDep = Annotated[Parts, Depends(current_parts)]
 RequestId = Annotated[str, Depends(request_id)]
-
-
-class RequestIds:
-    """Gives each request an id, its own `x-request-id` where that is printable, and sends it back."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        wanted = Headers(scope=scope).get("x-request-id", "")
-        scope["request_id"] = wanted if REQUEST_ID.fullmatch(wanted) else uuid.uuid4().hex
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = scope["request_id"]
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)

@@ -105,6 +105,12 @@ def test_an_unprintable_request_id_is_replaced(client: TestClient) -> None:
     assert answer.headers["x-request-id"] != "a\tb"
 
 
+def test_a_body_beyond_all_bounds_is_refused(client: TestClient) -> None:
+    answer = client.post("/v1/query", json={"query": "x" * 9_000_000})
+    assert answer.status_code == 413
+    assert "8388608 bytes" in answer.json()["error"]["message"]
+
+
 def test_health_and_readiness(client: TestClient) -> None:
     assert client.get("/healthz").json() == client.get("/health").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready", "model": "tiny"}

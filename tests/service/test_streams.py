@@ -6,6 +6,7 @@ import http.client
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import urlsplit
@@ -143,3 +144,16 @@ def test_a_client_that_hangs_up_frees_the_real_engine(app: FastAPI, live: Live, 
             assert time.monotonic() < deadline
             time.sleep(0.005)
     parts.engine.bank.residency.check()
+
+
+def test_many_at_once_get_what_each_gets_alone(client: TestClient, parts: Any) -> None:
+    """Tasks, modes, sizes and seeds mixed, from many threads: no answer knows of another."""
+    texts = [EGG, "select rows from orders", "who won the cup final yesterday"]
+    wishes: list[dict[str, Any]] = [{}, {"mode": "exact"}, {"temperature": 0.8, "seed": 3}]
+    bodies = [{"query": text, "max_tokens": 6 + n, **wish} for text in texts for n, wish in enumerate(wishes)]
+    alone = [client.post("/v1/query", json=body).json()["answer"] for body in bodies]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda body: client.post("/v1/query", json=body).json()["answer"], bodies * 3))
+    assert together == alone * 3
+    parts.engine.bank.residency.check()
+    assert parts.engine.residency().leased == 0
