@@ -42,6 +42,9 @@ def serve(
     scorer: Scorer = None,
     max_context: Context = None,
     max_batch: Batch = None,
+    answer_tokens: Annotated[
+        int | None, typer.Option(help="The limit where a request names none. Default: 512.")
+    ] = None,
     queue_size: Annotated[int | None, typer.Option(help="Requests that may wait; more get a 503.")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds an answer may take.")] = None,
     index: Annotated[Path | None, typer.Option(help="Folder of the vector index. Default: in memory.")] = None,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 
+import service.commands
 from service.settings import PREFIX, Settings, load_settings
 from store.errors import InvalidInput
 
@@ -74,3 +76,18 @@ def test_a_bad_variable_is_refused_by_its_own_name(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MOEPAGER_QUEUE_SIZE", "many")
     with pytest.raises(InvalidInput, match=r"MOEPAGER_QUEUE_SIZE: .* \(got 'many'\)"):
         load_settings()
+
+
+def test_the_example_of_an_environment_has_every_setting_with_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = Path(__file__).parents[2] / "deploy" / "service.env.example"
+    lines = [line for line in example.read_text().splitlines() if line and not line.startswith("#")]
+    given = dict(line.split("=", 1) for line in lines)
+    assert given.keys() == {"MOEPAGER_HOME", *(PREFIX + name.upper() for name in Settings.model_fields)}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == Settings.model_construct()
+
+
+def test_every_setting_is_an_option_of_serve() -> None:
+    options = inspect.signature(service.commands.serve).parameters
+    assert options.keys() == Settings.model_fields.keys()
