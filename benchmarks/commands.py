@@ -81,14 +81,14 @@ def retrieve_command(
     as_json: AsJson = False,
 ) -> None:
     """Accuracy, abstention and latency of retrieval: sentence embedding beside PreMoe's router signature."""
-    from benchmarks.retrieval_data import demo_set, kinds_set, mmlu_set
+    from benchmarks.retrieval_data import demo_set, kinds_set, mmlu_set, sources_set
     from benchmarks.retrieve import embed_ms_p50, measure, search_ms_p50
     from benchmarks.signature_vectors import signatures
     from engine.embedder import open_embedder
     from store.home import bundled_model
 
     sentence = open_embedder(embedder)
-    sets = [demo_set(), *((kinds_set(), mmlu_set()) if public else ())]
+    sets = [demo_set(), *((sources_set(), kinds_set(), mmlu_set()) if public else ())]
     with signatures(bundled_model()) as signature:
         ways: Sequence[tuple[str, Vectorise, bool]] = (
             (embedder, sentence.embed, True),

@@ -15,7 +15,7 @@ from statistics import fmean
 from demo.prepare import prepare
 from engine.embedder import open_embedder
 from profiler.progress import Report
-from profiler.scorers.registry import SCORERS
+from profiler.scorers.registry import DEFAULTS
 from store.database import Store, open_store
 from store.home import bundled_model
 
@@ -55,7 +55,7 @@ def bench_quality(items: int | None, scorers: Sequence[str] | None, report: Repo
             store,
             open_embedder("hash"),  # retrieval takes no part in this
             bundled_model(),
-            scorers=scorers or list(SCORERS),
+            scorers=scorers or list(DEFAULTS),
             split="test",
             items=items,
             generalist=False,

@@ -38,8 +38,21 @@ def demo_set() -> RetrievalSet:
     return RetrievalSet("demo", _label(exemplars), _label(queries))
 
 
+def sources_set(seed: int = 0) -> RetrievalSet:
+    """Tasks as an operator would draw them: code, exam questions, function calls, agents' chores, web research."""
+    calls = function_calls()
+    tasks = {
+        "code": human_eval(),
+        "exams": [question for questions in mmlu_subjects().values() for question in questions],
+        "function calls": calls["python functions"],
+        "chores": calls["file and trading agents"],
+        "web research": calls["web search"],
+    }
+    return _split("sources", tasks, seed)
+
+
 def kinds_set(seed: int = 0) -> RetrievalSet:
-    """HumanEval and the kinds of function-calling requests, as tasks."""
+    """HumanEval and the kinds of function-calling requests, as tasks. Some differ in little but the language."""
     return _split("kinds", {"humaneval": human_eval(), **function_calls()}, seed)
 
 
