@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from demo.commands import group
+from engine.openmp import wait_passively
 
 if __name__ == "__main__":
+    wait_passively()
     group()

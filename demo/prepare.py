@@ -38,7 +38,8 @@ def prepare(
 ) -> list[Profile]:
     """A profile with evidence for every demo task, and the generalist; what is stored already is not measured again."""
     options = Options(scorers=scorers, model_name=MODEL_NAME, runs=runs)
-    with Engine.open(EngineConfig(model, max_context=256, max_batch=32)) as engine:
+    # One thread: the matrices are so small that handing them to a second costs more than it saves.
+    with Engine.open(EngineConfig(model, max_context=256, max_batch=32, threads=1)) as engine:
         profiles = [
             profile_task(
                 engine,

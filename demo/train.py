@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from engine.openmp import wait_passively
+
+wait_passively()
 
 import torch
 from torch import nn

@@ -5,7 +5,6 @@ Importing it must stay quick: torch and the rest are imported by the commands th
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
@@ -13,6 +12,7 @@ from typing import NoReturn
 
 import typer
 
+from engine.openmp import wait_passively
 from store.errors import MoepagerError
 
 GROUP = "moepager.commands"
@@ -20,9 +20,7 @@ REFUSED = 2  # the exit code of everything that a person can put right
 
 
 def main() -> NoReturn:
-    # libgomp's waiting threads spin by default, which makes a busy machine up to 70 times slower. Only before torch.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wait_passively()
     try:
         gather(entry_points(group=GROUP))(prog_name="moepager")
     except MoepagerError as error:
