@@ -1,6 +1,7 @@
 """Watches the model run and adds up what it sees into Statistics. The profiler's only tensor arithmetic.
 
-T tokens of a batch flattened row by row, E experts, K = top_k, H hidden, B histogram bins.
+T tokens of a batch flattened row by row, E experts, K = top_k, H hidden, B histogram bins. Collects of the extras just
+those that it is asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from profiler.extras import EXTRAS, NOTHING, Needs
 from profiler.statistics import BINS, Statistics, array_shapes
 from store.errors import CheckpointError
 
@@ -68,8 +70,23 @@ class Accumulator:
     Trusts the router for weights and choice (never its own top-k, never a softmax); logits are taken as they come.
     """
 
-    def __init__(self, layers: int, experts: int, top_k: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        top_k: int,
+        device: str = "cpu",
+        *,
+        needs: Needs = NOTHING,
+        hidden: int = 0,
+    ) -> None:
+        """`needs` names the extras that add up; `hidden` is only needed for those of that size."""
         self._shape, self._top_k = (layers, experts), top_k
+        self._extras = {
+            name: torch.zeros(EXTRAS[name].shape(layers, experts, hidden), dtype=torch.float64, device=device)
+            for name in sorted(needs)
+            if EXTRAS[name].summed
+        }
         make = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in self._shapes().items()}
         self._sums: dict[str, Tensor] = make
         self._buckets = torch.zeros(4, 0, dtype=torch.float64, device=device)  # [4, T]
@@ -95,7 +112,8 @@ class Accumulator:
             arrays[name] = arrays[name].transpose(1, 0, 2).reshape(shapes[name])  # [2, 2, L, E]
         arrays["top_shares"] = arrays["top_shares"].T.reshape(shapes["top_shares"])  # [2, 2, L]
         arrays["tokens"] = arrays["tokens"].reshape(2, 2)
-        return Statistics(self._top_k, **arrays)
+        extras = {name: tensor.cpu().numpy().copy() for name, tensor in self._extras.items()}
+        return Statistics(self._top_k, **arrays, extras=extras)
 
     def residual(self, layer: int, h: Tensor) -> None:
         assert layer < self._shape[0], layer
@@ -126,11 +144,17 @@ class Accumulator:
             self._sums[name][layer] += buckets @ values  # [4, E]
         self._sums["top_shares"][layer] += buckets @ shares[:, 0]  # [4]
         self._fill_histogram(layer, pool, ids, shares, valid)
+        if self._extras:
+            self._multiply(layer, chosen, z.to(torch.float64), valid)
         self._pass = _Pass(self._residual, valid, gates)
 
     def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:  # noqa: ARG002
         assert self._pass is not None, "the routing comes before the experts"
         self._pass.take(expert, tokens, outputs)
+        if "output_sums" in self._extras:
+            sums = self._extras["output_sums"][:, layer, expert]  # [2, H]
+            real = self._pass.valid[tokens]  # [n]
+            sums.index_add_(0, self._halves[tokens][real], outputs[real].to(torch.float64))
 
     def combined(self, layer: int, y: Tensor) -> None:
         assert self._pass is not None, "the routing comes before the output"
@@ -166,6 +190,14 @@ class Accumulator:
         kept = torch.where(valid[:, None], weights, 0).to(torch.float64)  # [T, K]
         chosen = slots.scatter(1, index.long(), real)[:, :-1]  # [T, E]
         return chosen, slots.scatter_add(1, index.long(), kept)[:, :-1]
+
+    def _multiply(self, layer: int, chosen: Tensor, z: Tensor, valid: Tensor) -> None:
+        """The extras that are products of experts with experts: `chosen` and `z` are [T, E], 0 for padding."""
+        for name, values in (("coactivations", chosen), ("logit_products", z - z.mean(dim=1, keepdim=True))):
+            if name in self._extras:
+                for half in (0, 1):
+                    mine = values[valid & (self._halves == half)]  # [n, E]
+                    self._extras[name][half, layer] += mine.T @ mine  # [E, E]
 
     def _count_tokens(self, buckets: Tensor) -> None:
         """Tokens pass every layer, but count once a forward."""

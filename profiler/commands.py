@@ -38,7 +38,13 @@ def profile(
     model: Annotated[str | None, typer.Option(help="A folder or hub id. Default: the bundled demo model.")] = None,
     store: Annotated[str | None, typer.Option("--store", help="Database URL. Default: the embedded store.")] = None,
     memory: Annotated[str | None, typer.Option(help="Bytes for everything on the device, such as 2GiB.")] = None,
-    scorer: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: all scorers.")] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable; docs/methods.md lists them. Default: seven that need no extras."),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The checkpoint that the model was tuned from, for router_growth.")
+    ] = None,
     keep: Annotated[list[float] | None, typer.Option(help="Repeatable share. Default: 1, 0.5, 0.25, 0.125.")] = None,
     embedder: Annotated[str, typer.Option(help="minilm, hash, or a sentence-transformers name or folder.")] = "minilm",
     description: Annotated[str, typer.Option(help="What the task is, for people.")] = "",
@@ -74,7 +80,7 @@ def profile(
         threads=threads,
         chunk_tokens=max(max_context or 2048, 4096 if budget is None else 0),  # an item goes through in one piece
     )
-    options = Options(scorers=scorer, keeps=tuple(keep or KEEPS), rows=batch, model_name=_model_name(model))
+    options = Options(scorers=scorer, keeps=tuple(keep or KEEPS), rows=batch, model_name=_model_name(model), base=base)
     found = _run(config, store, TaskRecord(task, description), text, embedder, options)
     found["seconds"] = round(time.perf_counter() - started, 3)
     _show(found)
@@ -134,7 +140,7 @@ def _run(
 
 
 def _summary(store: Store, made: Profile) -> dict[str, Any]:
-    from profiler.scorers.registry import SCORERS
+    from profiler.scorers.registry import computable
     from profiler.stability import split_half_overlap
     from profiler.statistics import Statistics
 
@@ -159,7 +165,7 @@ def _summary(store: Store, made: Profile) -> dict[str, Any]:
         "model": made.model,
         "tokens": made.tokens,
         "statistics": [{"name": name, "shape": list(array.shape)} for name, array in statistics.arrays.items()],
-        "stability": {name: split_half_overlap(statistics, scorer, 0.5) for name, scorer in SCORERS.items()},
+        "stability": {one.name: split_half_overlap(statistics, one, 0.5) for one in computable(statistics)},
         "evaluations": selections,
     }
 

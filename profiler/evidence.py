@@ -57,7 +57,7 @@ def put_selections(
         scores = scorer.score(statistics)
         for keep in keeps:
             selection = uniform(scores, keep, engine.card.top_k)
-            name = f"{profile.id}-{scorer.name}-{keep:g}"
+            name = f"{profile.id}-{scorer.name}.{scorer.version}-{UNIFORM}-{keep:g}"
             stored.append(StoredSelection(name, profile.id, scorer.name, UNIFORM, keep, selection))
     for one in stored:
         store.selections.put(one)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from engine.engine import Engine
 from profiler.accumulator import Accumulator
 from profiler.batches import Encoded, pad, shards, token_limit
+from profiler.extras import NOTHING, Needs
 from profiler.progress import Progress, Report
 from profiler.run import Run
 from profiler.statistics import Statistics
@@ -15,28 +16,37 @@ ROWS = 16
 
 
 def gather_statistics(
-    engine: Engine, text: Sequence[Encoded], run: Run, task: str, rows: int, report: Report
+    engine: Engine,
+    text: Sequence[Encoded],
+    run: Run,
+    task: str,
+    rows: int,
+    report: Report,
+    needs: Needs = NOTHING,
 ) -> Statistics:
-    """The whole text's statistics. Goes on after the last shard that `run` holds: the sums are added in the same order,
+    """The whole text's statistics, with those of `needs` that add up.
 
-    so an interrupted run ends with the same bits as one that was not. The caller forgets the run once they are stored.
+    Goes on after the last shard that `run` holds: the sums are added in the same order, so an interrupted run ends with
+    the same bits as one that was not. The caller forgets the run once they are stored.
     """
     card = engine.card
     parts = list(shards(text, min(rows, engine.plan.max_batch), token_limit(engine)))
-    done, total = run.load() or (0, Statistics.zeros(card.layers, card.experts, card.top_k))
+    done, total = run.load() or (0, Statistics.zeros(card.layers, card.experts, card.top_k, needs, card.hidden))
     items = sum(len(part) for part in parts[:done])
     for number, part in enumerate(parts[done:], done + 1):
         report(Progress(task, "calibrate", items, len(text)))
-        total += _statistics(engine, part)
+        total += _statistics(engine, part, needs)
         run.save(number, total)
         items += len(part)
     report(Progress(task, "calibrate", len(text), len(text)))
     return total
 
 
-def _statistics(engine: Engine, part: Sequence[Encoded]) -> Statistics:
+def _statistics(engine: Engine, part: Sequence[Encoded], needs: Needs) -> Statistics:
     card = engine.card
-    accumulator = Accumulator(card.layers, card.experts, card.top_k, str(engine.device))
+    accumulator = Accumulator(
+        card.layers, card.experts, card.top_k, str(engine.device), needs=needs, hidden=card.hidden
+    )
     batch = pad(part)
     accumulator.begin(batch.roles, batch.halves)
     # None routes freely: an expert that is not resident is paged in, so that no score depends on what happened to be.

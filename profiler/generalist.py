@@ -8,6 +8,7 @@ from engine.engine import Engine
 from profiler.batches import encode_corpus
 from profiler.corpus import Corpus
 from profiler.evidence import HeldOut, check_keeps, put_evaluations, put_selections
+from profiler.extras import Needs
 from profiler.job import (
     DEFAULTS,
     GENERALIST,
@@ -21,7 +22,7 @@ from profiler.job import (
 )
 from profiler.progress import Report, ignore
 from profiler.run import hold
-from profiler.scorers.registry import choose, versions
+from profiler.scorers.registry import choose, computable, needs_of, versions
 from profiler.statistics import Statistics, balanced
 from store.database import Store
 from store.errors import InvalidInput, NotFound
@@ -42,6 +43,7 @@ def profile_generalist(
     """
     scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
     parts = task_profiles(store, engine.card.fingerprint)
+    _require(parts, needs_of(scorers))
     held_out: HeldOut | None = None
     if evaluation is not None:
         _refuse_seen(parts, evaluation)
@@ -69,17 +71,28 @@ def _mean(store: Store, model: str, parts: list[Profile]) -> Profile:
     identity = profile_id(model, GENERALIST, calibration)
     if (found := stored_profile(store, identity)) is not None:
         return found
+    mean = balanced([Statistics.from_arrays(part.statistics) for part in parts])
     return Profile(
         id=identity,
         model=model,
         task=GENERALIST,
-        statistics=balanced([Statistics.from_arrays(part.statistics) for part in parts]).arrays,
+        statistics=mean.arrays,
         tokens=sum(part.tokens for part in parts),
         calibration_hash=calibration,
         calibration_items=frozenset().union(*(part.calibration_items for part in parts)),
-        scorers=versions(),
+        scorers=versions(computable(mean)),
         created=datetime.now(UTC),
     )
+
+
+def _require(parts: list[Profile], needs: Needs) -> None:
+    for part in parts:
+        if lacking := sorted(needs - part.statistics.keys()):
+            raise InvalidInput(
+                f"The profile of task {part.task!r} was made without the statistic {lacking[0]}. "
+                "Profile the task again with the scorer that needs it, or leave that scorer out.",
+                param="scorer",
+            )
 
 
 def _refuse_seen(parts: list[Profile], evaluation: Corpus) -> None:

@@ -6,9 +6,10 @@ The store sees a profile only when its statistics are complete; selections and e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 
 from engine.card import ModelCard
@@ -17,10 +18,13 @@ from engine.engine import Engine
 from profiler.batches import Encoded, encode_corpus
 from profiler.corpus import Corpus, refuse_overlap
 from profiler.evidence import KEEPS, HeldOut, check_keeps, put_evaluations, put_selections
+from profiler.extras import EXTRAS, NOTHING, Needs, formulas
 from profiler.gather import ROWS, gather_statistics
 from profiler.progress import Report, ignore
+from profiler.router_rows import of_router
 from profiler.run import Run, hold
-from profiler.scorers.registry import choose, versions
+from profiler.scorers.registry import choose, computable, needs_of, versions
+from profiler.statistics import VERSION
 from store.checkpoint import CheckpointMap
 from store.database import Store
 from store.errors import InvalidInput, NotFound
@@ -33,7 +37,10 @@ GENERALIST = "generalist"  # the task that stands for all of them; see generalis
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a job is run. `scorers` says which selections are made and measured; the statistics serve all scorers."""
+    """How a job is run. `scorers` says which selections are made and measured, and which extras are collected.
+
+    `base` is the checkpoint that the model was tuned from, for scorers that compare the two.
+    """
 
     scorers: Sequence[str] | None = None
     keeps: Sequence[float] = KEEPS
@@ -41,6 +48,7 @@ class Options:
     rows: int = ROWS
     runs: Path | None = None  # where unfinished runs lie; the data folder's `runs` by default
     model_name: str | None = None
+    base: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -95,10 +103,16 @@ def stored_profile(store: Store, identity: str) -> Profile | None:
         return None
 
 
-def profile_id(model: str, task: str, calibration_hash: str) -> str:
-    """Says what a profile was made from: the same text, model and formulas give the same profile."""
-    formulas = ",".join(f"{name}={version}" for name, version in sorted(versions().items()))
-    return digest(model, task, calibration_hash, formulas)
+def profile_id(model: str, task: str, calibration_hash: str, needs: Needs = NOTHING, base: Path | None = None) -> str:
+    """Says what a profile was made from: the same text, model and statistics give the same profile.
+
+    Scorers are no part of it, since they only read the statistics; a selection's id names its scorer's version.
+    """
+    tuned_from = ""
+    if "router_growth" in needs:
+        assert base is not None, "the job refuses without a base"
+        tuned_from = CheckpointMap.open(base).fingerprint().whole
+    return digest(model, task, calibration_hash, f"statistics={VERSION}", *formulas(needs), tuned_from)
 
 
 def model_record(card: ModelCard, name: str | None) -> ModelRecord:
@@ -143,13 +157,18 @@ def _gather(
     options: Options,
     report: Report,
 ) -> Profile:
-    """The stored profile of exactly this text, or a new one, which is not stored yet."""
-    model = engine.card.fingerprint
-    identity = profile_id(model, task, calibration.content_hash)
-    if (found := stored_profile(store, identity)) is not None:
-        return found
+    """The stored profile of exactly this text that has what is needed, or a new one, which is not stored yet."""
+    model, needs = engine.card.fingerprint, needs_of(choose(options.scorers))
+    static = of_router(engine.card.folder, needs, options.base)
+    found = sorted(_profiles_of(store, model, task, calibration.content_hash, options.base), key=lambda p: p.created)
+    if enough := [profile for profile in found if needs <= profile.statistics.keys()]:
+        return enough[-1]
+    if found:  # a profile may grow: what the youngest has, the new one has too
+        needs |= found[-1].statistics.keys() & EXTRAS.keys()
+        static = of_router(engine.card.folder, needs, options.base)
+    identity = profile_id(model, task, calibration.content_hash, needs, options.base)
     run = Run(options.folder, identity, plan=f"rows={options.rows}")
-    statistics = gather_statistics(engine, text, run, task, options.rows, report)
+    statistics = gather_statistics(engine, text, run, task, options.rows, report, needs).with_extras(static)
     return Profile(
         id=identity,
         model=model,
@@ -158,9 +177,19 @@ def _gather(
         tokens=int(statistics.token_count),
         calibration_hash=calibration.content_hash,
         calibration_items=calibration.item_hashes,
-        scorers=versions(),
+        scorers=versions(computable(statistics)),
         created=datetime.now(UTC),
     )
+
+
+def _profiles_of(store: Store, model: str, task: str, calibration_hash: str, base: Path | None) -> Iterator[Profile]:
+    """All stored profiles of this text, whatever extras they have."""
+    known = [name for name in EXTRAS if base is not None or name != "router_growth"]
+    for count in range(len(known) + 1):
+        for needs in combinations(known, count):
+            identity = profile_id(model, task, calibration_hash, frozenset(needs), base)
+            if (found := stored_profile(store, identity)) is not None:
+                yield found
 
 
 def _embed(task: str, calibration: Corpus, embedder: Embedder, limit: int) -> list[Exemplar]:

@@ -7,15 +7,17 @@ item's number modulo two (for split-half stability), the role is prompt or respo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from store.errors import CorruptStore
+from profiler.extras import EXTRAS, NOTHING, Needs
+from store.errors import CorruptStore, InvalidInput
 from store.records import F64
 
 BINS = 256
+VERSION = "1"  # of what is collected always; extras have versions of their own
 PROMPT, RESPONSE = 0, 1
 
 
@@ -39,11 +41,15 @@ class Statistics:
     top_shares: F64  # [2, 2, L]     RL   + the largest p of the token
     utility: F64  # [2, L, E, B]     HP   + f(z) in the bin of p over [1/K, 1]; no role: it is the one large array
     peak: F64  # [L, E]              MX   max |o_i|
+    extras: Mapping[str, F64] = field(default_factory=dict)  # what extras.py declares, where it was asked for
 
     @classmethod
-    def zeros(cls, layers: int, experts: int, top_k: int) -> Statistics:
+    def zeros(cls, layers: int, experts: int, top_k: int, needs: Needs = NOTHING, hidden: int = 0) -> Statistics:
+        """Nothing seen yet. Of `needs`, those that add up; `hidden` is their H."""
         shapes = array_shapes(layers, experts)
-        return cls(top_k, **{name: np.zeros(shape) for name, shape in shapes.items()})
+        summed = [name for name in sorted(needs) if EXTRAS[name].summed]
+        extras = {name: np.zeros(EXTRAS[name].shape(layers, experts, hidden)) for name in summed}
+        return cls(top_k, **{name: np.zeros(shape) for name, shape in shapes.items()}, extras=extras)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Statistics:
@@ -56,11 +62,18 @@ class Statistics:
                     f"Profile statistics want {name} of shape {shape}, found {found}. Profile the task again."
                 )
         sums = {name: np.asarray(arrays[name], np.float64) for name in array_shapes(layers, experts)}
-        return cls(int(arrays["top_k"].item()), **sums)
+        extras = {name: np.asarray(arrays[name], np.float64) for name in EXTRAS if name in arrays}
+        for name, array in extras.items():
+            shape = EXTRAS[name].shape(layers, experts, array.shape[-1])
+            if array.shape != shape:
+                raise CorruptStore(
+                    f"Profile statistics want {name} of shape {shape}, found {array.shape}. Profile the task again."
+                )
+        return cls(int(arrays["top_k"].item()), **sums, extras=extras)
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
-        return {"top_k": np.asarray([self.top_k], np.int64), **self._sums()}
+        return {"top_k": np.asarray([self.top_k], np.int64), **self._sums(), **self.extras}
 
     @property
     def layers(self) -> int:
@@ -76,6 +89,8 @@ class Statistics:
 
     def total(self, name: str) -> F64:
         """An array summed over halves and roles: `[L, E]` (`[L]` for top_shares, `[L, E, B]` for utility)."""
+        if name in EXTRAS:
+            return self._extra(name)
         array: F64 = getattr(self, name)
         summed: F64 = array.sum(axis=0) if name == "utility" else array.sum(axis=(0, 1))
         return summed
@@ -95,16 +110,35 @@ class Statistics:
             raise ValueError(
                 f"Statistics of {self.peak.shape} top-{self.top_k} and {other.peak.shape} top-{other.top_k}."
             )
+        if self.extras.keys() != other.extras.keys():
+            raise ValueError(f"Statistics with {sorted(self.extras)} and with {sorted(other.extras)}.")
         theirs = other._sums()
         sums = {name: array + theirs[name] for name, array in self._sums().items() if name != "peak"}
-        return Statistics(self.top_k, peak=np.maximum(self.peak, other.peak), **sums)
+        extras = {name: a + other.extras[name] if EXTRAS[name].summed else a for name, a in self.extras.items()}
+        return Statistics(self.top_k, peak=np.maximum(self.peak, other.peak), **sums, extras=extras)
+
+    def with_extras(self, extras: Mapping[str, F64]) -> Statistics:
+        return replace(self, extras={**self.extras, **extras})
+
+    def has(self, needs: Needs) -> bool:
+        return needs <= self.extras.keys()
+
+    def _extra(self, name: str) -> F64:
+        if name not in self.extras:
+            raise InvalidInput(
+                f"This profile was made without the statistic {name} ({EXTRAS[name].meaning}). "
+                "Profile its text again with the scorer that needs it.",
+                param="scorer",
+            )
+        return self.extras[name].sum(axis=0) if EXTRAS[name].summed else self.extras[name]
 
     def _sums(self) -> dict[str, F64]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "top_k"}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in {"top_k", "extras"}}
 
     def _map(self, change: Callable[[F64], F64]) -> Statistics:
         sums = {name: change(array) for name, array in self._sums().items() if name != "peak"}
-        return Statistics(self.top_k, peak=self.peak, **sums)
+        extras = {name: change(a) if EXTRAS[name].summed else a for name, a in self.extras.items()}
+        return Statistics(self.top_k, peak=self.peak, **sums, extras=extras)
 
 
 def array_shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
@@ -122,11 +156,16 @@ def array_shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
 def balanced(parts: Sequence[Statistics]) -> Statistics:
     """The mean over tasks, each counting the same whatever its length: sums per token, averaged.
 
-    `shifted_norms` are divided by their sum over the layer's experts instead, as EASY-EP mixes domains.
+    `shifted_norms` are divided by their sum over the layer's experts instead, as EASY-EP mixes domains. Of the extras,
+    those that every task has are kept; what does not add up is averaged as it is.
     """
     assert parts, "a mean of nothing"
+    common = set.intersection(*(set(part.extras) for part in parts))
+    parts = [replace(part, extras={name: part.extras[name] for name in sorted(common)}) for part in parts]
     shares = [_share(part).scaled(1 / len(parts)) for part in parts]
-    return sum(shares[1:], start=shares[0])
+    fixed = [name for name in sorted(common) if not EXTRAS[name].summed]
+    means: dict[str, F64] = {name: np.mean([part.extras[name] for part in parts], axis=0) for name in fixed}
+    return sum(shares[1:], start=shares[0]).with_extras(means)
 
 
 def _share(part: Statistics) -> Statistics:
@@ -134,4 +173,4 @@ def _share(part: Statistics) -> Statistics:
     mass = part.total("shifted_norms").sum(axis=-1, keepdims=True)  # [L, 1]
     mixed = part.shifted_norms / np.where(mass > 0, mass, 1.0)
     sums = {name: array for name, array in per_token._sums().items() if name != "shifted_norms"}
-    return Statistics(part.top_k, shifted_norms=mixed, **sums)
+    return Statistics(part.top_k, shifted_norms=mixed, **sums, extras=per_token.extras)

@@ -6,18 +6,26 @@ from typing import Protocol
 
 import numpy as np
 
+from profiler.extras import Needs
 from profiler.statistics import Statistics
 from store.records import F64
 
 
 class Scorer(Protocol):
-    """`score` gives f64 `[L, E]`: higher is worth more, comparable within a layer. A new formula is a new `version`."""
+    """`score` gives f64 `[L, E]`: higher is worth more, comparable within a layer. A new formula is a new `version`.
+
+    `needs` names the extras (extras.py) that the formula reads beside what every profile has; `score` raises
+    InvalidInput for statistics that lack one.
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
     def version(self) -> str: ...
+
+    @property
+    def needs(self) -> Needs: ...
 
     def score(self, statistics: Statistics) -> F64: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from profiler.extras import NOTHING
 from profiler.statistics import Statistics
 from store.records import F64
 
@@ -14,6 +15,7 @@ class EasyEp:
 
     name = "easy_ep"
     version = "1"
+    needs = NOTHING
 
     def score(self, statistics: Statistics) -> F64:
         return statistics.total("shifted_norms")

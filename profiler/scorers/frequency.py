@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from profiler.extras import NOTHING
 from profiler.scorers.base import per_token
 from profiler.statistics import Statistics
 from store.records import F64
@@ -12,6 +13,7 @@ class Frequency:
 
     name = "frequency"
     version = "1"
+    needs = NOTHING
 
     def score(self, statistics: Statistics) -> F64:
         return per_token(statistics, "selected")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from profiler.extras import NOTHING
 from profiler.scorers.base import break_ties
 from profiler.statistics import BINS, Statistics
 from store.records import F64
@@ -19,6 +20,7 @@ class Peu:
 
     name = "peu"
     version = "1"
+    needs = NOTHING
 
     def score(self, statistics: Statistics) -> F64:
         return break_ties(utility(statistics), statistics.total("gates"))

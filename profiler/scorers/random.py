@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from profiler.extras import NOTHING
 from profiler.statistics import Statistics
 from store.records import F64
 
@@ -12,6 +13,7 @@ class Random:
     """A seeded shuffle of each layer; the statistics give nothing but their shape."""
 
     name = "random"
+    needs = NOTHING
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from profiler.extras import NOTHING
 from profiler.scorers.base import per_routed
 from profiler.statistics import Statistics
 from store.records import F64
@@ -15,6 +16,7 @@ class Reap:
 
     name = "reap"
     version = "1"
+    needs = NOTHING
 
     def score(self, statistics: Statistics) -> F64:
         return per_routed(statistics, "gated_norms")

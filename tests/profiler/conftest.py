@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from profiler.accumulator import Accumulator
+from profiler.extras import EXTRAS, NOTHING, Needs
 from profiler.statistics import Statistics
 
 
@@ -62,10 +63,16 @@ def feed(accumulator: Accumulator, layer: int, trace: Trace, valid: Tensor) -> N
     accumulator.combined(layer, y)
 
 
-def accumulate(traces: Sequence[Trace], rows: int = 1, padding: int = 0, half: int = 0, role: int = 0) -> Statistics:
+SUMMED = frozenset(name for name, extra in EXTRAS.items() if extra.summed)
+
+
+def accumulate(
+    traces: Sequence[Trace], rows: int = 1, padding: int = 0, half: int = 0, role: int = 0, needs: Needs = NOTHING
+) -> Statistics:
     """The layers' statistics with the tokens dealt out to `rows` rows, each padded with `padding` tokens of rubbish."""
     count = len(traces[0].z)
-    accumulator = Accumulator(len(traces), traces[0].experts, traces[0].top_k)
+    hidden = traces[0].h.shape[1]
+    accumulator = Accumulator(len(traces), traces[0].experts, traces[0].top_k, needs=needs, hidden=hidden)
     for part in torch.arange(count).chunk(rows):
         valid = torch.tensor([True] * len(part) + [False] * padding)
         picked = [*part.tolist(), *[int(part[0])] * padding]
@@ -97,7 +104,13 @@ def toy() -> Trace:
 
 @pytest.fixture
 def toy_statistics(toy: Trace) -> Statistics:
-    return accumulate([toy])
+    return accumulate([toy], needs=SUMMED)
+
+
+@pytest.fixture
+def summed() -> Needs:
+    """Every extra that adds up over tokens."""
+    return SUMMED
 
 
 @pytest.fixture

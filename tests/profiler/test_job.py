@@ -20,10 +20,11 @@ from engine.tiny import write_tiny
 from profiler import evidence
 from profiler.corpus import Corpus, Item, gather
 from profiler.evaluate import evaluate
+from profiler.extras import EXTRAS
 from profiler.generalist import profile_generalist
 from profiler.job import Options, profile_task
 from profiler.run import hold
-from profiler.scorers.registry import SCORERS
+from profiler.scorers.registry import DEFAULTS, SCORERS
 from profiler.statistics import Statistics
 from store.database import open_store
 from store.errors import BudgetError, CheckpointError, Conflict, InvalidInput, NotFound
@@ -92,7 +93,7 @@ def test_a_profile_comes_with_its_provenance_selections_and_evidence(engine, sto
     assert store.tasks.get("words").description == "upper case"
     assert store.models.get(engine.card.fingerprint).top_k == engine.card.top_k
     pairs = store.evaluations.list(made.id)
-    assert {(stored.scorer, stored.keep) for stored, _ in pairs} == set(itertools.product(SCORERS, options.keeps))
+    assert {(stored.scorer, stored.keep) for stored, _ in pairs} == set(itertools.product(DEFAULTS, options.keeps))
     for stored, measured in pairs:
         assert measured.items == 5
         assert measured.evaluation_hash == evaluation.content_hash
@@ -152,6 +153,51 @@ def test_another_scorer_later_needs_no_second_pass_over_the_calibration(engine, 
     assert run("peu") == first
     assert sum(passes) == 3 + 3
     assert {stored.scorer for stored in store.selections.find(first)} == {"reap", "peu"}
+
+
+def test_a_scorer_of_an_extra_costs_a_pass_once_and_the_profile_grows(engine, store, options, passes):
+    def run(*scorers: str) -> str:
+        chosen = Options(scorers=scorers or None, keeps=(0.5,), rows=4, runs=options.runs)
+        return profile_task(
+            engine, store, TaskRecord("t"), texts(1, 8), None, embedder=HashEmbedder(), options=chosen
+        ).id
+
+    plain = run()
+    assert (run("mone", "reap"), sum(passes)) != (plain, 8)
+    rich = store.profiles.latest(engine.card.fingerprint, "t")
+    assert set(rich.statistics) & set(EXTRAS) == {"output_sums"}
+    assert run("stun") != rich.id
+    richest = store.profiles.latest(engine.card.fingerprint, "t")
+    assert set(richest.statistics) & set(EXTRAS) == {"output_sums", "coactivations"}
+    assert {"mone", "stun", "reap"} <= set(richest.scorers)
+    assert "stun_router" not in richest.scorers
+    passes.clear()
+    assert run() == run("mone_mean") == richest.id  # what serves is the youngest: it takes the new selections
+    assert passes == []
+
+
+def test_the_generalist_refuses_scorers_that_a_task_was_not_profiled_for(engine, store, options):
+    arguments = (engine, store, TaskRecord("t"), texts(1, 4), None)
+    profile_task(*arguments, embedder=HashEmbedder(), options=options)
+    chosen = Options(scorers=["mone"], rows=4, runs=options.runs)
+    with pytest.raises(InvalidInput, match="task 't' was made without the statistic output_sums"):
+        profile_generalist(engine, store, None, options=chosen)
+    profile_task(*arguments, embedder=HashEmbedder(), options=chosen)
+    assert profile_generalist(engine, store, None, options=chosen).scorers["mone"] == "1"
+
+
+def test_a_profile_by_router_growth_names_its_base(engine, store, options, model, tmp_path):
+    chosen = Options(scorers=["router_growth"], rows=4, runs=options.runs)
+    with pytest.raises(InvalidInput, match="with --base"):
+        profile_task(engine, store, TaskRecord("t"), texts(1, 4), None, embedder=HashEmbedder(), options=chosen)
+    ids = set()
+    for seed in (5, 6):
+        base = write_tiny("qwen2_moe", tmp_path / f"base{seed}", seed=seed)
+        tuned = Options(scorers=["router_growth"], rows=4, runs=options.runs, base=base)
+        made = profile_task(engine, store, TaskRecord("t"), texts(1, 4), None, embedder=HashEmbedder(), options=tuned)
+        ids.add(made.id)
+        assert made.statistics["router_growth"].shape == (3, 8)
+    assert len(ids) == 2
 
 
 def test_interrupted_evaluations_go_on_with_the_selection_they_stopped_at(engine, store, options, monkeypatch):

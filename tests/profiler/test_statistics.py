@@ -57,15 +57,55 @@ def test_the_toy_layers_counts_and_sums(toy_statistics):
     np.testing.assert_allclose(toy_statistics.total("pool_logits")[0] / 4, [1.25, 0.875, -0.25, 0.5])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_extras_equal_a_loop_over_tokens(seed, random_trace, accumulate, summed):
+    trace = random_trace(seed)
+    together, products = np.zeros((8, 8)), np.zeros((8, 8))
+    outputs = np.zeros((8, trace.h.shape[1]))
+    for t in range(len(trace.z)):
+        z = trace.z[t].numpy() - trace.z[t].numpy().mean()
+        products += np.outer(z, z)
+        for one in trace.index[t].tolist():
+            outputs[one] += trace.o[t, one].numpy()
+            for other in trace.index[t].tolist():
+                together[one, other] += 1
+    statistics = accumulate([trace], rows=3, padding=1, needs=summed)
+    np.testing.assert_allclose(statistics.total("coactivations")[0], together)
+    np.testing.assert_allclose(statistics.total("logit_products")[0], products, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(statistics.total("output_sums")[0], outputs, rtol=1e-10, atol=1e-10)
+
+
+def test_only_the_extras_that_were_asked_for_are_collected(random_trace, accumulate):
+    statistics = accumulate([random_trace(0)], needs=frozenset({"coactivations", "router_distances"}))
+    assert set(statistics.extras) == {"coactivations"}  # a router's distances are no sum over tokens
+    assert accumulate([random_trace(0)]).extras == {}
+
+
+def test_what_does_not_add_up_stays_what_it_is(random_trace, accumulate, summed):
+    distances = {"router_distances": np.arange(64.0).reshape(1, 8, 8)}
+    one = accumulate([random_trace(1)], needs=summed).with_extras(distances)
+    other = accumulate([random_trace(2)], needs=summed).with_extras(distances)
+    for found in (one + other, one.half(0), one.scaled(3), balanced([one, other])):
+        np.testing.assert_array_equal(found.total("router_distances"), distances["router_distances"])
+    mixed = balanced([one, other.with_extras({"router_growth": np.ones((1, 8))})])
+    assert set(mixed.extras) == set(one.extras)
+    np.testing.assert_allclose(mixed.total("coactivations")[0].trace(), 3.0)
+
+
 @pytest.mark.parametrize(("rows", "padding"), [(1, 3), (4, 0), (7, 2), (40, 1)])
-def test_any_batching_and_any_padding_give_the_same_sums(rows, padding, random_trace, accumulate):
+def test_any_batching_and_any_padding_give_the_same_sums(rows, padding, random_trace, accumulate, summed):
     traces = [random_trace(5), random_trace(6)]
-    assert_equal(accumulate(traces, rows=rows, padding=padding), accumulate(traces))
+    together = accumulate(traces, rows=rows, padding=padding, needs=summed)
+    assert_equal(together, accumulate(traces, needs=summed))
 
 
-def test_parts_of_a_text_add_up_to_the_whole(random_trace, accumulate):
+def test_parts_of_a_text_add_up_to_the_whole(random_trace, accumulate, summed):
     trace = random_trace(7)
     first, second = trace.tokens(range(13)), trace.tokens(range(13, 40))
+    parts = accumulate([first], needs=summed) + accumulate([second], half=1, needs=summed)
+    assert_equal(parts.half(1), accumulate([second], half=1, needs=summed) + parts.half(0).scaled(0))
+    for name in ("coactivations", "output_sums", "gates"):
+        np.testing.assert_allclose(parts.total(name), accumulate([trace], needs=summed).total(name), atol=1e-12)
     assert_equal(accumulate([first]) + accumulate([second]), accumulate([trace]))
 
 
@@ -126,6 +166,8 @@ def test_arrays_of_another_shape_are_refused(toy_statistics):
     arrays = toy_statistics.arrays
     with pytest.raises(CorruptStore, match="gates of shape"):
         Statistics.from_arrays(arrays | {"gates": np.zeros((2, 2, 1, 5))})
+    with pytest.raises(CorruptStore, match=r"coactivations of shape \(2, 1, 4, 4\)"):
+        Statistics.from_arrays(arrays | {"coactivations": np.zeros((2, 1, 4, 5))})
     with pytest.raises(CorruptStore, match="found nothing"):
         Statistics.from_arrays({name: array for name, array in arrays.items() if name != "norms"})
 
@@ -133,6 +175,8 @@ def test_arrays_of_another_shape_are_refused(toy_statistics):
 def test_statistics_of_different_models_do_not_add(toy_statistics):
     with pytest.raises(ValueError, match="top-2"):
         toy_statistics + Statistics.zeros(2, 4, 2)
+    with pytest.raises(ValueError, match="Statistics with"):
+        toy_statistics + Statistics.zeros(1, 4, 2)
 
 
 def test_a_balanced_mean_forgets_how_long_a_task_was(random_trace, accumulate):
