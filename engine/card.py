@@ -33,6 +33,7 @@ class Geometry:
     attention_width: int  # heads x head dim, the widest of query, key and value
     scored_heads: int  # heads whose attention scores are written out, 0 where the kernel is fused
     dense_width: int  # the widest dense or shared feed-forward
+    matrices: int  # different shapes among dense and expert matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
         decoder_layers=layers,
         attention_width=width,
         scored_heads=heads if any(name.endswith(".sinks") for name in experts.dense) else 0,
+        matrices=len({each.shape for each in (*dense, *parts) if len(each.shape) == 2}),
         dense_width=max(
             int(config.get(name) or 0) for name in ("intermediate_size", "shared_expert_intermediate_size")
         ),

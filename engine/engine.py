@@ -21,6 +21,7 @@ from engine.config import EngineConfig
 from engine.dense import load_dense
 from engine.experts import PagedExperts
 from engine.generate import Batch
+from engine.kernels import bound_shapes
 from engine.kvcache import KvCache, KvPool
 from engine.observer import Observer
 from engine.plan import MemoryPlan, plan_memory, reader_bytes
@@ -86,6 +87,7 @@ class Engine:
         reader = Reader(reader_bytes(card))
         try:
             load_dense(skeleton.model, renaming, checkpoint, experts, reader, device)
+            bound_shapes(skeleton.model, skeleton.layout.dtype, device)
             bank = Bank(skeleton.layout, experts, plan.slots, device, reader)
             return cls(card, plan, tokenizer, skeleton, bank, reader, device)
         except BaseException:
@@ -283,7 +285,8 @@ def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:
     needed = per_token * plan.max_batch * plan.max_context * skeleton.layout.dtype.itemsize
     if needed > plan.kv_bytes:
         raise UnsupportedFamily(
-            f"{type(skeleton.model).__name__} keeps {needed} bytes of keys and values, planned were {plan.kv_bytes}: its "
+            f"{type(skeleton.model).__name__} keeps {needed} bytes of keys and values, planned were {plan.kv_bytes}: "
+            "its "
             "attention is of a kind that the memory plan does not know."
         )
 

@@ -1,6 +1,6 @@
 """The routed experts' forward over the bank's slots, registered in transformers' experts dispatch as "moepager".
 
-One F.linear per expert that was hit, over views of its slot: weights are never gathered. Each family's own activation,
+One product per expert that was hit, over views of its slot: weights are never gathered. Each family's own activation,
 biases and orientation come from its module. T tokens, k experts a token, H hidden, n tokens of one expert.
 """
 
@@ -11,11 +11,11 @@ from contextlib import closing
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from engine.bank import Bank
+from engine.kernels import linear, product
 from engine.layout import SlotLayout
 from engine.observer import Observer
 from store.errors import UnsupportedFamily
@@ -125,11 +125,11 @@ def feed_forward(module: Any, layout: SlotLayout) -> FeedForward:
 
 def _unbiased(gate: Callable[[Tensor], Tensor], transposed: bool) -> FeedForward:
     if transposed:
-        return lambda x, views: gate(x @ views[0]) @ views[1]
-    return lambda x, views: F.linear(gate(F.linear(x, views[0])), views[1])
+        return lambda x, views: product(gate(product(x, views[0])), views[1])
+    return lambda x, views: linear(gate(linear(x, views[0])), views[1])
 
 
 def _biased(gate: Callable[[Tensor], Tensor], transposed: bool) -> FeedForward:
     if transposed:
-        return lambda x, views: gate(x @ views[0] + views[1]) @ views[2] + views[3]
-    return lambda x, views: F.linear(gate(F.linear(x, views[0], views[1])), views[2], views[3])
+        return lambda x, views: product(gate(product(x, views[0]) + views[1]), views[2]) + views[3]
+    return lambda x, views: linear(gate(linear(x, views[0], views[1])), views[2], views[3])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.kernels import pad_rows
 from store.errors import UnsupportedFamily
 
 Routed = tuple[Tensor, Tensor, Tensor]  # logits [T, E], weights [T, k], index [T, k]
@@ -41,8 +42,8 @@ def restrict(router: Any, ids: Sequence[int]) -> Restriction:
     sliced = slice_router(router, kept, experts)
 
     def route(x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        _, weights, index = type(router).forward(sliced, x)
-        return weights, kept[index]
+        _, weights, index = type(router).forward(sliced, pad_rows(x))
+        return weights[: len(x)], kept[index[: len(x)]]
 
     return Restriction(allowed, route)
 
@@ -143,16 +144,16 @@ def check_router(router: Any, forward: Route, hidden: int) -> None:
     used = set(index.flatten().tolist())
     ids = sorted(set(range(int(router.num_experts))) - ({_unused(router, used)} if groups_of(router) == 1 else set()))
     own_weights, own_index = restrict(router, ids).route(x, logits)
-    order, own_order = index.argsort(-1), own_index.argsort(-1)
-    if not torch.equal(index.gather(1, order), own_index.gather(1, own_order)):
+    theirs, ours = (logits.gather(1, chosen).float().sort(-1).values for chosen in (index, own_index))  # [T, k]
+    # Logits, not ids, are compared, and loosely: in bfloat16 two experts may tie, and either may be taken.
+    if not torch.allclose(theirs, ours, rtol=0.02, atol=0.02):
         raise UnsupportedFamily(
             f"{type(router).__name__} can't be limited to a set of experts: without an expert that it had not chosen, "
             "it "
             "chooses others. Only routers that take the top k of one score per expert are supported."
         )
-    if groups_of(router) > 1 and not torch.allclose(
-        weights.gather(1, order), own_weights.gather(1, own_order), atol=1e-4
-    ):
+    ranked, own_ranked = weights.float().sort(-1).values, own_weights.float().sort(-1).values  # [T, k]
+    if not torch.allclose(ranked, own_ranked, rtol=0.05, atol=0.01) and groups_of(router) > 1:
         raise UnsupportedFamily(f"{type(router).__name__} weighs experts in another way than DeepSeek-V3's gate.")
 
 

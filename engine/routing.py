@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.kernels import pad_rows
 from engine.observer import Observer
 from engine.restriction import Restriction, Route, Routed, check_router, restrict
 from store.errors import InvalidInput, UnsupportedFamily
@@ -83,14 +84,15 @@ class _Router:
         module.forward = self
 
     def __call__(self, hidden: Tensor) -> Routed:
-        routed = self.inner(hidden)
-        routing = self._board.routing
         if hidden.is_meta:
+            routed = self.inner(hidden)
             _check_contract(self.module, routed, self._board.experts, self._board.top_k)
             return routed
-        if routing is None:
-            return routed
-        return routing.route(self.layer, hidden.reshape(-1, hidden.shape[-1]), routed)
+        x = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
+        logits, weights, index = self.inner(pad_rows(x))
+        routed = logits[: len(x)], weights[: len(x)], index[: len(x)]
+        routing = self._board.routing
+        return routed if routing is None else routing.route(self.layer, x, routed)
 
 
 @dataclass(slots=True)
