@@ -1,13 +1,16 @@
-"""From scores to a selection: how many experts each layer keeps, and which. Pure numpy."""
+"""From scores to a selection: which experts stay under a budget of bytes, or at a share of them. Pure numpy."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from store.errors import InvalidInput
+from profiler.allocators import ALLOCATORS, Rule
+from store.errors import BudgetError, InvalidInput
 from store.records import F64, Selection
+from store.sizes import show_bytes
 
 UNIFORM = "uniform"
 
@@ -24,11 +27,55 @@ def kept(experts: int, keep: float, top_k: int) -> int:
 
 def uniform(scores: F64, keep: float, top_k: int) -> Selection:
     """The same number in every layer, the best by score; among equals the lower id. `scores` is f64 `[L, E]`."""
+    return allocate(UNIFORM, scores, keep, top_k)
+
+
+def allocate(
+    allocator: str, scores: F64, budget: float | int, top_k: int, expert_bytes: Sequence[int] | None = None
+) -> Selection:
+    """The experts that the allocator keeps, each layer's best by score, at least `top_k` in each.
+
+    `budget` is a share in (0, 1] (a float: the bytes that `uniform` takes for it) or bytes (an int). `expert_bytes` is
+    the size of an expert in each layer; without it all are alike, and a budget in bytes counts experts.
+    """
+    _check(scores)
+    layers, experts = scores.shape
+    costs = [1] * layers if expert_bytes is None else [int(size) for size in expert_bytes]
+    size = budget if isinstance(budget, int) else kept(experts, budget, top_k) * sum(costs)
+    if size < top_k * sum(costs):
+        raise BudgetError(
+            f"{show_bytes(size)} can't hold {top_k} experts, what one token needs, in each of {layers} layers: that "
+            f"takes {show_bytes(top_k * sum(costs))}. Give more, or a share."
+        )
+    order = np.argsort(-scores, axis=1, kind="stable")  # [L, E]  stable: the lower id wins a tie
+    counts = choose_allocators([allocator])[allocator](_shares(scores), costs, size, top_k)
+    return Selection.of([row[:count].tolist() for row, count in zip(order, counts, strict=True)])
+
+
+def choose_allocators(names: Sequence[str]) -> dict[str, Rule]:
+    """The named rules, in the registry's order. Raises InvalidInput for an unknown name."""
+    unknown = [name for name in names if name not in ALLOCATORS]
+    if unknown or not names:
+        known, wanted = ", ".join(ALLOCATORS), f"no allocator {unknown[0]!r}" if unknown else "nothing to allocate by"
+        raise InvalidInput(f"There is {wanted}. Choose from: {known}.", param="allocator")
+    return {name: rule for name, rule in ALLOCATORS.items() if name in names}
+
+
+def _shares(scores: F64) -> F64:
+    """Each layer's scores as shares of their sum, best first; what is below 0 is worth nothing. f64 `[L, E]`.
+
+    A layer in which nothing is worth anything has equal shares. Scores of different layers have no common scale, shares
+    have one.
+    """
+    worth = np.sort(np.maximum(scores, 0.0), axis=1)[:, ::-1]
+    sums = worth.sum(axis=1, keepdims=True)  # [L, 1]
+    shares: F64 = np.where(sums > 0, worth / np.where(sums > 0, sums, 1.0), 1.0 / scores.shape[1])
+    return shares
+
+
+def _check(scores: F64) -> None:
     if not np.isfinite(scores).all():
         layer = int(np.argwhere(~np.isfinite(scores))[0, 0])
         raise InvalidInput(
             f"The scores of layer {layer} are not finite, so no expert can be preferred. Profile again in float32."
         )
-    count = kept(scores.shape[1], keep, top_k)
-    order = np.argsort(-scores, axis=1, kind="stable")  # [L, E]  stable: the lower id wins a tie
-    return Selection.of(order[:, :count].tolist())

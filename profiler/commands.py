@@ -42,6 +42,10 @@ def profile(
         list[str] | None,
         typer.Option(help="Repeatable; docs/methods.md lists them. Default: seven that need no extras."),
     ] = None,
+    allocator: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable: uniform, global, coverage, knapsack. Default: uniform, as many in every layer."),
+    ] = None,
     base: Annotated[
         Path | None, typer.Option(help="The checkpoint that the model was tuned from, for router_growth.")
     ] = None,
@@ -60,6 +64,7 @@ def profile(
     An interrupted run goes on where it stopped when it is started again.
     """
     from engine.config import EngineConfig
+    from profiler.allocation import UNIFORM, choose_allocators
     from profiler.evidence import KEEPS
     from profiler.job import Options
     from profiler.scorers.registry import choose
@@ -68,6 +73,7 @@ def profile(
 
     started = time.perf_counter()
     choose(scorer)
+    choose_allocators(allocator or [UNIFORM])
     budget = None if memory is None else parse_bytes(memory)
     text = _read(task, calibration), _read(task, evaluation, held_out=True)
     config = EngineConfig(
@@ -80,7 +86,14 @@ def profile(
         threads=threads,
         chunk_tokens=max(max_context or 2048, 4096 if budget is None else 0),  # an item goes through in one piece
     )
-    options = Options(scorers=scorer, keeps=tuple(keep or KEEPS), rows=batch, model_name=_model_name(model), base=base)
+    options = Options(
+        scorers=scorer,
+        allocators=tuple(allocator or (UNIFORM,)),
+        keeps=tuple(keep or KEEPS),
+        rows=batch,
+        model_name=_model_name(model),
+        base=base,
+    )
     found = _run(config, store, TaskRecord(task, description), text, embedder, options)
     found["seconds"] = round(time.perf_counter() - started, 3)
     _show(found)
@@ -149,6 +162,7 @@ def _summary(store: Store, made: Profile) -> dict[str, Any]:
         {
             "selection": stored.id,
             "scorer": stored.scorer,
+            "allocator": stored.allocator,
             "keep": stored.keep,
             "experts": len(stored.selection),
             "accuracy": evidence.accuracy,
@@ -177,12 +191,13 @@ def _show(found: dict[str, Any]) -> None:
     table = Table(
         title=f"{found['task']}: profile {found['profile_id']}, {found['tokens']} tokens, {found['seconds']:.1f} s"
     )
-    for column in ("scorer", "keep", "experts", "accuracy", "retention", "nll", "coverage"):
-        table.add_column(column, justify="left" if column == "scorer" else "right")
+    for column in ("scorer", "allocator", "keep", "experts", "accuracy", "retention", "nll", "coverage"):
+        table.add_column(column, justify="left" if column in {"scorer", "allocator"} else "right")
     for row in found["evaluations"]:
         shares = ["-" if row[name] is None else f"{row[name]:.1%}" for name in ("accuracy", "retention")]
         table.add_row(
             row["scorer"],
+            row["allocator"],
             f"{row['keep']:g}",
             str(row["experts"]),
             *shares,

@@ -6,10 +6,11 @@ An evaluation that is stored already is not run again; the whole model is measur
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from engine.engine import Engine
-from profiler.allocation import UNIFORM, kept, uniform
+from profiler.allocation import UNIFORM, allocate, kept
 from profiler.batches import Encoded
 from profiler.evaluate import Measured, evaluate
 from profiler.progress import Progress, Report
@@ -48,20 +49,34 @@ def check_keeps(engine: Engine, keeps: Sequence[float]) -> tuple[float, ...]:
 
 
 def put_selections(
-    engine: Engine, store: Store, profile: Profile, scorers: Sequence[Scorer], keeps: Sequence[float]
+    engine: Engine,
+    store: Store,
+    profile: Profile,
+    scorers: Sequence[Scorer],
+    keeps: Sequence[float],
+    allocators: Sequence[str] = (UNIFORM,),
 ) -> list[StoredSelection]:
-    """Scores the profile and stores what each scorer keeps at each size."""
-    statistics = Statistics.from_arrays(profile.statistics)
-    stored = []
-    for scorer in scorers:
-        scores = scorer.score(statistics)
-        for keep in keeps:
-            selection = uniform(scores, keep, engine.card.top_k)
-            name = f"{profile.id}-{scorer.name}.{scorer.version}-{UNIFORM}-{keep:g}"
-            stored.append(StoredSelection(name, profile.id, scorer.name, UNIFORM, keep, selection))
+    """Scores the profile and stores what each scorer and allocator keeps at each size."""
+    stored = make_selections(engine, profile, scorers, keeps, allocators)
     for one in stored:
         store.selections.put(one)
     return stored
+
+
+def make_selections(
+    engine: Engine, profile: Profile, scorers: Sequence[Scorer], keeps: Sequence[float], allocators: Sequence[str]
+) -> list[StoredSelection]:
+    """A slot is a slot in every layer, so all layers' experts cost the same bytes of the device."""
+    statistics = Statistics.from_arrays(profile.statistics)
+    sizes = [engine.plan.slot_bytes] * engine.card.layers
+    made = []
+    for scorer in scorers:
+        scores = scorer.score(statistics)
+        for keep, allocator in product(keeps, allocators):
+            selection = allocate(allocator, scores, float(keep), engine.card.top_k, sizes)
+            name = f"{profile.id}-{scorer.name}.{scorer.version}-{allocator}-{keep:g}"
+            made.append(StoredSelection(name, profile.id, scorer.name, allocator, keep, selection))
+    return made
 
 
 def put_evaluations(
@@ -72,16 +87,26 @@ def put_evaluations(
     held_out: HeldOut,
     report: Report,
 ) -> None:
-    """Measures what has not been measured on these items yet, one selection after the other."""
-    known = {(one.id, found.evaluation_hash) for one, found in store.evaluations.list(profile.id)}
-    missing = [one for one in selections if (one.id, held_out.content_hash) not in known]
+    """Measures what has not been measured on these items yet, one selection after the other; equal ones once."""
+    known = [
+        (one, found)
+        for one, found in store.evaluations.list(profile.id)
+        if found.evaluation_hash == held_out.content_hash
+    ]
+    ids = {one.id for one, _ in known}
+    measured = {one.selection: found for one, found in known}
+    missing = [one for one in selections if one.id not in ids]
     whole: Measured | None = None
     for done, stored in enumerate(missing):
         report(Progress(profile.task, "evaluate", done, len(missing)))
+        if stored.selection in measured:
+            store.evaluations.put(replace(measured[stored.selection], selection=stored.id))
+            continue
         whole = whole or evaluate(engine, held_out.items, None, held_out.rows)
         complete = len(stored.selection) == engine.card.layers * engine.card.experts
         here = whole if complete else evaluate(engine, held_out.items, stored.selection, held_out.rows)
-        store.evaluations.put(_evaluation(stored, held_out, here, whole))
+        measured[stored.selection] = _evaluation(stored, held_out, here, whole)
+        store.evaluations.put(measured[stored.selection])
     report(Progress(profile.task, "evaluate", len(missing), len(missing)))
 
 

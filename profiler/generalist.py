@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from engine.engine import Engine
+from profiler.allocation import choose_allocators
 from profiler.batches import encode_corpus
 from profiler.corpus import Corpus
 from profiler.evidence import HeldOut, check_keeps, put_evaluations, put_selections
@@ -42,6 +43,7 @@ def profile_generalist(
     Raises NotFound while no task is profiled, InvalidInput where evaluation items were any task's calibration.
     """
     scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
+    allocators = list(choose_allocators(options.allocators))
     parts = task_profiles(store, engine.card.fingerprint)
     _require(parts, needs_of(scorers))
     held_out: HeldOut | None = None
@@ -52,7 +54,7 @@ def profile_generalist(
         profile = _mean(store, engine.card.fingerprint, parts)
         task = TaskRecord(GENERALIST, f"The mean of {len(parts)} tasks: {', '.join(one.task for one in parts)}.")
         put_profile(store, model_record(engine.card, options.model_name), task, profile)
-        selections = put_selections(engine, store, profile, scorers, keeps)
+        selections = put_selections(engine, store, profile, scorers, keeps, allocators)
         if held_out is not None:
             put_evaluations(engine, store, profile, selections, held_out, report)
     return profile

@@ -15,6 +15,7 @@ from pathlib import Path
 from engine.card import ModelCard
 from engine.embedder import Embedder
 from engine.engine import Engine
+from profiler.allocation import UNIFORM, choose_allocators
 from profiler.batches import Encoded, encode_corpus
 from profiler.corpus import Corpus, refuse_overlap
 from profiler.evidence import KEEPS, HeldOut, check_keeps, put_evaluations, put_selections
@@ -43,6 +44,7 @@ class Options:
     """
 
     scorers: Sequence[str] | None = None
+    allocators: Sequence[str] = (UNIFORM,)
     keeps: Sequence[float] = KEEPS
     exemplars: int = EXEMPLARS
     rows: int = ROWS
@@ -77,6 +79,7 @@ def profile_task(
     if task.name == GENERALIST:
         raise InvalidInput(f"The task name {GENERALIST!r} stands for all tasks together; choose another.", param="task")
     scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
+    allocators = list(choose_allocators(options.allocators))
     text, held_out = _encode(engine, calibration, evaluation, options.rows)
     exemplars = _embed(task.name, calibration, embedder, options.exemplars)
     with hold(options.folder, lock_name(engine.card, task.name)):
@@ -84,7 +87,7 @@ def profile_task(
         put_profile(store, model_record(engine.card, options.model_name), task, profile)
         Run(options.folder, profile.id, plan="").forget()
         store.exemplars.replace(task.name, exemplars)
-        selections = put_selections(engine, store, profile, scorers, keeps)
+        selections = put_selections(engine, store, profile, scorers, keeps, allocators)
         if held_out is not None:
             put_evaluations(engine, store, profile, selections, held_out, report)
     return profile

@@ -53,6 +53,7 @@ def test_the_last_line_is_one_json_object_with_the_profile_and_its_evidence(run,
     result = run(
         "--calibration", write("c", 6), "--eval", write("e", 3, start=50), "--json",
         "--scorer", "reap", "--scorer", "random", "--keep", "1", "--keep", "0.5", "--description", "yes",
+        "--allocator", "uniform",
     )  # fmt: skip
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["tokens"] > 0
@@ -112,6 +113,8 @@ def test_a_task_without_calibration_and_a_generalist_with_one_are_refused(run, w
         (["--calibration", "absent.jsonl"], "no file absent.jsonl"),
         (["--calibration", "absent.jsonl", "--memory", "2G"], "Not a size of memory"),
         (["--calibration", "absent.jsonl", "--scorer", "best"], "no scorer 'best'"),
+        (["--calibration", "absent.jsonl", "--allocator", "best"], "no allocator 'best'"),
+        (["--scorer", "router_growth"], "with --base"),
         (["--dtype", "int4"], "dtype must be one of"),
         (["--model", "/nowhere"], "No model folder at /nowhere"),
         (["--eval", "absent.jsonl"], "no file absent.jsonl"),

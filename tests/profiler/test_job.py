@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.embedder import HashEmbedder
 from engine.engine import Engine
+from engine.requests import FinishedEvent, GenerationRequest, Sampling
 from engine.tiny import write_tiny
 from profiler import evidence
+from profiler.allocators import ALLOCATORS
 from profiler.corpus import Corpus, Item, gather
 from profiler.evaluate import evaluate
 from profiler.extras import EXTRAS
@@ -155,6 +157,46 @@ def test_another_scorer_later_needs_no_second_pass_over_the_calibration(engine, 
     assert {stored.scorer for stored in store.selections.find(first)} == {"reap", "peu"}
 
 
+def test_layers_of_different_sizes_are_stored_measured_and_generate(engine, store, options):
+    """The engine answers inside the odd ones, and they take no more slots than uniform ones."""
+    chosen = Options(scorers=["easy_ep"], allocators=list(ALLOCATORS), keeps=(1.0, 0.5), rows=4, runs=options.runs)
+    made = profile_task(
+        engine, store, TaskRecord("t"), texts(1, 8), texts(2, 3), embedder=HashEmbedder(), options=chosen
+    )
+    pairs = store.evaluations.list(made.id)
+    assert {(stored.allocator, stored.keep) for stored, _ in pairs} == set(itertools.product(ALLOCATORS, (1.0, 0.5)))
+    odd = [stored for stored, _ in pairs if len({len(ids) for ids in stored.selection.experts}) > 1]
+    assert odd
+    for stored in odd:
+        assert engine.plan.fits(stored.selection)
+        assert len(stored.selection) == 12
+        request = GenerationRequest((5, 6, 7), stored.selection, "mask", Sampling(max_tokens=3))
+        [end] = [event for event in engine.generate([request]) if isinstance(event, FinishedEvent)]
+        assert end.served.experts == 12
+        assert 0 < end.served.coverage < 1
+
+
+def test_selections_of_the_same_experts_are_measured_once(engine, store, options, monkeypatch):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(evidence, "evaluate", counted)
+    chosen = Options(
+        scorers=["gate", "random"], allocators=list(ALLOCATORS), keeps=(1.0, 0.5), rows=4, runs=options.runs
+    )
+    made = profile_task(
+        engine, store, TaskRecord("t"), texts(1, 8), texts(2, 3), embedder=HashEmbedder(), options=chosen
+    )
+    pairs = store.evaluations.list(made.id)
+    assert len(pairs) == 16
+    assert len(calls) == len({stored.selection for stored, _ in pairs})
+    found = {stored.selection: measured.nll for stored, measured in pairs}
+    assert all(measured.nll == found[stored.selection] for stored, measured in pairs)
+
+
 def test_a_scorer_of_an_extra_costs_a_pass_once_and_the_profile_grows(engine, store, options, passes):
     def run(*scorers: str) -> str:
         chosen = Options(scorers=scorers or None, keeps=(0.5,), rows=4, runs=options.runs)
@@ -221,8 +263,9 @@ def test_interrupted_evaluations_go_on_with_the_selection_they_stopped_at(engine
         run()
     [profile] = store.profiles.list()
     done = store.evaluations.list(profile.id)
-    assert len(done) == 3
-    stop_after(20)  # the whole model again, the three sizes of six scorers, one of tcess: 1 + 18 + 1
+    # The whole model, tcess at 0.5 and at 0.25, which are the same two experts at 0.125; peu at 1 is the whole model.
+    assert len(done) == 5
+    stop_after(1 + 2 * 6)  # the whole model again, and two sizes of the six other scorers
     assert run() == profile.id
     assert len(store.evaluations.list(profile.id)) == 28
     assert store.evaluations.list(profile.id)[-4:][0][0].scorer == "tcess"
@@ -260,6 +303,8 @@ def test_what_can_be_refused_is_refused_before_any_forward(engine, store, option
         run(task="generalist")
     with pytest.raises(InvalidInput, match="no scorer 'magic'"):
         run(chosen=Options(scorers=["magic"]))
+    with pytest.raises(InvalidInput, match="no allocator 'most'"):
+        run(chosen=Options(allocators=["most"]))
     for keeps, message in [((), "at least one share"), ((1.5,), r"must lie in \(0, 1\], got 1.5")]:
         with pytest.raises(InvalidInput, match=message):
             run(chosen=Options(keeps=keeps))
@@ -302,6 +347,7 @@ from engine.config import EngineConfig
 from engine.embedder import HashEmbedder
 from engine.engine import Engine
 from profiler import evidence
+from profiler.allocators import ALLOCATORS
 from profiler.corpus import read_corpus
 from profiler.job import Options, profile_task
 from store.database import open_store
