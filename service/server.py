@@ -13,7 +13,7 @@ from engine.card import ModelCard
 from engine.plan import plan_memory
 from service.model import engine_config
 from service.planning import show_memory
-from service.serving import Catalogue
+from service.serving import GENERALIST, Catalogue
 from service.settings import Settings
 from store.database import open_store
 from store.errors import InvalidInput, MoepagerError
@@ -44,7 +44,8 @@ def serve(settings: Settings, bound: socket.socket) -> None:
     app = create_app(lambda: open_parts(settings), on_failure=lambda: setattr(server, "should_exit", True))
     server = uvicorn.Server(uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS))
     host, port = bound.getsockname()[:2]
-    typer.echo(f"Listening on http://{host}:{port}; /readyz answers 200 once the model is loaded.")
+    shown = f"[{host}]" if ":" in host else host
+    typer.echo(f"Listening on http://{shown}:{port}; /readyz answers 200 once the model is loaded.")
     server.run(sockets=[bound])
     failure = app.state.opening.failure
     if failure is not None:
@@ -55,23 +56,21 @@ def listen(host: str, port: int) -> socket.socket:
     """A bound socket, so that a port that is taken is refused before the model loads."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        return socket.create_server(address[:2], family=family)
     except OSError as error:
         raise InvalidInput(
             f"Can't listen on {host}, port {port}: {error.strerror}. Choose another --port or --host.", param="port"
         ) from error
-    return bound
 
 
 def prepare_demo(settings: Settings, fingerprint: str) -> None:
-    """Profile the bundled model's tasks where the store has no profile of it yet. The demo room does it, as a process:
-    the service imports neither it nor the profiler."""
+    """Profile the bundled model's tasks where the store lacks them. The demo room does it, as a process: the service
+    imports neither it nor the profiler. The generalist comes last, so its evidence says that all is there."""
     with open_store(settings.store) as store:
-        if Catalogue.read(store, fingerprint).tasks:
-            return
-    typer.echo("The store has no profile of the bundled model yet: profiling its tasks first.")
+        last = Catalogue.read(store, fingerprint).tasks.get(GENERALIST)
+    if last is not None and last.candidates:
+        return
+    typer.echo("The store lacks profiles of the bundled model: profiling its tasks first, which takes some minutes.")
     command = [sys.executable, "-m", "demo", "prepare", "--store", settings.store or default_store_url()]
     done = subprocess.run(command, check=False)  # noqa: S603 - our own module
     if done.returncode:
