@@ -17,6 +17,8 @@ from store.records import ExpertKey
 
 ITEMSIZE: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# How configs call the number of experts a token goes through.
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k")
 FULL_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
@@ -70,7 +72,7 @@ class ModelCard:
             family=str(checkpoint.config.get("model_type", "")),
             layers=len(experts.layers),
             experts=experts.experts,
-            top_k=_number(config, "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k"),
+            top_k=_number(config, *TOP_K),
             hidden=_number(config, "hidden_size"),
             vocab=_number(config, "vocab_size"),
             max_context=_number(config, "max_position_embeddings"),
@@ -104,6 +106,7 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
     heads = _number(config, "num_attention_heads")
     layers = _number(config, "num_hidden_layers")
     cached, width = _attention_shape(config, heads)
+    shapes = [span.shape for span in dense] + [part.shape for part in parts]
     return Geometry(
         dtype=_dtype(config, parts[0].dtype),
         dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
@@ -113,7 +116,7 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
         decoder_layers=layers,
         attention_width=width,
         scored_heads=heads if any(name.endswith(".sinks") for name in experts.dense) else 0,
-        matrices=len({each.shape for each in (*dense, *parts) if len(each.shape) == 2}),
+        matrices=len({shape for shape in shapes if len(shape) == 2}),
         dense_width=max(
             int(config.get(name) or 0) for name in ("intermediate_size", "shared_expert_intermediate_size")
         ),

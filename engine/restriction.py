@@ -72,9 +72,9 @@ def slice_router(router: nn.Module, kept: Tensor, experts: int) -> nn.Module:
 
 
 def _rows(tensor: Tensor | None, kept: Tensor, experts: int) -> Tensor | None:
-    if tensor is None or tensor.dim() == 0 or tensor.shape[0] != experts:
+    if tensor is None or experts not in tensor.shape:
         return tensor
-    rows = tensor.detach()[kept]
+    rows = tensor.detach().index_select(tensor.shape.index(experts), kept)
     return nn.Parameter(rows, requires_grad=False) if isinstance(tensor, nn.Parameter) else rows
 
 
@@ -136,14 +136,18 @@ class GroupLimitedGate:
 
 
 def check_router(router: Any, forward: Route, hidden: int) -> None:
-    """Try the restriction on random tokens: it must agree with the router wherever the router stays inside the set."""
+    """Try a restriction on random tokens. Raises UnsupportedFamily unless it agrees with the router inside the set."""
     weight = next(router.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, hidden, generator=generator).to(weight)  # [T, H]
     logits, weights, index = forward(x)
-    used = set(index.flatten().tolist())
-    ids = sorted(set(range(int(router.num_experts))) - ({_unused(router, used)} if groups_of(router) == 1 else set()))
-    own_weights, own_index = restrict(router, ids).route(x, logits)
+    ids = set(range(int(router.num_experts)))
+    if groups_of(router) == 1:
+        ids -= {_unused(ids, index)}
+    try:
+        own_weights, own_index = restrict(router, sorted(ids)).route(x, logits)
+    except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+        raise UnsupportedFamily(f"{type(router).__name__} can't be limited to a set of experts: {error}") from error
     theirs, ours = (logits.gather(1, chosen).float().sort(-1).values for chosen in (index, own_index))  # [T, k]
     # Logits, not ids, are compared, and loosely: in bfloat16 two experts may tie, and either may be taken.
     if not torch.allclose(theirs, ours, rtol=0.02, atol=0.02):
@@ -153,10 +157,10 @@ def check_router(router: Any, forward: Route, hidden: int) -> None:
             "chooses others. Only routers that take the top k of one score per expert are supported."
         )
     ranked, own_ranked = weights.float().sort(-1).values, own_weights.float().sort(-1).values  # [T, k]
-    if not torch.allclose(ranked, own_ranked, rtol=0.05, atol=0.01) and groups_of(router) > 1:
+    if groups_of(router) > 1 and not torch.allclose(ranked, own_ranked, rtol=0.05, atol=0.01):
         raise UnsupportedFamily(f"{type(router).__name__} weighs experts in another way than DeepSeek-V3's gate.")
 
 
-def _unused(router: Any, used: set[int]) -> int:
+def _unused(ids: set[int], index: Tensor) -> int:
     """An expert that no token chose, or one that does not exist where all were chosen."""
-    return next((expert for expert in range(int(router.num_experts)) if expert not in used), -1)
+    return min(ids - set(index.flatten().tolist()), default=-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.kernels import pad_rows
 from engine.observer import Observer
 from engine.restriction import Restriction, Route, Routed, check_router, restrict
-from store.errors import InvalidInput, UnsupportedFamily
+from store.errors import InvalidInput
 from store.records import Selection
 
 Restrictions = tuple[Restriction, ...]  # one a layer
@@ -84,10 +84,6 @@ class _Router:
         module.forward = self
 
     def __call__(self, hidden: Tensor) -> Routed:
-        if hidden.is_meta:
-            routed = self.inner(hidden)
-            _check_contract(self.module, routed, self._board.experts, self._board.top_k)
-            return routed
         x = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
         logits, weights, index = self.inner(pad_rows(x))
         routed = logits[: len(x)], weights[: len(x)], index[: len(x)]
@@ -222,15 +218,3 @@ def _grouped(board: Switchboard, selections: Sequence[Selection | None]) -> list
         key = None if restrictions is None else selection
         groups.setdefault(key, _Group([], restrictions)).rows.append(row)
     return list(groups.values())
-
-
-def _check_contract(module: Any, routed: Any, experts: int, top_k: int) -> None:
-    name = type(module).__name__
-    if not (isinstance(routed, tuple) and len(routed) == 3 and all(isinstance(part, Tensor) for part in routed)):
-        raise UnsupportedFamily(f"{name} does not return (logits, weights, index), so routing can't be restricted.")
-    logits, weights, index = routed
-    if logits.shape[-1] != experts or weights.shape != index.shape or index.shape[-1] != top_k or index.dim() != 2:
-        raise UnsupportedFamily(
-            f"{name} returns shapes {list(logits.shape)}, {list(weights.shape)}, {list(index.shape)}; wanted "
-            f"[T, {experts}], [T, {top_k}], [T, {top_k}]."
-        )

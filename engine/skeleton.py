@@ -49,7 +49,8 @@ def build_skeleton(checkpoint: CheckpointMap, experts: ExpertMap, dtype: str) ->
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     layout, owners = derive_layout(renaming, checkpoint, experts, shapes, getattr(torch, dtype))
     blocks = [_block(model, owner, experts.experts) for owner in owners]
-    order, cache = _trial(model, [owner.rsplit(".", 2)[0] for owner in owners])
+    decoders = [owner.rsplit(".", 2)[0] for owner in owners]
+    order, cache = _trial(model, decoders, [router for router, _ in blocks])
     joints = tuple(
         Joint(router, module, _norm_before(model, owner, order))
         for (router, module), owner in zip(blocks, owners, strict=True)
@@ -93,11 +94,11 @@ def _block(model: Any, owner: str, experts: int) -> tuple[Any, Any]:
     return scoring[0], module
 
 
-def _trial(model: Any, decoder_layers: Sequence[str]) -> tuple[dict[str, list[str]], Any]:
+def _trial(model: Any, decoders: Sequence[str], routers: Sequence[Any]) -> tuple[dict[str, list[str]], Any]:
     """Send one token through on the meta device: the order of calls in each decoder layer, and the cache's shapes."""
-    order: dict[str, list[str]] = {name: [] for name in decoder_layers}
-    handles = []
-    for name in decoder_layers:
+    order: dict[str, list[str]] = {name: [] for name in decoders}
+    handles = [router.register_forward_hook(_check_router_contract) for router in routers]
+    for name in decoders:
         for child, module in model.get_submodule(name).named_children():
             handles.append(module.register_forward_pre_hook(lambda *_, n=name, c=child: order[n].append(c)))
     cache = DynamicCache()
@@ -111,6 +112,19 @@ def _trial(model: Any, decoder_layers: Sequence[str]) -> tuple[dict[str, list[st
         for handle in handles:
             handle.remove()
     return order, cache
+
+
+def _check_router_contract(router: Any, args: tuple[Any, ...], routed: Any) -> None:
+    name, experts = type(router).__name__, router.num_experts
+    if len(args) != 1:
+        raise UnsupportedFamily(f"{name} routes by more than the hidden states, so it can't be limited to a set.")
+    if not (isinstance(routed, tuple) and len(routed) == 3 and all(isinstance(part, Tensor) for part in routed)):
+        raise UnsupportedFamily(f"{name} does not return (logits, weights, index), so routing can't be restricted.")
+    logits, weights, index = routed
+    if logits.shape[-1] != experts or weights.shape != index.shape or index.dim() != 2:
+        raise UnsupportedFamily(
+            f"{name} returns shapes {[list(part.shape) for part in routed]}; wanted [T, {experts}], [T, k], [T, k]."
+        )
 
 
 def _norm_before(model: Any, owner: str, order: Mapping[str, Sequence[str]]) -> nn.Module | None:

@@ -132,6 +132,12 @@ class ResidencyMachine(RuleBasedStateMachine):
         if self.residency.slot(key) != ABSENT:
             self.residency.touch(self.residency.slot(key))
 
+    @rule()
+    def evict_idle(self) -> None:
+        self.residency.evict_idle()
+        self.sync()
+        assert self.resident == set(self.pins())
+
     def sync(self) -> None:
         rows = enumerate(self.residency.table)
         self.resident = {ExpertKey(layer, e) for layer, row in rows for e, slot in enumerate(row) if slot != ABSENT}

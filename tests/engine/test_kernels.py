@@ -1,0 +1,54 @@
+"""Padded products equal plain ones, and few shapes reach the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine import kernels
+from engine.engine import Engine
+from engine.requests import GenerationRequest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 33])
+def test_a_padded_product_is_the_plain_one(rows: int, dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 16), (24, 16), (24,)))
+    torch.testing.assert_close(kernels.linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(kernels.product(x, weight.t()), x @ weight.t())
+    assert kernels.linear(x, weight).shape == (rows, 24)
+
+
+def test_only_powers_of_two_reach_the_kernels_in_16_bits(
+    checkpoint: Callable[..., Path],
+    open_engine: Callable[..., Engine],
+    ask: Callable[..., GenerationRequest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = open_engine(checkpoint("qwen2_moe", dtype="bfloat16"))
+    seen: set[int] = set()
+    real = F.linear
+
+    def watched(x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.bfloat16:
+            seen.add(x.numel() // x.shape[-1])
+        return real(x, *args)
+
+    monkeypatch.setattr(F, "linear", watched)
+    for length in (1, 5, 23, 50):
+        list(engine.generate([ask((7,) * length, max_tokens=3) for _ in range(3)]))
+    assert seen
+    assert not [rows for rows in seen if rows & (rows - 1)]
+
+
+def test_float32_is_left_alone(checkpoint: Callable[..., Path], open_engine: Callable[..., Engine]) -> None:
+    x = torch.randn(5, 8)
+    assert kernels.pad_rows(x) is x
+    engine = open_engine(checkpoint("qwen2_moe"))
+    assert not [module for module in engine._model.modules() if type(module) is nn.Linear and "forward" in vars(module)]
+    assert engine.plan.kernel_bytes == 0

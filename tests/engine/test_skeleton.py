@@ -1,0 +1,169 @@
+"""What can be opened and what can't: other families by introspection alone, and refusals that name the reason."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine.engine import Engine
+from engine.tiny import write_byte_tokenizer
+from store.errors import CheckpointError, MoepagerError, UnsupportedFamily
+from store.records import Selection
+
+Open = Callable[..., Engine]
+Checkpoint = Callable[..., Path]
+
+FIELDS: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "intermediate_size": 48,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Any family that transformers knows, small and random, in hub layout."""
+
+    def make(family: str, **fields: Any) -> Path:
+        config = AutoConfig.for_model(family, **(FIELDS | fields))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / family)
+        write_byte_tokenizer(tmp_path / family)
+        return tmp_path / family
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("glm4_moe", ROUTED | {"first_k_dense_replace": 1}),
+        ("dots1", ROUTED | {"first_k_dense_replace": 0, "n_shared_experts": 1, "sliding_window": None}),
+        ("granitemoe", LOCAL),
+        ("granitemoeshared", LOCAL | {"shared_intermediate_size": 16}),
+        ("ernie4_5_moe", {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1}),
+        ("flex_olmo", EXPERTS),
+        ("phimoe", LOCAL | {"sliding_window": None}),
+    ],
+)
+def test_other_families_with_the_same_joints_need_no_code_of_their_own(
+    family: str,
+    fields: dict[str, Any],
+    write: Callable[..., Path],
+    open_engine: Open,
+    plain_model: Callable[[Path], Any],
+) -> None:
+    folder = write(family, **fields)
+    engine, model = open_engine(folder), plain_model(folder)
+    ids = torch.randint(0, 256, (2, 9))
+    mask = torch.ones_like(ids)
+    with torch.inference_mode():
+        wanted = model(input_ids=ids, attention_mask=mask).logits
+    whole = Selection.whole(engine.card.layers, engine.card.experts)
+    torch.testing.assert_close(engine.forward(ids, mask, [whole, None]), wanted, atol=1e-4, rtol=1e-4)
+    rng = random.Random(0)
+    part = Selection.of([rng.sample(range(8), 5) for _ in range(engine.card.layers)])
+    alone = engine.forward(ids[:1], mask[:1], [part])
+    torch.testing.assert_close(engine.forward(ids, mask, [part, None])[:1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "reason"),
+    [
+        ("llama", {}, "no routed experts"),
+        ("llama4_text", LOCAL | {"intermediate_size_mlp": 16}, r"does not return \(logits, weights, index\)"),
+        ("minimax_m2", LOCAL, "routes by more than the hidden states"),
+    ],
+)
+def test_a_family_without_the_joints_is_refused_with_the_reason(
+    family: str, fields: dict[str, Any], reason: str, write: Callable[..., Path], open_engine: Open
+) -> None:
+    with pytest.raises(UnsupportedFamily, match=reason):
+        open_engine(write(family, **fields))
+
+
+@pytest.fixture
+def altered(checkpoint: Checkpoint, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a good checkpoint with its config or its tensors changed."""
+
+    def make(
+        config: dict[str, Any] | None = None, tensors: Callable[[dict[str, torch.Tensor]], None] | None = None
+    ) -> Path:
+        folder = tmp_path / "altered"
+        shutil.copytree(checkpoint("qwen2_moe"), folder)
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | (config or {})))
+        if tensors is not None:
+            held = load_file(folder / "model.safetensors")
+            tensors(held)
+            save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def _drop(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.__delitem__(name)
+
+
+def _replace(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"config": {"quantization_config": {"quant_method": "fp8"}}}, UnsupportedFamily, "quantised"),
+        ({"config": {"model_type": "no_such_model"}}, UnsupportedFamily, "can't build the model"),
+        ({"config": {"layer_types": ["linear_attention"] * 3}}, UnsupportedFamily, "linear_attention keep a state"),
+        ({"config": {"hidden_size": "32"}}, CheckpointError, "no whole number hidden_size"),
+        ({"config": {"moe_intermediate_size": 24}}, UnsupportedFamily, "config.json and weights belong to different"),
+        ({"tensors": _drop("model.norm.weight")}, CheckpointError, "no tensor for model.norm.weight"),
+        ({"tensors": _replace("model.norm.weight", torch.ones(7))}, CheckpointError, r"shape \[7\], config.json wants"),
+        (
+            {"tensors": _replace("model.norm.weight", torch.ones(32).to(torch.float8_e4m3fn))},
+            UnsupportedFamily,
+            "stored as F8_E4M3",
+        ),
+    ],
+)
+def test_a_checkpoint_that_can_not_be_served_is_refused_with_the_reason(
+    change: dict[str, Any], error: type[MoepagerError], message: str, altered: Callable[..., Path], open_engine: Open
+) -> None:
+    with pytest.raises(error, match=message):
+        open_engine(altered(**change))
+
+
+def test_tensors_that_the_model_does_not_have_are_ignored(altered: Callable[..., Path], open_engine: Open) -> None:
+    engine = open_engine(altered(tensors=_replace("model.left_over.weight", torch.ones(4))))
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    assert engine.forward(ids, torch.ones_like(ids), [None]).isfinite().all()
+
+
+def test_a_refused_checkpoint_leaves_no_file_open(altered: Callable[..., Path], open_engine: Open) -> None:
+    folder = altered(tensors=_drop("model.norm.weight"))
+    with pytest.raises(CheckpointError):
+        open_engine(folder)
+    opened = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [path for path in opened if str(path).startswith(str(folder))]
