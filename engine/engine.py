@@ -23,8 +23,9 @@ from engine.experts import PagedExperts
 from engine.generate import Batch
 from engine.kernels import bound_shapes
 from engine.kvcache import KvCache, KvPool
+from engine.layerwise import Reached, decoder_layers, only
 from engine.observer import Observer
-from engine.plan import MemoryPlan, plan_memory, reader_bytes
+from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
 from engine.reader import Reader
 from engine.requests import Event, GenerationRequest
 from engine.routing import Routing, Switchboard
@@ -84,7 +85,7 @@ class Engine:
         tokenizer = Tokenizer(config.model)
         skeleton, renaming = build_skeleton(checkpoint, experts, plan.dtype)
         assert skeleton.layout.slot_bytes <= plan.slot_bytes, (skeleton.layout.slot_bytes, plan.slot_bytes)
-        reader = Reader(reader_bytes(card))
+        reader = Reader(reader_bytes(card), READER_THREADS)
         try:
             load_dense(skeleton.model, renaming, checkpoint, experts, reader, device)
             bound_shapes(skeleton.model, skeleton.layout.dtype, device)
@@ -153,6 +154,34 @@ class Engine:
             if observer is not None:
                 stack.enter_context(self._observed(observer, routing))
             return self._forward(ids.to(self.device), mask.to(self.device), routing)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The decoder layers that hold the MoE layers, in order."""
+        return tuple(decoder_layers(self._model, [joint.experts for joint in self._joints])[1])
+
+    @torch.inference_mode()
+    def forward_layer(
+        self, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None, observer: Observer | None = None
+    ) -> Tensor:
+        """Decoder layer `layer` alone, routed freely: `hidden` [B, S, H], what the layer before gave, -> [B, S, H].
+
+        `ids` and `mask` i64 [B, S] as for `forward`; `hidden` is None for layer 0.
+        """
+        assert (hidden is None) == (layer == 0), layer
+        self._check_forward(ids, mask, [None] * len(ids))
+        routing = Routing(self.board, [None] * len(ids), self.device)
+        decoders = decoder_layers(self._model, [joint.experts for joint in self._joints])[0]
+        with ExitStack() as stack:
+            self.require_free_slot([None])
+            if observer is not None:
+                stack.enter_context(self._observed(observer, routing))
+            stack.enter_context(only(decoders, layer, None if hidden is None else hidden.to(self.device)))
+            try:
+                self._forward(ids.to(self.device), mask.to(self.device), routing)
+            except Reached as end:
+                return end.hidden
+        raise AssertionError("the pass went past its layer")
 
     def _forward(self, ids: Tensor, mask: Tensor, routing: Routing) -> Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, S]

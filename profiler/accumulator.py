@@ -91,7 +91,6 @@ class Accumulator:
         self._sums: dict[str, Tensor] = make
         self._buckets = torch.zeros(4, 0, dtype=torch.float64, device=device)  # [4, T]
         self._halves = torch.zeros(0, dtype=torch.long, device=device)  # [T]
-        self._counted = False
         self._residual: Tensor | None = None
         self._pass: _Pass | None = None
 
@@ -101,7 +100,6 @@ class Accumulator:
         bucket = (halves[:, None] * 2 + roles).flatten().to(device)  # [T]
         self._buckets = torch.nn.functional.one_hot(bucket, 4).to(torch.float64).T  # [4, T]
         self._halves = halves[:, None].expand_as(roles).flatten().to(device)  # [T]
-        self._counted = False
 
     def statistics(self) -> Statistics:
         """The sums so far, as a copy."""
@@ -137,7 +135,8 @@ class Accumulator:
         pool = highest.to(torch.float64)  # [T, K]
         shares = pool.softmax(-1)  # [T, K]
         buckets = self._buckets * valid  # [4, T]
-        self._count_tokens(buckets)
+        if layer == 0:  # tokens pass every layer, but count once
+            self._sums["tokens"] += buckets.sum(dim=1)
         top = torch.zeros_like(gates).scatter(1, ids[:, :1], pool[:, :1])  # [T, E]
         pooled = torch.zeros_like(gates).scatter(1, ids, pool)  # [T, E]
         for name, values in zip(_ROUTED, (chosen, gates, top, pooled), strict=True):
@@ -198,12 +197,6 @@ class Accumulator:
                 for half in (0, 1):
                     mine = values[valid & (self._halves == half)]  # [n, E]
                     self._extras[name][half, layer] += mine.T @ mine  # [E, E]
-
-    def _count_tokens(self, buckets: Tensor) -> None:
-        """Tokens pass every layer, but count once a forward."""
-        if not self._counted:
-            self._sums["tokens"] += buckets.sum(dim=1)
-            self._counted = True
 
     def _fill_histogram(self, layer: int, pool: Tensor, ids: Tensor, shares: Tensor, valid: Tensor) -> None:
         low = 1.0 / self._top_k

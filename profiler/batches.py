@@ -61,6 +61,11 @@ def shards(encoded: Sequence[Encoded], rows: int, tokens: int) -> Iterator[list[
         yield shard
 
 
+def cut(engine: Engine, text: Sequence[Encoded], rows: int) -> list[list[Encoded]]:
+    """The text in shards that the engine can run; the same engine cuts alike every time."""
+    return list(shards(text, min(rows, engine.plan.max_batch), token_limit(engine)))
+
+
 def token_limit(engine: Engine) -> int:
     """How many tokens one forward may hold: what the memory plan foresees, and logits of a bearable size."""
     return max(1, min(engine.plan.chunk_tokens, LOGITS_BYTES // (4 * engine.card.vocab)))

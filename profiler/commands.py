@@ -52,6 +52,12 @@ def profile(
     keep: Annotated[list[float] | None, typer.Option(help="Repeatable share. Default: 1, 0.5, 0.25, 0.125.")] = None,
     embedder: Annotated[str, typer.Option(help="minilm, hash, or a sentence-transformers name or folder.")] = "minilm",
     description: Annotated[str, typer.Option(help="What the task is, for people.")] = "",
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream", help="Layer by layer, each expert read once. Default: if the model is over budget."
+        ),
+    ] = None,
     max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and response together.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Items that run at once.")] = 16,
     device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda:0.")] = "cpu",
@@ -93,6 +99,7 @@ def profile(
         rows=batch,
         model_name=_model_name(model),
         base=base,
+        stream=stream,
     )
     found = _run(config, store, TaskRecord(task, description), text, embedder, options)
     found["seconds"] = round(time.perf_counter() - started, 3)

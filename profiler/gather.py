@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from engine.engine import Engine
 from profiler.accumulator import Accumulator
-from profiler.batches import Encoded, pad, shards, token_limit
+from profiler.batches import Encoded, cut, pad
 from profiler.extras import NOTHING, Needs
 from profiler.progress import Progress, Report
 from profiler.run import Run
@@ -30,7 +30,7 @@ def gather_statistics(
     the same bits as one that was not. The caller forgets the run once they are stored.
     """
     card = engine.card
-    parts = list(shards(text, min(rows, engine.plan.max_batch), token_limit(engine)))
+    parts = cut(engine, text, rows)
     done, total = run.load() or (0, Statistics.zeros(card.layers, card.experts, card.top_k, needs, card.hidden))
     items = sum(len(part) for part in parts[:done])
     for number, part in enumerate(parts[done:], done + 1):

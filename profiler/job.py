@@ -16,7 +16,7 @@ from engine.card import ModelCard
 from engine.embedder import Embedder
 from engine.engine import Engine
 from profiler.allocation import UNIFORM, choose_allocators
-from profiler.batches import Encoded, encode_corpus
+from profiler.batches import Encoded, encode_corpus, token_limit
 from profiler.corpus import Corpus, refuse_overlap
 from profiler.evidence import KEEPS, HeldOut, check_keeps, put_evaluations, put_selections
 from profiler.extras import EXTRAS, NOTHING, Needs, formulas
@@ -26,6 +26,7 @@ from profiler.router_rows import of_router
 from profiler.run import Run, hold
 from profiler.scorers.registry import choose, computable, needs_of, versions
 from profiler.statistics import VERSION
+from profiler.stream import pays, stream_statistics
 from store.checkpoint import CheckpointMap
 from store.database import Store
 from store.errors import InvalidInput, NotFound
@@ -40,7 +41,8 @@ GENERALIST = "generalist"  # the task that stands for all of them; see generalis
 class Options:
     """How a job is run. `scorers` says which selections are made and measured, and which extras are collected.
 
-    `base` is the checkpoint that the model was tuned from, for scorers that compare the two.
+    `base` is the checkpoint that the model was tuned from, for scorers that compare the two. `stream` runs the pass
+    layer by layer; None: where the budget does not hold the whole model.
     """
 
     scorers: Sequence[str] | None = None
@@ -51,6 +53,7 @@ class Options:
     runs: Path | None = None  # where unfinished runs lie; the data folder's `runs` by default
     model_name: str | None = None
     base: Path | None = None
+    stream: bool | None = None
 
     @property
     def folder(self) -> Path:
@@ -170,8 +173,11 @@ def _gather(
         needs |= found[-1].statistics.keys() & EXTRAS.keys()
         static = of_router(engine.card.folder, needs, options.base)
     identity = profile_id(model, task, calibration.content_hash, needs, options.base)
-    run = Run(options.folder, identity, plan=f"rows={options.rows}")
-    statistics = gather_statistics(engine, text, run, task, options.rows, report, needs).with_extras(static)
+    stream = pays(engine, text, options.rows) if options.stream is None else options.stream
+    sizes = f"rows={min(options.rows, engine.plan.max_batch)},tokens={token_limit(engine)}"
+    run = Run(options.folder, identity, plan=f"{sizes},{'layers' if stream else 'shards'}")
+    collect = stream_statistics if stream else gather_statistics
+    statistics = collect(engine, text, run, task, options.rows, report, needs).with_extras(static)
     return Profile(
         id=identity,
         model=model,

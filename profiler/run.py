@@ -23,11 +23,12 @@ class Run:
 
     def __init__(self, folder: Path, profile: str, plan: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.name = folder, profile
         self._path = folder / f"{profile}.npz"
         self._plan = plan
 
     def load(self) -> tuple[int, Statistics] | None:
-        """How many shards are summed up, and their sum; None for a fresh start."""
+        """How many shards (or layers, where the pass streams) are summed up, and their sum; None for a fresh start."""
         if not self._path.exists():
             return None
         try:
