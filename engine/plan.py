@@ -20,6 +20,7 @@ from store.sizes import show_bytes
 
 DEFAULT_CONTEXT = 2048
 SLOT_ALIGN = 64
+READER_THREADS = 2  # one copies out of its buffer while the other reads
 MIB = 2**20
 
 
@@ -134,7 +135,7 @@ def needs_staging(card: ModelCard, config: EngineConfig, dtype: str) -> bool:
 
 def _staging(card: ModelCard, config: EngineConfig, dtype: str) -> int:
     own = card.expert_bytes if needs_staging(card, config, dtype) else 0
-    return reader_bytes(card) + own
+    return READER_THREADS * reader_bytes(card) + own
 
 
 def _kernels(card: ModelCard, chunk: int) -> int:

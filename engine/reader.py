@@ -26,6 +26,7 @@ from store.errors import CheckpointError
 Bytes = npt.NDArray[np.uint8]
 
 ALIGN = 4096  # offset, length and address of a direct read
+WORTH_A_THREAD = 2**20  # bytes; below, handing work over costs more than it saves
 GAP = 64 * 1024  # reading over a hole this small is cheaper than a second request
 
 
@@ -86,7 +87,7 @@ class Reader:
         """Fill every extent. Raises CheckpointError naming file, offset, wanted and got: then trust nothing of them."""
         started = time.perf_counter()
         runs = list(coalesce(extents, self._longest))
-        if self._pool is None or len(runs) < 2:
+        if self._pool is None or len(runs) < 2 or sum(run.end - run.start for run in runs) < WORTH_A_THREAD:
             read = self._read_runs(runs, self._staging[0])
         else:
             shares = [runs[i :: len(self._staging)] for i in range(len(self._staging))]
@@ -197,7 +198,7 @@ def _run(extents: Sequence[Extent]) -> _Run:
 
 def _aligned(size: int) -> Bytes:
     """Page-aligned and already faulted in: the first touch of fresh memory is slower than the disk."""
-    buffer = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+    buffer = np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
     buffer.fill(0)
     return buffer
 

@@ -24,6 +24,11 @@ def file(tmp_path: Path) -> tuple[Path, Bytes]:
     return path, content
 
 
+@pytest.fixture(autouse=True)
+def _every_read_may_use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "WORTH_A_THREAD", 0)
+
+
 def _extent(path: Path, offset: int, nbytes: int) -> Extent:
     return Extent(path, offset, nbytes, np.zeros(nbytes, np.uint8))
 
