@@ -48,6 +48,20 @@ def load_command(
     _answer(asdict(bench_load(model or bundled_model(), keep, runs)), as_json)
 
 
+@app.command("profile")
+def profile_command(
+    model: Model = None,
+    items: Annotated[int, typer.Option(min=1, help="Calibration items of every demo task.")] = 16,
+    runs: Annotated[int, typer.Option(min=1)] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """The profiling pass beside a plain forward of the same tokens; its peak memory where the model does not fit."""
+    from benchmarks.profile_pass import bench_profile
+    from store.home import bundled_model
+
+    _answer(asdict(bench_profile(model or bundled_model(), items, runs)), as_json)
+
+
 @app.command("quality")
 def quality_command(
     items: Annotated[int, typer.Option(min=1, help="Test items a task, at most 100.")] = 100,
@@ -109,6 +123,31 @@ def retrieve_command(
         },
         as_json,
     )
+
+
+@app.command("decode")
+def decode_command(
+    model: Annotated[Path, typer.Option(help="Model folder, such as one of `bench make-model`.")],
+    cap: Annotated[str | None, typer.Option(help="Hard memory cap of every arm, page cache included.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="mask, exact-lru, transformers or accelerate.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of the experts in the mask arm's selection.")] = 0.25,
+    tokens: Annotated[int, typer.Option(min=2)] = 48,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens a second of mask, exact-LRU, plain transformers and accelerate offload: same weights, same cap."""
+    from benchmarks.decode import bench_decode
+    from benchmarks.decode_arm import ARMS
+    from store.errors import InvalidInput
+    from store.sizes import parse_bytes
+
+    if unknown := set(arm or ()) - set(ARMS):
+        raise InvalidInput(f"No arm {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}.", param="arm")
+    limit = None if cap is None else parse_bytes(cap)
+    arms, ratios = bench_decode(model, arm or list(ARMS), limit, keep, tokens, threads, rounds)
+    _table("decoding", [asdict(one) for one in arms])
+    _answer({"arms": [asdict(one) for one in arms], "ratios": ratios}, as_json)
 
 
 @app.command("cache")
