@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine.card import ModelCard
@@ -62,20 +62,8 @@ class ModelPlan:
         return {
             "model": str(self.card.folder),
             "family": self.card.family,
-            "budget": plan.budget,
-            "dense_bytes": plan.dense_bytes,
-            "kv_bytes": plan.kv_bytes,
-            "staging_bytes": plan.staging_bytes,
-            "router_bytes": plan.router_bytes,
-            "workspace_bytes": plan.workspace_bytes,
-            "slot_bytes": plan.slot_bytes,
-            "slots": plan.slots,
+            **asdict(plan),
             "slots_per_layer": plan.slots_per_layer,
-            "layers": plan.layers,
-            "experts": plan.experts,
-            "top_k": plan.top_k,
-            "max_context": plan.max_context,
-            "max_batch": plan.max_batch,
             "total_bytes": plan.total_bytes,
             "floor_bytes": plan.floor_bytes,
             "disk_bytes_per_second": self.disk.bytes_per_second,
@@ -114,6 +102,7 @@ def show_memory(card: ModelCard, plan: MemoryPlan) -> str:
         ("dense weights", f"{show_bytes(plan.dense_bytes)} in {plan.dtype}"),
         ("KV cache", f"{show_bytes(plan.kv_bytes)}: {plan.max_batch} rows x {plan.max_context} tokens"),
         ("staging", f"{show_bytes(plan.staging_bytes)}, router copies {show_bytes(plan.router_bytes)}"),
+        ("kernels", f"{show_bytes(plan.kernel_bytes)} of compiled code for {plan.dtype}"),
         ("workspace", f"{show_bytes(plan.workspace_bytes)}: {plan.chunk_tokens} tokens at once"),
         ("expert slots", f"{plan.slots} x {show_bytes(plan.slot_bytes)} = {show_bytes(plan.slots * plan.slot_bytes)}"),
         ("", f"{plan.slots_per_layer} of {plan.experts} experts a layer ({plan.keep:.0%})"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 import pytest
 
@@ -27,7 +28,7 @@ LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
 
 def plan(slots: int) -> MemoryPlan:
-    sizes = dict.fromkeys(("dense_bytes", "kv_bytes", "staging_bytes", "router_bytes", "workspace_bytes"), 100)
+    sizes = {field.name: 100 for field in fields(MemoryPlan) if field.name.endswith("_bytes")} | {"slot_bytes": 10}
     shape = {
         "layers": LAYERS,
         "experts": EXPERTS,
@@ -36,7 +37,7 @@ def plan(slots: int) -> MemoryPlan:
         "max_batch": 2,
         "chunk_tokens": 64,
     }
-    return MemoryPlan(budget=10_000, slot_bytes=10, slots=slots, dtype="float32", **sizes, **shape)
+    return MemoryPlan(budget=10_000, slots=slots, dtype="float32", **sizes, **shape)
 
 
 def candidate(scorer: str, keep: float, accuracy: float | None = 0.9, nll: float = 1.0) -> Candidate:
