@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.worker import EngineWorker
 from service.model import engine_config, model_id
 from service.retrieval import Retriever, calibrate_threshold
-from service.serving import Catalogue, Policy
+from service.serving import GENERALIST, Catalogue, Policy, choose_candidate
 from service.settings import Settings
 from store.database import Store, open_store
 from store.errors import MismatchError
@@ -55,6 +55,9 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         embedder = open_embedder(settings.embedder)
         engine = stack.enter_context(Engine.open(config))
         catalogue = Catalogue.read(store, engine.card.fingerprint)
+        policy = Policy(engine.plan, settings.unknown_task, settings.keep, settings.scorer)
+        if settings.unknown_task == "generalist":  # refused now rather than at the first query that needs it
+            choose_candidate(catalogue.named(GENERALIST), settings.keep, settings.scorer, policy)
         retriever = open_retriever(settings, store, embedder, catalogue.retrievable)
         worker = stack.enter_context(EngineWorker(engine, settings.queue_size))
         yield Parts(
@@ -65,7 +68,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
             store=store,
             retriever=retriever,
             catalogue=catalogue,
-            policy=Policy(engine.plan, settings.unknown_task, settings.keep, settings.scorer),
+            policy=policy,
             started=int(time.time()),
         )
 

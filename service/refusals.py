@@ -68,8 +68,10 @@ async def _refuse_route(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(_body(message, error.status_code, code, None), error.status_code, error.headers)
 
 
-async def _fail(_request: Request, _error: Exception) -> JSONResponse:
-    return JSONResponse(failure_body(), 500)
+async def _fail(request: Request, error: Exception) -> JSONResponse:
+    name = request.scope["request_id"]
+    log.error("request %s failed", name, exc_info=error)
+    return JSONResponse(failure_body(), 500, {"x-request-id": name})  # sent from outside the middleware that adds it
 
 
 def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
@@ -105,15 +107,15 @@ def _shown(value: object) -> str:
 
 
 async def with_error_frame(
-    frames: AsyncIterator[bytes], encode: Callable[[Mapping[str, object]], bytes]
+    name: str, frames: AsyncIterator[bytes], encode: Callable[[Mapping[str, object]], bytes]
 ) -> AsyncIterator[bytes]:
     """The frames; what fails after the first byte becomes a last frame, for the status is long sent."""
     try:
         async for frame in frames:
             yield frame
     except MoepagerError as error:
-        log.warning("a stream broke off: %s", error)
+        log.warning("request %s broke off: %s", name, error)
         yield encode(error_body(error))
     except Exception:  # the last border before the wire: the client has to see that its answer is not whole
-        log.exception("a stream failed")
+        log.exception("request %s failed", name)
         yield encode(failure_body())

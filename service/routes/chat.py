@@ -31,8 +31,9 @@ async def chat(body: ChatBody, request: Request, name: RequestId, parts: PartsDe
     running = submit(prepared, parts)
     reply = Reply.to_chat(body.model, parts)
     if body.stream:
-        frames = with_error_frame(stream_frames(reply, running, body.stream_options, chat_choices()), data_frame)
-        return EventStream(frames, expert_headers(prepared), partial(cancel_all, running))
+        frames = stream_frames(reply, running, body.stream_options, chat_choices())
+        guarded = with_error_frame(name, frames, data_frame)
+        return EventStream(guarded, expert_headers(prepared), partial(cancel_all, running))
     finished = await finish_all(request, running)
     answer = reply.body([message_choice(finished[0])], usage=usage(running, finished))
     return JSONResponse(answer, headers=expert_headers(prepared, finished))

@@ -33,8 +33,9 @@ async def complete(body: CompletionBody, request: Request, name: RequestId, part
     running = submit(prepared, parts)
     reply = Reply.to_completion(body.model, parts)
     if body.stream:
-        frames = with_error_frame(stream_frames(reply, running, body.stream_options, completion_choices), data_frame)
-        return EventStream(frames, expert_headers(prepared), partial(cancel_all, running))
+        frames = stream_frames(reply, running, body.stream_options, completion_choices)
+        guarded = with_error_frame(name, frames, data_frame)
+        return EventStream(guarded, expert_headers(prepared), partial(cancel_all, running))
     finished = await finish_all(request, running)
     choices = [text_choice(place, each.text, each.reason) for place, each in enumerate(finished)]
     answer = reply.body(choices, usage=usage(running, finished))

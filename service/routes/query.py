@@ -29,7 +29,7 @@ async def query(body: QueryBody, request: Request, name: RequestId, parts: Parts
     prepared = await asyncio.to_thread(prepare_query, body, name, parts)
     running = submit([prepared], parts)
     if body.stream:
-        frames = with_error_frame(query_frames(running[0]), partial(named_frame, "error"))
+        frames = with_error_frame(name, query_frames(running[0]), partial(named_frame, "error"))
         return EventStream(frames, expert_headers([prepared]), partial(cancel_all, running))
     finished = await finish_all(request, running)
     return JSONResponse(query_answer(running[0], finished[0]), headers=expert_headers([prepared], finished))

@@ -18,7 +18,7 @@ from service.model import model_id
 from service.parts import Parts, open_parts
 from service.settings import Settings
 from store.database import open_store
-from store.errors import BudgetError, CheckpointError, CorruptStore, MismatchError
+from store.errors import BudgetError, CheckpointError, CorruptStore, MismatchError, NotFound
 from store.home import bundled_model
 from store.records import Exemplar
 
@@ -106,6 +106,7 @@ def test_an_index_folder_is_filled_and_used_again(half_settings: Settings, tmp_p
     [
         ({"model": "/no/such/model"}, CheckpointError, "/no/such/model"),
         ({"memory": 1000}, BudgetError, "Give --memory"),
+        ({"unknown_task": "generalist"}, NotFound, "No task 'generalist'"),
     ],
 )
 def test_what_can_not_be_served_is_refused(
@@ -145,9 +146,10 @@ def test_an_unexpected_failure_is_a_500_that_tells_nothing(parts: Parts) -> None
     app = create_app(lambda: nullcontext(replace(parts, retriever=Broken())))  # type: ignore[arg-type]
     with TestClient(app, raise_server_exceptions=False) as client:
         wait_for(lambda: client.get("/readyz").status_code == 200)
-        answer = client.post("/v1/retrieve", json={"query": "x"})
+        answer = client.post("/v1/retrieve", json={"query": "x"}, headers={"x-request-id": "lost-1"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
     assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] == "lost-1"
 
 
 def test_a_model_is_called_by_its_folder_its_hub_id_or_demo(tmp_path: Path) -> None:
