@@ -27,6 +27,7 @@ class Geometry:
     """The shapes that a memory plan is made of; counts are elements, not bytes."""
 
     dtype: str  # the checkpoint's own
+    stored: str  # of the experts' bytes, "mixed" where parts differ
     dense: int  # in tensors that every token needs
     expert: tuple[int, ...]  # of each part of one expert
     expert_width: int  # columns of the widest activation inside an expert
@@ -109,6 +110,7 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
     shapes = [span.shape for span in dense] + [part.shape for part in parts]
     return Geometry(
         dtype=_dtype(config, parts[0].dtype),
+        stored=NAMES.get(parts[0].dtype, "") if len({part.dtype for part in parts}) == 1 else "mixed",
         dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
         expert=tuple(part.nbytes // itemsize.get(part.dtype, 1) for part in parts),
         expert_width=max(length for part in parts for length in part.shape),

@@ -124,6 +124,10 @@ class Batch:
         routing = self._routing()
         mask = self._prompt_mask()
         logits = self._prefill(cache, routing, mask)
+        if logits is None:
+            for row, coverage in zip(self._rows, routing.coverage(), strict=True):
+                yield row.finished("cancelled", coverage, self._engine.resident_bytes)
+            return
         while self._rows:
             tokens = next_tokens(logits, [row.sampler for row in self._rows])
             self._note_first_token()
@@ -163,19 +167,19 @@ class Batch:
         width = int(lengths.max())
         return (torch.arange(width, device=self._engine.device) >= width - lengths.unsqueeze(1)).long()
 
-    def _prefill(self, cache: KvCache, routing: Routing, mask: Tensor) -> Tensor:
-        """Send the prompts through in chunks of columns. Logits of the last column, [B, V]."""
+    def _prefill(self, cache: KvCache, routing: Routing, mask: Tensor) -> Tensor | None:
+        """Send the prompts through in chunks of columns. Logits of the last column, [B, V]; None if nobody waits."""
         rows, width = mask.shape
         ids = torch.full((rows, width), PAD, device=mask.device)  # [B, S]
         for place, row in enumerate(self._rows):
             ids[place, width - len(row.request.prompt) :] = torch.tensor(row.request.prompt, device=mask.device)
         columns = max(1, self._engine.plan.chunk_tokens // rows)
-        logits = None
         with self._paging():
             for start in range(0, width, columns):
                 end = min(width, start + columns)
                 logits = self._engine.step(ids[:, start:end], mask[:, :end], cache, routing)
-        assert logits is not None
+                if all(row.request.cancelled.is_set() for row in self._rows):
+                    return None
         return logits
 
     def _step(self, cache: KvCache, routing: Routing, mask: Tensor, tokens: list[int]) -> Tensor:

@@ -130,7 +130,7 @@ def reader_bytes(card: ModelCard) -> int:
 
 def needs_staging(card: ModelCard, config: EngineConfig, dtype: str) -> bool:
     """Whether an expert's bytes change on their way: another dtype than the file's, or another device than the host."""
-    return dtype != card.geometry.dtype or config.device != "cpu"
+    return dtype != card.geometry.stored or config.device != "cpu"
 
 
 def _staging(card: ModelCard, config: EngineConfig, dtype: str) -> int:

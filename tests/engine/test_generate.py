@@ -184,6 +184,23 @@ def test_a_request_cancelled_before_it_began_costs_nothing(checkpoint: Checkpoin
     assert engine.residency().resident == 0
 
 
+def test_a_request_cancelled_during_its_prompt_ends_after_the_chunk(
+    checkpoint: Checkpoint, open_engine: Open, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(checkpoint("qwen3_moe"), chunk_tokens=8)
+    request, real, chunks = ask(_prompt(60), Selection.of([range(4)] * 3)), engine.step, []
+
+    def step(*args: Any) -> torch.Tensor:
+        chunks.append(args)
+        request.cancelled.set()
+        return real(*args)
+
+    monkeypatch.setattr(engine, "step", step)
+    [done] = engine.generate([request])
+    assert isinstance(done, FinishedEvent)
+    assert (done.reason, done.completion_tokens, len(chunks)) == ("cancelled", 0, 1)
+
+
 def test_an_abandoned_generation_gives_lease_and_cache_back(
     checkpoint: Checkpoint, open_engine: Open, ask: Ask
 ) -> None:

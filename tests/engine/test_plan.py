@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +111,19 @@ def test_the_dtype_that_is_served_sets_the_bytes(checkpoint: Checkpoint) -> None
     assert own.dtype == "bfloat16"
     assert (wide.dense_bytes, wide.slot_bytes) == (2 * own.dense_bytes, 2 * own.slot_bytes)
     assert wide.staging_bytes > own.staging_bytes
+
+
+def test_experts_stored_in_another_dtype_than_the_config_names_are_staged_and_counted(
+    checkpoint: Checkpoint, open_engine: Callable[..., Engine], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint("olmoe"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    engine = open_engine(folder)
+    assert (engine.plan.dtype, engine.card.geometry.stored) == ("bfloat16", "float32")
+    assert engine.plan.staging_bytes >= engine.card.expert_bytes + 2 * 256 * 1024
+    ids = torch.randint(0, 256, (1, 6))
+    assert engine.forward(ids, torch.ones_like(ids), [None]).isfinite().all()
 
 
 @pytest.mark.parametrize(
