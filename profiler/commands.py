@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,8 +45,13 @@ def profile(
     ] = None,
     allocator: Annotated[
         list[str] | None,
-        typer.Option(help="Repeatable: uniform, global, coverage, knapsack. Default: uniform, as many in every layer."),
+        typer.Option(
+            help="Repeatable: uniform, global, coverage, knapsack. Default: uniform; all of them in a search."
+        ),
     ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Find the best scorer and allocator on growing slices of --eval.")
+    ] = False,
     base: Annotated[
         Path | None, typer.Option(help="The checkpoint that the model was tuned from, for router_growth.")
     ] = None,
@@ -71,6 +77,7 @@ def profile(
     """
     from engine.config import EngineConfig
     from profiler.allocation import UNIFORM, choose_allocators
+    from profiler.allocators import ALLOCATORS
     from profiler.evidence import KEEPS
     from profiler.job import Options
     from profiler.scorers.registry import choose
@@ -94,12 +101,13 @@ def profile(
     )
     options = Options(
         scorers=scorer,
-        allocators=tuple(allocator or (UNIFORM,)),
+        allocators=tuple(allocator or (ALLOCATORS if search else (UNIFORM,))),
         keeps=tuple(keep or KEEPS),
         rows=batch,
         model_name=_model_name(model),
         base=base,
         stream=stream,
+        search=search,
     )
     found = _run(config, store, TaskRecord(task, description), text, embedder, options)
     found["seconds"] = round(time.perf_counter() - started, 3)
@@ -160,11 +168,15 @@ def _run(
 
 
 def _summary(store: Store, made: Profile) -> dict[str, Any]:
+    from profiler.doubts import gates
+    from profiler.intervals import wilson
     from profiler.scorers.registry import computable
+    from profiler.search import reasons_of
     from profiler.stability import split_half_overlap
     from profiler.statistics import Statistics
 
     statistics = Statistics.from_arrays(made.statistics)
+    judged = gates(statistics, made.tokens)
     selections = [
         {
             "selection": stored.id,
@@ -173,6 +185,7 @@ def _summary(store: Store, made: Profile) -> dict[str, Any]:
             "keep": stored.keep,
             "experts": len(stored.selection),
             "accuracy": evidence.accuracy,
+            "accuracy_95": None if evidence.accuracy is None else wilson(evidence.accuracy, evidence.items),
             "retention": evidence.retention,
             "nll": evidence.nll,
             "coverage": evidence.coverage,
@@ -187,6 +200,9 @@ def _summary(store: Store, made: Profile) -> dict[str, Any]:
         "tokens": made.tokens,
         "statistics": [{"name": name, "shape": list(array.shape)} for name, array in statistics.arrays.items()],
         "stability": {one.name: split_half_overlap(statistics, one, 0.5) for one in computable(statistics)},
+        "gates": asdict(judged),
+        "doubts": judged.doubts(),
+        "search": reasons_of(store, made.id),
         "evaluations": selections,
     }
 
@@ -198,20 +214,31 @@ def _show(found: dict[str, Any]) -> None:
     table = Table(
         title=f"{found['task']}: profile {found['profile_id']}, {found['tokens']} tokens, {found['seconds']:.1f} s"
     )
-    for column in ("scorer", "allocator", "keep", "experts", "accuracy", "retention", "nll", "coverage"):
+    for column in ("scorer", "allocator", "keep", "experts", "accuracy", "95%", "retention", "nll", "coverage"):
         table.add_column(column, justify="left" if column in {"scorer", "allocator"} else "right")
     for row in found["evaluations"]:
-        shares = ["-" if row[name] is None else f"{row[name]:.1%}" for name in ("accuracy", "retention")]
+        accuracy, retention = ["-" if row[name] is None else f"{row[name]:.1%}" for name in ("accuracy", "retention")]
+        low, high = row["accuracy_95"] or (None, None)
         table.add_row(
             row["scorer"],
             row["allocator"],
             f"{row['keep']:g}",
             str(row["experts"]),
-            *shares,
+            accuracy,
+            "-" if low is None else f"{low:.0%}-{high:.0%}",
+            retention,
             f"{row['nll']:.3f}",
             f"{row['coverage']:.1%}",
         )
-    Console(width=None).print(table)
+    console = Console(width=None)
+    console.print(table)
+    judged = found["gates"]
+    console.print(
+        f"{judged['tokens_per_expert']:.0f} tokens an expert (median), {judged['unseen']:.1%} of the experts never "
+        f"used, routing {judged['skew']:.1f} times as uneven as chance"
+    )
+    for line in (*found["search"], *found["doubts"]):
+        console.print(line, markup=False, highlight=False)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ B rows, S length, V vocab.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -22,18 +22,50 @@ ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`accuracy` is None where no item has a response; `nll`, in nats a token, is then that of the prompts."""
+    """Sums over items, so that parts of the items add up: `right` of `answered` responses, `losses` of `scored` tokens.
+
+    `accuracy` is None where no item has a response; `nll`, in nats a token, is then that of the prompts.
+    """
 
     items: int
-    accuracy: float | None
-    nll: float
-    coverage: float
+    right: int
+    answered: int
+    losses: float
+    scored: int
+    covered: float
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.right / self.answered if self.answered else None
+
+    @property
+    def nll(self) -> float:
+        return self.losses / max(self.scored, 1)
+
+    @property
+    def coverage(self) -> float:
+        return self.covered / self.items
+
+    def __add__(self, other: Measured) -> Measured:
+        return Measured(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
 
-def evaluate(engine: Engine, encoded: Sequence[Encoded], selection: Selection | None, rows: int = ROWS) -> Measured:
+def judged_role(encoded: Sequence[Encoded]) -> int:
+    """Whose likelihood is measured: the responses' where there are any, else the prompts'."""
+    return RESPONSE if any(one.item.response is not None for one in encoded) else PROMPT
+
+
+def evaluate(
+    engine: Engine,
+    encoded: Sequence[Encoded],
+    selection: Selection | None,
+    rows: int = ROWS,
+    role: int | None = None,
+) -> Measured:
     """Greedy answers against the items' responses, stripped; then the likelihood of the responses, teacher-forced.
 
-    None means the whole model, routed freely. Raises BudgetError if the selection does not fit.
+    None means the whole model, routed freely. `role` is whose likelihood counts where these are part of more items.
+    Raises BudgetError if the selection does not fit.
     """
     batches = list(shards(encoded, min(rows, engine.plan.max_batch), token_limit(engine)))
     finished = [event for batch in batches for event in _generate(engine, batch, selection)]
@@ -42,11 +74,14 @@ def evaluate(engine: Engine, encoded: Sequence[Encoded], selection: Selection | 
         for event, one in zip(finished, encoded, strict=True)
         if one.item.response is not None
     ]
+    losses, scored = _likelihood(engine, batches, selection, judged_role(encoded) if role is None else role)
     return Measured(
         items=len(encoded),
-        accuracy=sum(answered) / len(answered) if answered else None,
-        nll=_likelihood(engine, batches, selection, RESPONSE if answered else PROMPT),
-        coverage=sum(event.served.coverage for event in finished) / len(finished),
+        right=sum(answered),
+        answered=len(answered),
+        losses=losses,
+        scored=scored,
+        covered=sum(event.served.coverage for event in finished),
     )
 
 
@@ -63,8 +98,10 @@ def _generate(engine: Engine, batch: Sequence[Encoded], selection: Selection | N
     return sorted(finished, key=lambda event: event.row)
 
 
-def _likelihood(engine: Engine, batches: Sequence[Sequence[Encoded]], selection: Selection | None, role: int) -> float:
-    """Mean negative log likelihood of the tokens of one role, each given all before it."""
+def _likelihood(
+    engine: Engine, batches: Sequence[Sequence[Encoded]], selection: Selection | None, role: int
+) -> tuple[float, int]:
+    """Sum of the negative log likelihoods of the tokens of one role, each given all before it, and their number."""
     total, count = 0.0, 0
     for shard in batches:
         batch = pad(shard)
@@ -74,4 +111,4 @@ def _likelihood(engine: Engine, batches: Sequence[Sequence[Encoded]], selection:
         losses = torch.nn.functional.cross_entropy(guessed, batch.ids[:, 1:][scored], reduction="none")  # [n]
         total += float(losses.double().sum())
         count += int(scored.sum())
-    return total / max(count, 1)
+    return total, count

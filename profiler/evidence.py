@@ -105,12 +105,12 @@ def put_evaluations(
         whole = whole or evaluate(engine, held_out.items, None, held_out.rows)
         complete = len(stored.selection) == engine.card.layers * engine.card.experts
         here = whole if complete else evaluate(engine, held_out.items, stored.selection, held_out.rows)
-        measured[stored.selection] = _evaluation(stored, held_out, here, whole)
+        measured[stored.selection] = as_evaluation(stored, held_out, here, whole)
         store.evaluations.put(measured[stored.selection])
     report(Progress(profile.task, "evaluate", len(missing), len(missing)))
 
 
-def _evaluation(stored: StoredSelection, held_out: HeldOut, here: Measured, whole: Measured) -> Evaluation:
+def as_evaluation(stored: StoredSelection, held_out: HeldOut, here: Measured, whole: Measured) -> Evaluation:
     return Evaluation(
         selection=stored.id,
         evaluation_hash=held_out.content_hash,

@@ -8,7 +8,7 @@ from engine.engine import Engine
 from profiler.allocation import choose_allocators
 from profiler.batches import encode_corpus
 from profiler.corpus import Corpus
-from profiler.evidence import HeldOut, check_keeps, put_evaluations, put_selections
+from profiler.evidence import HeldOut, check_keeps
 from profiler.extras import Needs
 from profiler.job import (
     DEFAULTS,
@@ -18,6 +18,7 @@ from profiler.job import (
     lock_name,
     model_record,
     profile_id,
+    put_evidence,
     put_profile,
     stored_profile,
 )
@@ -54,9 +55,7 @@ def profile_generalist(
         profile = _mean(store, engine.card.fingerprint, parts)
         task = TaskRecord(GENERALIST, f"The mean of {len(parts)} tasks: {', '.join(one.task for one in parts)}.")
         put_profile(store, model_record(engine.card, options.model_name), task, profile)
-        selections = put_selections(engine, store, profile, scorers, keeps, allocators)
-        if held_out is not None:
-            put_evaluations(engine, store, profile, selections, held_out, report)
+        put_evidence(engine, store, profile, (scorers, allocators, keeps), held_out, options, report)
     return profile
 
 

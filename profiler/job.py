@@ -18,13 +18,15 @@ from engine.engine import Engine
 from profiler.allocation import UNIFORM, choose_allocators
 from profiler.batches import Encoded, encode_corpus, token_limit
 from profiler.corpus import Corpus, refuse_overlap
-from profiler.evidence import KEEPS, HeldOut, check_keeps, put_evaluations, put_selections
+from profiler.evidence import KEEPS, HeldOut, check_keeps, make_selections, put_evaluations, put_selections
 from profiler.extras import EXTRAS, NOTHING, Needs, formulas
 from profiler.gather import ROWS, gather_statistics
 from profiler.progress import Report, ignore
 from profiler.router_rows import of_router
 from profiler.run import Run, hold
-from profiler.scorers.registry import choose, computable, needs_of, versions
+from profiler.scorers.base import Scorer
+from profiler.scorers.registry import BASELINES, choose, computable, needs_of, versions
+from profiler.search import search
 from profiler.statistics import VERSION
 from profiler.stream import pays, stream_statistics
 from store.checkpoint import CheckpointMap
@@ -42,7 +44,8 @@ class Options:
     """How a job is run. `scorers` says which selections are made and measured, and which extras are collected.
 
     `base` is the checkpoint that the model was tuned from, for scorers that compare the two. `stream` runs the pass
-    layer by layer; None: where the budget does not hold the whole model.
+    layer by layer; None: where the budget does not hold the whole model. `search` measures only a few items for most of
+    the scorers and allocators, and all items for the best and the baselines.
     """
 
     scorers: Sequence[str] | None = None
@@ -54,6 +57,7 @@ class Options:
     model_name: str | None = None
     base: Path | None = None
     stream: bool | None = None
+    search: bool = False
 
     @property
     def folder(self) -> Path:
@@ -83,6 +87,8 @@ def profile_task(
         raise InvalidInput(f"The task name {GENERALIST!r} stands for all tasks together; choose another.", param="task")
     scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
     allocators = list(choose_allocators(options.allocators))
+    if options.search and evaluation is None:
+        raise InvalidInput("A search judges by held-out items: give --eval FILE.", param="eval")
     text, held_out = _encode(engine, calibration, evaluation, options.rows)
     exemplars = _embed(task.name, calibration, embedder, options.exemplars)
     with hold(options.folder, lock_name(engine.card, task.name)):
@@ -90,10 +96,30 @@ def profile_task(
         put_profile(store, model_record(engine.card, options.model_name), task, profile)
         Run(options.folder, profile.id, plan="").forget()
         store.exemplars.replace(task.name, exemplars)
-        selections = put_selections(engine, store, profile, scorers, keeps, allocators)
-        if held_out is not None:
-            put_evaluations(engine, store, profile, selections, held_out, report)
+        put_evidence(engine, store, profile, (scorers, allocators, keeps), held_out, options, report)
     return profile
+
+
+def put_evidence(
+    engine: Engine,
+    store: Store,
+    profile: Profile,
+    ways: tuple[Sequence[Scorer], Sequence[str], Sequence[float]],
+    held_out: HeldOut | None,
+    options: Options,
+    report: Report,
+) -> None:
+    """Selections by every scorer, allocator and size of `ways`, and what remains of the model inside them."""
+    scorers, allocators, keeps = ways
+    if options.search and held_out is not None:
+        rivals = [scorer for scorer in scorers if scorer.name not in BASELINES]
+        candidates = make_selections(engine, profile, rivals, keeps, allocators)
+        candidates += make_selections(engine, profile, choose(BASELINES), keeps, [UNIFORM])
+        search(engine, store, profile, candidates, held_out, report)
+        return
+    selections = put_selections(engine, store, profile, scorers, keeps, allocators)
+    if held_out is not None:
+        put_evaluations(engine, store, profile, selections, held_out, report)
 
 
 def put_profile(store: Store, model: ModelRecord, task: TaskRecord, profile: Profile) -> None:

@@ -62,6 +62,9 @@ def test_the_last_line_is_one_json_object_with_the_profile_and_its_evidence(run,
     rows = [(row["scorer"], row["keep"], row["experts"]) for row in found["evaluations"]]
     assert rows == [("random", 1.0, 24), ("random", 0.5, 12), ("reap", 1.0, 24), ("reap", 0.5, 12)]
     assert 0 <= found["stability"]["reap"] <= 1
+    assert found["evaluations"][1]["accuracy_95"] == pytest.approx([0, 0.5615], abs=1e-4)  # none of three
+    assert found["gates"]["tokens_per_expert"] > 0
+    assert found["search"] == []
     with open_store(f"sqlite:///{tmp_path}/home/store.db") as store:
         assert store.profiles.get(found["profile_id"]).task == "words"
         assert store.tasks.get("words").description == "yes"
@@ -73,6 +76,17 @@ def test_without_json_a_table_shows_every_scorer_and_size(run, write):
     assert "tcess" in shown
     assert "0.125" in shown
     assert "{" not in shown
+
+
+def test_a_search_says_what_it_chose_and_why(run, write):
+    result = run(
+        "--calibration", write("c", 4), "--eval", write("e", 10, start=50), "--keep", "0.5", "--search", "--json"
+    )
+    found = json.loads(result.stdout.splitlines()[-1])
+    [reason] = found["search"]
+    assert reason in " ".join(result.stdout.split())
+    assert len({row["allocator"] for row in found["evaluations"]} | {"uniform"}) <= 4
+    assert {"random", "frequency"} < {row["scorer"] for row in found["evaluations"]}
 
 
 def test_a_named_store_and_a_memory_budget_are_used(run, write, tmp_path):
