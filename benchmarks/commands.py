@@ -71,7 +71,8 @@ def quality_command(
 ) -> None:
     """Every scorer at every size on the demo model's held-out test items."""
     from benchmarks.quality import bench_quality, means
-    from demo.commands import bar, memory_for
+    from demo.commands import memory_for
+    from profiler.bar import bar
     from store.home import bundled_model
 
     with bar() as report:

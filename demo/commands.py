@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +11,6 @@ import typer
 
 if TYPE_CHECKING:
     from demo.tour import Shown
-    from profiler.progress import Report
 
 AMPLE = 1 << 40  # a budget that holds everything, but is one: without any, the plan has more workspace
 
@@ -70,6 +67,7 @@ def data_command() -> None:
 def prepare_store(url: str) -> None:
     from demo.prepare import prepare
     from engine.embedder import open_embedder
+    from profiler.bar import bar
     from store.database import open_store
     from store.home import bundled_model
 
@@ -79,12 +77,13 @@ def prepare_store(url: str) -> None:
 
 def memory_for(model: Path, keep: float) -> int:
     """The budget under which this share of every layer's experts is resident, as the demo's service plans it."""
+    from demo.prepare import DTYPE
     from demo.tour import MAX_BATCH, MAX_CONTEXT
     from engine.card import ModelCard
     from engine.config import EngineConfig
     from engine.plan import plan_memory
 
-    bounded = EngineConfig(model, memory=AMPLE, max_context=MAX_CONTEXT, max_batch=MAX_BATCH)
+    bounded = EngineConfig(model, memory=AMPLE, max_context=MAX_CONTEXT, max_batch=MAX_BATCH, dtype=DTYPE)
     return plan_memory(ModelCard.read(model), bounded).memory_for(keep)
 
 
@@ -99,25 +98,3 @@ def describe(one: Shown) -> str:
         f"  {receipt['experts_paged']} of {receipt['experts']} experts paged, {receipt['bytes_paged']:,} bytes "
         f"in {receipt['swap_ms']:.0f} ms, first token after {receipt['ttft_ms']:.0f} ms\n"
     )
-
-
-@contextmanager
-def bar() -> Iterator[Report]:
-    """A progress bar on standard error; a task's two stages share one line."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    from profiler.progress import Progress as Step
-
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        lines: dict[str, TaskID] = {}
-
-        def report(step: Step) -> None:
-            if step.task not in lines:
-                lines[step.task] = progress.add_task(step.task)
-            progress.update(
-                lines[step.task], description=f"{step.stage} {step.task}", completed=step.done, total=step.total
-            )
-
-        yield report

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from demo.corpus import read_pairs
+from demo.prepare import DTYPE, THREADS
 from demo.tasks.registry import TASKS
 from store.errors import MoepagerError
 
@@ -56,6 +57,7 @@ def serving(store_url: str, memory: int, log: Path) -> Iterator[httpx.Client]:
     """`moepager serve` on a free port of 127.0.0.1, with a client for it; ended when the block is left."""
     port = _free_port()
     limits = ["--max-context", str(MAX_CONTEXT), "--max-batch", str(MAX_BATCH), "--memory", str(memory)]
+    limits += ["--dtype", DTYPE, "--threads", str(THREADS)]
     command = [sys.executable, "-m", "service", "serve", "--store", store_url, "--port", str(port), *limits]
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=_environment())  # noqa: S603 - our own command
