@@ -28,6 +28,7 @@ from engine.observer import Observer
 from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
 from engine.reader import Reader
 from engine.requests import Event, GenerationRequest
+from engine.restriction import restrict
 from engine.routing import Routing, Switchboard
 from engine.skeleton import Skeleton, build_skeleton
 from engine.text import Tokenizer
@@ -182,6 +183,20 @@ class Engine:
             except Reached as end:
                 return end.hidden
         raise AssertionError("the pass went past its layer")
+
+    @torch.inference_mode()
+    def expert_outputs(self, layer: int, x: Tensor) -> Tensor:
+        """What each expert of MoE layer `layer` makes of the router inputs `x` [n, H], unweighted: [n, E, H]."""
+        self.require_free_slot([None])
+        return self._experts[layer].outputs(x.to(self.device))
+
+    @torch.inference_mode()
+    def route_within(self, layer: int, x: Tensor, logits: Tensor, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Weights and index [n, k] that the router of MoE layer `layer` gives `x` [n, H] when only `experts` are there.
+
+        `logits` [n, E] are what the unrestricted router said.
+        """
+        return restrict(self._joints[layer].router, experts).route(x, logits)
 
     def _forward(self, ids: Tensor, mask: Tensor, routing: Routing) -> Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, S]

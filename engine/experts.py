@@ -45,6 +45,14 @@ class PagedExperts:
             self.observer.combined(self.layer, combined)
         return combined
 
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """Every expert's unweighted output of all of `hidden` [T, H], whoever was routed to it: [T, E, H]."""
+        found: dict[int, Tensor] = {}
+        with closing(self._bank.visit(self.layer, range(self._experts))) as visit:
+            for expert, slot in visit:
+                found[expert] = self._feed_forward(hidden, self._bank.views[slot])  # [T, H]
+        return torch.stack([found[expert] for expert in range(self._experts)], dim=1)
+
     def _one(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A single token, as in decoding one row: nothing to sort, gather or scatter."""
         chosen: list[int] = index[0].tolist()

@@ -1,4 +1,4 @@
-"""Watches the model run and adds up what it sees into Statistics. The profiler's only tensor arithmetic.
+"""Watches the model run and adds up what it sees into Statistics.
 
 T tokens of a batch flattened row by row, E experts, K = top_k, H hidden, B histogram bins. Collects of the extras just
 those that it is asked for.

@@ -32,6 +32,7 @@ EXTRAS: Mapping[str, Extra] = {
     "logit_products": Extra("1", "2LEE", True, "ZG: + z z^T, z being a token's logits less their mean"),
     "output_sums": Extra("1", "2LEH", True, "S1: + o, the unweighted output"),
     "router_distances": Extra("1", "LEE", False, "|Wg_i - Wg_j|, the distance of two experts' router rows"),
+    "elimination": Extra("1", "LE", False, "the share of the layer's output that is lost once e is dropped, greedily"),
     "router_growth": Extra("1", "LE", False, "|Wg_e| - |base Wg_e|, how much longer a router row is than the base's"),
 }
 

@@ -18,6 +18,7 @@ from engine.engine import Engine
 from profiler.allocation import UNIFORM, choose_allocators
 from profiler.batches import Encoded, encode_corpus, token_limit
 from profiler.corpus import Corpus, refuse_overlap
+from profiler.elimination import eliminations
 from profiler.evidence import KEEPS, HeldOut, check_keeps, make_selections, put_evaluations, put_selections
 from profiler.extras import EXTRAS, NOTHING, Needs, formulas
 from profiler.gather import ROWS, gather_statistics
@@ -204,6 +205,8 @@ def _gather(
     run = Run(options.folder, identity, plan=f"{sizes},{'layers' if stream else 'shards'}")
     collect = stream_statistics if stream else gather_statistics
     statistics = collect(engine, text, run, task, options.rows, report, needs).with_extras(static)
+    if "elimination" in needs:
+        statistics = statistics.with_extras({"elimination": eliminations(engine, text, options.rows)})
     return Profile(
         id=identity,
         model=model,

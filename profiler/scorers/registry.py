@@ -14,6 +14,7 @@ from profiler.scorers.gate import Gate
 from profiler.scorers.gate_norm import GateNorm
 from profiler.scorers.man import Man, Msan
 from profiler.scorers.mone import Mone
+from profiler.scorers.naee import Naee
 from profiler.scorers.peu import Peu
 from profiler.scorers.random import Random
 from profiler.scorers.reap import Reap
@@ -36,6 +37,7 @@ _OTHERS: tuple[Scorer, ...] = (
     Stun("coactivation"),
     Stun("router"),
     Uncurl(),
+    Naee(),
     RouterGrowth(),
 )
 
