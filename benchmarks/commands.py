@@ -65,7 +65,10 @@ def profile_command(
 @app.command("quality")
 def quality_command(
     items: Annotated[int, typer.Option(min=1, help="Test items a task, at most 100.")] = 100,
-    scorer: Annotated[list[str] | None, typer.Option(help="Only these scorers; all by default.")] = None,
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; the seven defaults of `profile` if none.")
+    ] = None,
+    allocator: Annotated[list[str] | None, typer.Option(help="Repeatable: uniform (default), global, ...")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the accuracy-against-memory picture here.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -76,7 +79,7 @@ def quality_command(
     from store.home import bundled_model
 
     with bar() as report:
-        rows = bench_quality(items, scorer, report)
+        rows = bench_quality(items, scorer, report, allocator or ["uniform"])
     averages = means(rows)
     _table("mean over the tasks", [asdict(mean) for mean in averages])
     if plot is not None:

@@ -1,4 +1,4 @@
-"""Every scorer at every size on the demo's held-out test items: what accuracy a memory budget keeps.
+"""Every scorer and allocator at every size on the demo's held-out test items: what accuracy a memory budget keeps.
 
 The test items are in phrasings that neither training nor calibration has seen, with held-out content where content can
 be held out, and they are not the items by which the service chooses a selection.
@@ -14,6 +14,7 @@ from statistics import fmean
 
 from demo.prepare import prepare
 from engine.embedder import open_embedder
+from profiler.allocation import UNIFORM
 from profiler.progress import Report
 from profiler.scorers.registry import DEFAULTS
 from store.database import Store, open_store
@@ -23,6 +24,7 @@ from store.home import bundled_model
 @dataclass(frozen=True, slots=True)
 class Row:
     scorer: str
+    allocator: str
     task: str
     keep: float
     accuracy: float
@@ -34,9 +36,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A scorer at a size, averaged over the tasks. `worst` is the lowest retention of a task."""
+    """A scorer and allocator at a size, averaged over the tasks. `worst` is the lowest retention of a task."""
 
     scorer: str
+    allocator: str
     keep: float
     accuracy: float
     retention: float
@@ -44,8 +47,14 @@ class Mean:
     nll: float
     coverage: float
 
+    @property
+    def way(self) -> str:
+        return self.scorer if self.allocator == UNIFORM else f"{self.scorer}, {self.allocator}"
 
-def bench_quality(items: int | None, scorers: Sequence[str] | None, report: Report) -> list[Row]:
+
+def bench_quality(
+    items: int | None, scorers: Sequence[str] | None, report: Report, allocators: Sequence[str] = (UNIFORM,)
+) -> list[Row]:
     """Profiles the demo's tasks into a store of its own and reads the evidence back."""
     with (
         tempfile.TemporaryDirectory(prefix="moepager-quality-") as folder,
@@ -56,6 +65,7 @@ def bench_quality(items: int | None, scorers: Sequence[str] | None, report: Repo
             open_embedder("hash"),  # retrieval takes no part in this
             bundled_model(),
             scorers=scorers or list(DEFAULTS),
+            allocators=allocators,
             split="test",
             items=items,
             generalist=False,
@@ -69,6 +79,7 @@ def _rows(store: Store, task: str, profile: str) -> list[Row]:
     return [
         Row(
             scorer=stored.scorer,
+            allocator=stored.allocator,
             task=task,
             keep=stored.keep,
             accuracy=evidence.accuracy or 0.0,
@@ -83,12 +94,13 @@ def _rows(store: Store, task: str, profile: str) -> list[Row]:
 
 def means(rows: Sequence[Row]) -> list[Mean]:
     """Over tasks, best first at each size, the largest size first."""
-    groups: dict[tuple[float, str], list[Row]] = {}
+    groups: dict[tuple[float, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.keep, row.scorer), []).append(row)
+        groups.setdefault((row.keep, row.scorer, row.allocator), []).append(row)
     found = [
         Mean(
             scorer=scorer,
+            allocator=allocator,
             keep=keep,
             accuracy=fmean(row.accuracy for row in group),
             retention=fmean(row.retention for row in group),
@@ -96,6 +108,6 @@ def means(rows: Sequence[Row]) -> list[Mean]:
             nll=fmean(row.nll for row in group),
             coverage=fmean(row.coverage for row in group),
         )
-        for (keep, scorer), group in groups.items()
+        for (keep, scorer, allocator), group in groups.items()
     ]
-    return sorted(found, key=lambda mean: (-mean.keep, -mean.accuracy, mean.nll, mean.scorer))
+    return sorted(found, key=lambda mean: (-mean.keep, -mean.accuracy, mean.nll, mean.way))

@@ -20,18 +20,19 @@ BASELINES = {"random": "#999999", "frequency": "#555555"}
 def draw(rows: Sequence[Row], means: Sequence[Mean], mib_at: dict[float, float], out: Path) -> None:
     """Left: every scorer's mean over tasks. Right: each task, by the scorer that is best on average at the smallest."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for scorer in sorted({mean.scorer for mean in means}):
-        points = sorted((mib_at[mean.keep], mean.accuracy) for mean in means if mean.scorer == scorer)
-        colour = BASELINES.get(scorer)
-        left.plot(*zip(*points, strict=True), marker="o", label=scorer, color=colour, linestyle="--" if colour else "-")
+    for way in sorted({mean.way for mean in means}):
+        points = sorted((mib_at[mean.keep], mean.accuracy) for mean in means if mean.way == way)
+        colour = BASELINES.get(way)
+        left.plot(*zip(*points, strict=True), marker="o", label=way, color=colour, linestyle="--" if colour else "-")
     best = max(
         (mean for mean in means if mean.keep == min(m.keep for m in means)), key=lambda mean: (mean.accuracy, -mean.nll)
-    ).scorer
+    )
     for task in sorted({row.task for row in rows}):
-        points = sorted((mib_at[row.keep], row.accuracy) for row in rows if row.task == task and row.scorer == best)
+        here = [row for row in rows if (row.task, row.scorer, row.allocator) == (task, best.scorer, best.allocator)]
+        points = sorted((mib_at[row.keep], row.accuracy) for row in here)
         right.plot(*zip(*points, strict=True), marker=".", label=task)
     _finish(left, "mean over the tasks, by scorer", mib_at)
-    _finish(right, f"each task, scorer {best}", mib_at)
+    _finish(right, f"each task, scorer {best.way}", mib_at)
     left.set_ylabel("exact-match accuracy on held-out items")
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from demo.tasks.registry import TASKS
 from engine.config import EngineConfig
 from engine.embedder import Embedder
 from engine.engine import Engine
+from profiler.allocation import UNIFORM
 from profiler.corpus import Corpus, read_corpus
 from profiler.generalist import profile_generalist
 from profiler.job import Options, profile_task
@@ -33,6 +34,7 @@ def prepare(
     model: Path,
     *,
     scorers: Sequence[str] | None = SCORERS,
+    allocators: Sequence[str] = (UNIFORM,),
     split: str = "evaluation",
     items: int | None = EVALUATED,
     generalist: bool = True,
@@ -40,7 +42,7 @@ def prepare(
     report: Report = ignore,
 ) -> list[Profile]:
     """A profile with evidence for every demo task, and the generalist; what is stored already is not measured again."""
-    options = Options(scorers=scorers, model_name=MODEL_NAME, runs=runs)
+    options = Options(scorers=scorers, allocators=allocators, model_name=MODEL_NAME, runs=runs)
     with Engine.open(EngineConfig(model, max_context=256, max_batch=32, dtype=DTYPE, threads=THREADS)) as engine:
         profiles = [
             profile_task(
