@@ -1,7 +1,8 @@
 """How well queries find their task, how well strangers are told apart, and how long that takes.
 
 Two retrievers over the same exemplars: the sentence embedding (cosine), and PreMoe's own signature, the mean top-1
-gate logits of the first MoE layer (L2). A task's score is that of its nearest exemplar. For abstention every task is
+gate logits of the first MoE layer (L2). A task's score is the service's own for the embedding, and that of the nearest
+exemplar for the signature, as in the paper. For abstention every task is
 left out in turn: its queries are then strangers, and the AUROC says how well the best score tells them apart.
 """
 
@@ -16,7 +17,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks.retrieval_data import RetrievalSet
-from service.retrieval import auroc, calibrate_threshold
+from service.retrieval import auroc, calibrate_threshold, task_scores
 from store.records import F32, Exemplar
 from store.vectors import VectorIndex
 
@@ -39,7 +40,7 @@ class Found:
 
 def measure(data: RetrievalSet, retriever: str, vectorise: Vectorise, *, cosine: bool) -> Found:
     exemplars, queries = vectorise(data.exemplars.texts), vectorise(data.queries.texts)  # [n, d], [m, d]
-    scores = task_scores(queries, exemplars, np.array(data.exemplars.tasks), cosine=cosine)  # [m, tasks]
+    scores = scores_by_task(queries, exemplars, np.array(data.exemplars.tasks), cosine=cosine)  # [m, tasks]
     own = np.arange(len(queries)), np.array(data.queries.tasks)
     right = scores.argmax(axis=1) == own[1]  # [m]
     known = scores.max(axis=1)  # [m]
@@ -59,12 +60,15 @@ def measure(data: RetrievalSet, retriever: str, vectorise: Vectorise, *, cosine:
     )
 
 
-def task_scores(queries: F32, exemplars: F32, tasks: np.ndarray, *, cosine: bool) -> np.ndarray:
-    """Each query's best similarity to each task's exemplars: cosine, or negative squared L2. f64 [m, tasks]."""
+def scores_by_task(queries: F32, exemplars: F32, tasks: np.ndarray, *, cosine: bool) -> np.ndarray:
+    """Each query's score in each task: the service's, or negative squared L2 to the nearest. f64 [m, tasks]."""
     q, x = queries.astype(np.float64), exemplars.astype(np.float64)
-    products = q @ x.T  # [m, n]
-    similar = products if cosine else 2 * products - (x**2).sum(1) - (q**2).sum(1)[:, None]
-    return np.stack([similar[:, tasks == task].max(axis=1) for task in range(tasks.max() + 1)], axis=1)
+    of_task = [x[tasks == task] for task in range(tasks.max() + 1)]  # [n_t, d] each
+    if cosine:
+        columns = [task_scores(q @ one.T, np.linalg.norm(one.sum(0), keepdims=True)) for one in of_task]
+    else:
+        columns = [(2 * q @ one.T - (one**2).sum(1)).max(axis=1) - (q**2).sum(1) for one in of_task]
+    return np.stack(columns, axis=1)
 
 
 def _threshold(data: RetrievalSet, vectors: F32) -> float:

@@ -75,15 +75,16 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
 
 def open_retriever(settings: Settings, store: Store, embedder: Embedder, tasks: Sequence[str]) -> Retriever:
     """Retrieval among the given tasks, and nothing else that the store holds."""
-    exemplars = [e for e in store.exemplars.list(embedder=embedder.id) if e.task in tasks]
+    stored = store.exemplars.list(embedder=embedder.id)
+    exemplars = [e for e in stored if e.task in tasks]
     refuse_other_embedder(store, embedder.id, set(tasks) - {e.task for e in exemplars})
     threshold = settings.threshold
     if threshold is None:
         calibration = calibrate_threshold(exemplars)
         log.info("retrieval threshold: %s", calibration)
         threshold = calibration.threshold
-    index = open_index(settings.index, store, embedder.id)
-    return Retriever(embedder, index, threshold, tasks, strangers=len(index) - len(exemplars))
+    index = VectorIndex.rebuild(stored) if settings.index is None else open_index(settings.index, store, embedder.id)
+    return Retriever(embedder, index, threshold, exemplars)
 
 
 def open_index(folder: Path | None, store: Store, embedder: str) -> VectorIndex:

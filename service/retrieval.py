@@ -1,12 +1,15 @@
 """Which task a query belongs to: embed, search, rank, compare with a threshold. Knows no profile, no budget, no HTTP.
 
-The score of a task is the mean similarity of its best `top` exemplars to the query. Below the threshold the answer is
-"no task". The threshold is calibrated on the exemplars themselves, each scored as if it were a query (leave one out).
+The score of a task is half the mean similarity of its `TOP` nearest exemplars and half the cosine to the mean of all of
+them (`task_scores`). Below the threshold the answer is "no task". The threshold is calibrated on the exemplars
+themselves, each scored as if it were a query (leave one out).
+
+n queries, m exemplars of one task, t tasks, d dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,14 +18,15 @@ import numpy.typing as npt
 
 from service.receipt import Reason
 from store.errors import CorruptStore, InvalidInput
-from store.records import F64, Exemplar, Hit
+from store.records import F32, F64, Exemplar, Hit
 
 if TYPE_CHECKING:  # both are heavy to import, and all but Retriever is arithmetic
     from engine.embedder import Embedder
     from store.vectors import VectorIndex
 
-NEIGHBOURS = 64  # exemplars looked at for a query
-TOP = 1  # exemplars of a task that make its score
+NEIGHBOURS = 64  # exemplars that the index is asked for; their tasks are the first candidates
+TOP = 3  # nearest exemplars of a task whose mean makes half of its score
+ROUNDING = 1e-6  # what f32 may be off by where a bound is compared
 NO_EVIDENCE = 0.5  # the threshold where exemplars can't calibrate one: a single exemplar in all
 
 
@@ -57,37 +61,64 @@ class Retrieval:
 
 
 class Retriever:
-    """Decides the task of a query among `tasks`; the index may hold others. Safe to call from several threads."""
+    """Decides the task of a query among those of `exemplars`; the index may hold others, which are looked past.
 
-    def __init__(
-        self, embedder: Embedder, index: VectorIndex, threshold: float, tasks: Collection[str], strangers: int = 0
-    ) -> None:
-        """`strangers` counts the index's exemplars of other tasks, which are looked past."""
+    Safe to call from several threads.
+    """
+
+    def __init__(self, embedder: Embedder, index: VectorIndex, threshold: float, exemplars: Sequence[Exemplar]) -> None:
         self.embedder = embedder
         self.index = index
         self.threshold = threshold
-        self._tasks = frozenset(tasks)
-        self._neighbours = NEIGHBOURS + strangers
+        self._tasks = tuple(sorted({e.task for e in exemplars}))
+        self._vectors = [
+            np.stack([e.vector for e in exemplars if e.task == task]) for task in self._tasks
+        ]  # t of [m, d]
+        self._sums = [vectors.sum(axis=0, dtype=np.float64) for vectors in self._vectors]  # t of [d]
+        self._neighbours = NEIGHBOURS + len(index) - len(exemplars)
 
     def decide(self, query: str) -> Retrieval:
         if not query.strip():
             raise InvalidInput("An empty query belongs to no task. Write the query, or name the task.", param="query")
-        [hits] = self.index.search(self.embedder.embed([query]), self._neighbours)
-        return decide(rank([hit for hit in hits if hit.task in self._tasks]), self.threshold)
+        vectors = self.embedder.embed([query])  # [1, d]
+        [hits] = self.index.search(vectors, self._neighbours)
+        return decide(self._rank(vectors, hits), self.threshold)
+
+    def _rank(self, query: F32, hits: Sequence[Hit]) -> tuple[Ranked, ...]:
+        """Scores of the tasks among the hits, and of every other task that could still beat the best of them."""
+        found = {hit.task for hit in hits}
+        scores = {place: self._score(query, place) for place, task in enumerate(self._tasks) if task in found}
+        best, farthest = max(scores.values(), default=-np.inf), hits[-1].similarity if hits else 1.0
+        for place, total in enumerate(self._sums):
+            if place not in scores:  # its exemplars are all at least as far as the farthest hit
+                bound = (farthest + float(query[0] @ total) / max(float(np.linalg.norm(total)), ROUNDING)) / 2
+                if bound >= best - ROUNDING:
+                    scores[place] = self._score(query, place)
+        return in_order(Ranked(self._tasks[place], score) for place, score in scores.items())
+
+    def _score(self, query: F32, place: int) -> float:
+        similarities = query.astype(np.float64) @ self._vectors[place].T  # [1, m]
+        return float(task_scores(similarities, np.linalg.norm(self._sums[place][None], axis=1))[0])
 
 
-def rank(hits: Sequence[Hit], top: int = TOP) -> tuple[Ranked, ...]:
-    """Tasks by the mean similarity of their best `top` hits, best first; ties by name."""
-    similarities: dict[str, list[float]] = {}
-    for hit in hits:
-        similarities.setdefault(hit.task, []).append(hit.similarity)
-    ranked = [Ranked(task, task_score(found, top)) for task, found in similarities.items()]
+def task_scores(similarities: F64, lengths: F64) -> F64:
+    """How well each query fits one task, [n]: half the mean of its `TOP` nearest, half the cosine to the mean of all.
+
+    `similarities` [n, m] are cosines to the task's exemplars, -inf for one that is left out; `lengths` [n] (or [1]) are
+    those of the sum of the exemplars that are left: the cosine to their mean then needs no vector. -inf for none left.
+    """
+    there = np.isfinite(similarities)  # [n, m]
+    count = there.sum(axis=1)  # [n]
+    known = np.where(there, similarities, 0.0)  # [n, m]
+    nearest = np.sort(np.where(there, similarities, -np.inf), axis=1)[:, ::-1][:, :TOP]  # [n, <= TOP]
+    near = np.where(np.isfinite(nearest), nearest, 0.0).sum(axis=1) / np.clip(count, 1, TOP)  # [n]
+    centre = known.sum(axis=1) / np.maximum(lengths, ROUNDING)  # [n]; exemplars that cancel out have no direction: 0
+    return np.where(count > 0, (near + centre) / 2, -np.inf)  # [n]
+
+
+def in_order(ranked: Iterable[Ranked]) -> tuple[Ranked, ...]:
+    """Best first, ties by name."""
     return tuple(sorted(ranked, key=lambda r: (-r.similarity, r.task)))
-
-
-def task_score(similarities: Sequence[float], top: int = TOP) -> float:
-    best = sorted(similarities, reverse=True)[:top]
-    return sum(best) / len(best)
 
 
 def decide(ranked: Sequence[Ranked], threshold: float) -> Retrieval:
@@ -104,13 +135,13 @@ def pinned(task: str, threshold: float) -> Retrieval:
     return Retrieval(task, None, None, threshold, "pinned", ())
 
 
-def calibrate_threshold(exemplars: Sequence[Exemplar], top: int = TOP) -> Calibration:
+def calibrate_threshold(exemplars: Sequence[Exemplar]) -> Calibration:
     """The threshold that best parts queries of known tasks from queries of unknown ones.
 
     Each exemplar is scored twice: against the others of its own task (it should be accepted), and, as if its task did
     not exist, against all other tasks (it should be rejected). The threshold maximises the mean of both shares.
     """
-    inside, across = _leave_one_out(exemplars, top)
+    inside, across = _leave_one_out(exemplars)
     threshold = _best_threshold(inside, across)
     return Calibration(
         threshold=threshold,
@@ -121,17 +152,14 @@ def calibrate_threshold(exemplars: Sequence[Exemplar], top: int = TOP) -> Calibr
     )
 
 
-def _leave_one_out(exemplars: Sequence[Exemplar], top: int) -> tuple[F64, F64]:
+def _leave_one_out(exemplars: Sequence[Exemplar]) -> tuple[F64, F64]:
     """Scores of exemplars in their own task without themselves, and in the best other task."""
-    # n exemplars, d dimensions, m exemplars of one task, t tasks
     _check_vectors(exemplars)
     if not exemplars:
         return np.zeros(0), np.zeros(0)
     vectors = np.stack([e.vector for e in exemplars]).astype(np.float64)  # [n, d]
     names, task = np.unique([e.task for e in exemplars], return_inverse=True)  # [t], [n]
-    scores = np.stack(
-        [_scores_in(vectors, np.flatnonzero(task == t), top) for t in range(len(names))], axis=1
-    )  # [n, t]
+    scores = np.stack([_scores_in(vectors, np.flatnonzero(task == t)) for t in range(len(names))], axis=1)  # [n, t]
     own = np.arange(len(exemplars)), task
     inside = scores[own].copy()  # [n]
     scores[own] = -np.inf
@@ -139,14 +167,14 @@ def _leave_one_out(exemplars: Sequence[Exemplar], top: int) -> tuple[F64, F64]:
     return inside[np.isfinite(inside)], across[np.isfinite(across)]
 
 
-def _scores_in(vectors: F64, rows: npt.NDArray[np.intp], top: int) -> F64:
-    """Every exemplar's score in the task of `rows`, itself left out; -inf where nothing is left."""
+def _scores_in(vectors: F64, rows: npt.NDArray[np.intp]) -> F64:
+    """Every exemplar's score [n] in the task of `rows`, itself left out; -inf where none is left."""
     similarities = vectors @ vectors[rows].T  # [n, m]
     similarities[rows, np.arange(len(rows))] = -np.inf
-    best = np.sort(similarities, axis=1)[:, ::-1][:, :top]  # [n, <= top]
-    count = np.isfinite(best).sum(axis=1)  # [n]
-    total = np.where(np.isfinite(best), best, 0.0).sum(axis=1)  # [n]
-    return np.where(count > 0, total / np.maximum(count, 1), -np.inf)  # [n]
+    total = vectors[rows].sum(axis=0)  # [d]
+    lengths = np.full(len(vectors), np.linalg.norm(total))  # [n]
+    lengths[rows] = np.linalg.norm(total - vectors[rows], axis=1)  # [m]
+    return task_scores(similarities, lengths)  # [n]
 
 
 def _check_vectors(exemplars: Sequence[Exemplar]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.retrieval_data import Labelled, RetrievalSet, demo_set
-from benchmarks.retrieve import measure, search_ms_p50, task_scores
+from benchmarks.retrieve import measure, scores_by_task, search_ms_p50
 from demo.corpus import read_pairs
 from store.records import F32
 
@@ -40,7 +40,7 @@ def test_scores_equal_a_plain_double_loop() -> None:
     rng = np.random.default_rng(1)
     queries, exemplars = rng.standard_normal((5, 8)).astype(np.float32), rng.standard_normal((12, 8)).astype(np.float32)
     tasks = np.arange(12) % 3
-    got = task_scores(queries, exemplars, tasks, cosine=False)
+    got = scores_by_task(queries, exemplars, tasks, cosine=False)
     for q in range(5):
         for task in range(3):
             slow = max(

@@ -37,7 +37,8 @@ def test_retrieval_ranks_the_tasks_and_stores_its_decision(client: TestClient, p
     found = answer.json()
     assert (found["id"], found["task"], found["reason"]) == ("r-1", "cooking", "retrieved")
     assert [one["task"] for one in found["ranked"]] == ["cooking", "sql"]
-    assert found["ranked"][0]["similarity"] == found["similarity"] == pytest.approx(1.0)
+    near, far = (one["similarity"] for one in found["ranked"])
+    assert found["similarity"] == near > parts.retriever.threshold > far
     assert found["threshold"] == parts.retriever.threshold
     [last] = parts.store.decisions.list(1)
     assert (last.request, last.task) == ("r-1", "cooking")

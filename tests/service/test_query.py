@@ -58,7 +58,7 @@ def test_the_receipt_says_what_was_served(client: TestClient, parts: Parts, sele
     )
     assert (receipt["experts"], receipt["selection"]) == (len(selection), selection.digest)
     assert (receipt["model"], receipt["profile_id"], receipt["escalated"]) == ("tiny", "p-cooking", False)
-    assert receipt["similarity"] == pytest.approx(1.0)
+    assert receipt["similarity"] > parts.retriever.threshold
     assert 0 < receipt["coverage"] <= 1
     assert receipt["bytes_paged"] == receipt["experts_paged"] * parts.engine.card.expert_bytes
     assert (receipt["prompt_tokens"], receipt["completion_tokens"]) == (len(chat_tokens(parts, EGG)), 8)
