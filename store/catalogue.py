@@ -10,6 +10,7 @@ import numpy as np
 from sqlalchemy import Select, delete, insert, select
 from sqlalchemy.orm import Session
 
+from store.changes import note_change
 from store.connection import Database
 from store.errors import CorruptStore, InvalidInput, NotFound
 from store.packing import exemplar_digest, pack_vector, unpack_vector
@@ -51,10 +52,11 @@ class Tasks:
 
     def put(self, task: TaskRecord) -> None:
         """Adds the task, or gives the one of this name its new description."""
-        _check_name(task.name)
+        check_name(task.name)
         values = {"name": task.name, "description": task.description, "created": datetime.now(UTC)}
         with self._database.write() as session:
             upsert(session, TaskRow, values, update=("description",))
+            note_change(session)
 
     def get(self, name: str) -> TaskRecord:
         """Raises NotFound."""
@@ -71,6 +73,7 @@ class Tasks:
         with self._database.write() as session:
             require_task(session, name)
             session.execute(delete(TaskRow).where(TaskRow.name == name))
+            note_change(session)
 
 
 class Label(NamedTuple):
@@ -99,6 +102,7 @@ class Exemplars:
             session.execute(old)
             if rows:
                 session.execute(insert(ExemplarRow), rows)
+            note_change(session)
 
     def list(self, embedder: str | None = None, task: str | None = None) -> Sequence[Exemplar]:
         """By task, then in the order in which they were given."""
@@ -136,7 +140,7 @@ def require_task(session: Session, name: str) -> TaskRow:
     raise NotFound(f"No task {name!r} is in the store. Known: {', '.join(known) or 'none'}. Add it: moepager profile.")
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     if not 1 <= len(name) <= LONGEST_NAME or name != name.strip() or not name.isprintable():
         raise InvalidInput(
             f"A task's name is 1 to {LONGEST_NAME} printable characters without spaces around, got {name[:80]!r}.",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from types import TracebackType
 
 from store.catalogue import Exemplars, Models, Tasks
+from store.changes import Changes
 from store.connection import Database
+from store.corpora import Corpora
 from store.home import default_store_url
 from store.journal import Decisions, Jobs
+from store.keys import Keys
 from store.profiles import Evaluations, Profiles, Selections
 from store.revision import bring_up_to_date
 
@@ -25,6 +28,9 @@ class Store:
         self.evaluations = Evaluations(database)
         self.jobs = Jobs(database)
         self.decisions = Decisions(database)
+        self.changes = Changes(database)
+        self.keys = Keys(database)
+        self.corpora = Corpora(database)
 
     @property
     def name(self) -> str:

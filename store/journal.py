@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from store.connection import Database
@@ -57,6 +57,25 @@ class Jobs:
                     setattr(row, name, value)
             row.updated = datetime.now(UTC)
             return _job(row)
+
+    def change(
+        self,
+        id: str,  # noqa: A002
+        expected: Collection[JobState],
+        *,
+        state: JobState | None = None,
+        progress: float | None = None,
+        detail: str | None = None,
+    ) -> bool:
+        """As `update`, but only while the job is in one of the `expected` states; says whether it was. Of two that
+        want the same change one gets True."""
+        if progress is not None:
+            _check_progress(progress)
+        values: dict[str, Any] = {"state": state, "progress": progress, "detail": detail, "updated": datetime.now(UTC)}
+        kept = {name: value for name, value in values.items() if value is not None}
+        query = update(JobRow).where(JobRow.id == id, JobRow.state.in_(expected)).values(**kept)
+        with self._database.write() as session:
+            return bool(session.execute(query.returning(JobRow.id)).all())
 
 
 class Decisions:

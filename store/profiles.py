@@ -9,6 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from store.catalogue import require_model, require_task
+from store.changes import note_change
 from store.connection import Database
 from store.errors import Conflict, InvalidInput, NotFound
 from store.packing import pack_arrays, pack_selection, unpack_arrays, unpack_selection
@@ -39,6 +40,7 @@ class Profiles:
                 _put_selection(session, selection)
             for evaluation in evaluations:
                 _put_evaluation(session, evaluation)
+            note_change(session)
 
     def get(self, id: str) -> Profile:  # noqa: A002
         """Raises NotFound, and CorruptStore where its statistics are damaged."""
@@ -94,6 +96,7 @@ class Evaluations:
         """Adds it; one of the same selection and items is replaced. Raises NotFound for an unknown selection."""
         with self._database.write() as session:
             _put_evaluation(session, evaluation)
+            note_change(session)
 
     def find(self, selection: str) -> Evaluation | None:
         """The evaluation added last."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -159,6 +159,31 @@ class Decision:
     reason: Literal["pinned", "retrieved", "below-threshold", "no-tasks"]
     mode: Mode
     created: datetime
+
+
+Role = Literal["query", "operator"]
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """Who may ask. `digest` is the sha256 of the key, in hex; `per_minute` limits its requests, None does not."""
+
+    id: str
+    name: str
+    role: Role
+    digest: str
+    per_minute: int | None
+    created: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCorpus:
+    """The text that a task is profiled from: its exemplars, and items as `moepager profile` reads them from a file."""
+
+    task: str
+    exemplars: tuple[str, ...]
+    calibration: tuple[Mapping[str, Any], ...]
+    evaluation: tuple[Mapping[str, Any], ...]
 
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]

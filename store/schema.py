@@ -165,6 +165,40 @@ class JobRow(Row):
     updated: Mapped[datetime]
 
 
+class ChangesRow(Row):
+    """One row, counting the writes that change what a service serves: it asks for this number, not for everything."""
+
+    __tablename__ = "changes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    count: Mapped[int] = mapped_column(BigInteger)
+
+
+class KeyRow(Row):
+    """`digest` is the sha256 of the key, which itself is never stored; `per_minute` is empty where nothing limits it."""
+
+    __tablename__ = "keys"
+    __table_args__ = (CheckConstraint("role IN ('query', 'operator')", name="role_is_known"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    role: Mapped[str]
+    digest: Mapped[str]
+    per_minute: Mapped[int | None]
+    created: Mapped[datetime]
+
+
+class CorpusRow(Row):
+    """The text that a task is profiled from, as it was sent: `calibration` and `evaluation` are lists of items."""
+
+    __tablename__ = "corpora"
+
+    task: Mapped[str] = mapped_column(ForeignKey("tasks.name", ondelete="CASCADE"), primary_key=True)
+    exemplars: Mapped[list[str]] = mapped_column(JSON)
+    calibration: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    evaluation: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+
+
 class DecisionRow(Row):
     """An audit log: names are copied, so that deleting a task leaves the past as it was."""
 

@@ -27,8 +27,8 @@ LATER = '''
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 branch_labels = None
 depends_on = None
 
@@ -112,12 +112,12 @@ def test_an_older_store_is_brought_up_to_date_and_keeps_its_rows(
 ) -> None:
     with open_store(database_url) as opened:
         opened.tasks.put(TaskRecord("sql", "tables"))
-    (migrations / "m0002_later.py").write_text(LATER.format(then="pass"))
-    monkeypatch.setattr("store.revision.HEAD", "0002")
+    (migrations / "m0003_later.py").write_text(LATER.format(then="pass"))
+    monkeypatch.setattr("store.revision.HEAD", "0003")
     with open_store(database_url) as opened:
         assert opened.tasks.list() == [TaskRecord("sql", "tables")]
     with database.read() as session:
-        assert current_revision(session.connection()) == "0002"
+        assert current_revision(session.connection()) == "0003"
         assert session.execute(text("SELECT colour FROM tasks")).scalar() == "green"
 
 
@@ -126,8 +126,8 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(
 ) -> None:
     with open_store(database_url) as opened:
         opened.tasks.put(TaskRecord("sql", "tables"))
-    (migrations / "m0002_later.py").write_text(LATER.format(then="raise ZeroDivisionError"))
-    monkeypatch.setattr("store.revision.HEAD", "0002")
+    (migrations / "m0003_later.py").write_text(LATER.format(then="raise ZeroDivisionError"))
+    monkeypatch.setattr("store.revision.HEAD", "0003")
     with pytest.raises(ZeroDivisionError):
         open_store(database_url)
     monkeypatch.undo()
@@ -140,7 +140,7 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(
 def test_a_first_migration_that_fails_leaves_an_empty_database(
     database_url: str, database: Database, migrations: Path
 ) -> None:
-    (migrations / "m0002_later.py").write_text(LATER.format(then="raise ZeroDivisionError"))
+    (migrations / "m0003_later.py").write_text(LATER.format(then="raise ZeroDivisionError"))
     with pytest.raises(ZeroDivisionError):
         open_store(database_url)
     assert tables(database) == set()

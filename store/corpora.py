@@ -1,0 +1,40 @@
+"""The text of tasks that are profiled over REST. Rows in, records out; what an item must look like the profiler knows."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from store.catalogue import check_name, require_task
+from store.connection import Database
+from store.errors import Conflict, NotFound
+from store.records import StoredCorpus, TaskRecord
+from store.schema import CorpusRow, TaskRow
+from store.writing import insert_once
+
+
+class Corpora:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(self, task: TaskRecord, corpus: StoredCorpus, created: datetime) -> None:
+        """Adds a new task with its text, both or neither. Raises Conflict where there is a task of this name."""
+        check_name(task.name)
+        assert corpus.task == task.name, "a corpus is stored with its own task"
+        row = {"name": task.name, "description": task.description, "created": created}
+        text = {field: getattr(corpus, field) for field in StoredCorpus.__slots__}
+        with self._database.write() as session:
+            if not insert_once(session, TaskRow, row):
+                raise Conflict(f"Task {task.name!r} is in the store already. Delete it first, or choose another name.")
+            session.add(CorpusRow(**{name: list(v) if isinstance(v, tuple) else v for name, v in text.items()}))
+
+    def get(self, task: str) -> StoredCorpus:
+        """Raises NotFound for a task that is not there, or has no text: it was profiled from a file."""
+        with self._database.read() as session:
+            require_task(session, task)
+            row = session.get(CorpusRow, task)
+            if row is None:
+                raise NotFound(
+                    f"Task {task!r} has no text in the store: it was profiled from a file. Run `moepager profile` "
+                    "again, or create a task with its text by POST /v1/tasks."
+                )
+            return StoredCorpus(row.task, tuple(row.exemplars), tuple(row.calibration), tuple(row.evaluation))
