@@ -47,7 +47,7 @@ class Spill:
 
         Raises BudgetError before anything is written if the disk has no room for it.
         """
-        beside = self._path(layer).with_suffix(".partial")
+        beside = self._path(layer).with_name(f"{self._path(layer).name}.partial")
         try:
             with beside.open("wb") as file:
                 self._reserve(file)
