@@ -5,6 +5,7 @@ B rows, S positions, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from engine.layerwise import Reached, decoder_layers, only
 from engine.observer import Observer
 from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
 from engine.reader import Reader
-from engine.requests import Event, GenerationRequest
+from engine.requests import Event, FailedEvent, GenerationRequest
 from engine.restriction import restrict
 from engine.routing import Routing, Switchboard
 from engine.skeleton import Skeleton, build_skeleton
@@ -36,6 +37,8 @@ from store.checkpoint import CheckpointMap
 from store.errors import BudgetError, InvalidInput, UnsupportedFamily
 from store.experts import ExpertMap
 from store.records import Selection
+
+GUESSED_BYTES_PER_SECOND = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,20 +229,24 @@ class Engine:
     def generate(self, requests: Sequence[GenerationRequest]) -> Generator[Event, None, None]:
         """One event after another, rows numbered as in `requests`.
 
-        What does not fit into one batch runs in the next.
+        What does not fit beside those that run (rows, slots) joins as soon as it does.
         """
         for request in requests:
             self.check(request)
         return self._run(list(enumerate(requests)))
 
     def _run(self, waiting: list[tuple[int, GenerationRequest]]) -> Generator[Event, None, None]:
-        while waiting:
-            batch = [waiting.pop(0)]
-            for candidate in list(waiting):
-                if self.fit_together([request for _, request in (*batch, candidate)]):
-                    batch.append(candidate)
-                    waiting.remove(candidate)
-            yield from Batch(self, batch).run()
+        submitted = time.perf_counter()
+        with Batch(self) as batch:
+            while waiting or len(batch):
+                for number, request in list(waiting):
+                    if batch.fits(request.selection):
+                        batch.admit(number, request, submitted)
+                        waiting.remove((number, request))
+                for event in batch.step():
+                    if isinstance(event, FailedEvent):
+                        raise event.error
+                    yield event
 
     def check(self, request: GenerationRequest) -> None:
         """Raises InvalidInput or BudgetError for a request that could not be served even alone."""
@@ -260,25 +267,36 @@ class Engine:
             self.board.check_selection(request.selection)
             self.plan.require(request.selection)
 
-    def fit_together(self, requests: Sequence[GenerationRequest]) -> bool:
-        """Whether these, each servable alone, can be one batch: rows, context and slots suffice."""
-        if len(requests) > self.plan.max_batch:
-            return False
-        widest = max(len(request.prompt) for request in requests)
-        longest = max(request.sampling.max_tokens for request in requests)
-        wanted = {key for selection in {request.selection for request in requests} if selection for key in selection}
-        spare = (
-            any(request.mode == "exact" for request in requests)
-            and self.plan.slots < self.card.layers * self.card.experts
-        )
-        return widest + longest <= self.plan.max_context and len(wanted) + spare <= self.plan.slots
+    def has_room(self, selection: Selection | None, *, spare: bool) -> bool:
+        """Whether slots are free, beside all leases, for what `selection` lacks, and `spare` one more to page
+        through."""
+        wanted = self.bank.residency.unpinned(selection or ())
+        return wanted + (spare and not self.holds_all) <= self.bank.residency.available
+
+    def missing_bytes(self, selection: Selection | None) -> int:
+        """What would have to be read for the selection; None: for every expert there is."""
+        if selection is None:
+            return (self.card.layers * self.card.experts - self.bank.residency.resident) * self.bank.slot_bytes
+        table = self.bank.residency.table
+        return sum(table[key.layer][key.expert] < 0 for key in selection) * self.bank.slot_bytes
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Measured since open; a guess before the first read."""
+        paged = self.bank.paged
+        return paged.bytes_needed / paged.seconds if paged.seconds else GUESSED_BYTES_PER_SECOND
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether there is a slot for every expert."""
+        return self.plan.slots >= self.card.layers * self.card.experts
 
     @torch.inference_mode()
     def step(self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing) -> Tensor:
         """Continue `cache` by `ids` [B, new] under `mask` [B, everything so far]. Logits of the last column, [B, V]."""
         new = ids.shape[1]
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]  # [B, new]
-        routing.begin(new, None if new == 1 else mask[:, -new:].bool())
+        routing.begin(new, mask[:, -new:].bool())
         try:
             out: Any = self._model(
                 input_ids=ids,

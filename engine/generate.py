@@ -1,6 +1,7 @@
-"""Prefill and decode of one batch as a generator of events. Rows end on their own; the rest goes on without them.
+"""Continuous batching: requests join a running batch at a token boundary and leave on their own.
 
-Knows the model's call and the cache, not who asked. B rows, S positions, V vocabulary.
+Prompts go through in chunks, in rows of the cache of their own, with a token of every running row between two chunks;
+then they are aligned with the running rows. Knows rows and boundaries, not who asked nor what should run next.
 """
 
 from __future__ import annotations
@@ -8,212 +9,157 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from engine.requests import Event, FinishedEvent, GenerationRequest, Reason, Served, TokenEvent
-from engine.routing import Routing
-from engine.sampling import Sampler, next_tokens
-from engine.text import Detokenizer, StopFilter
+from engine.group import Group, Prompts
+from engine.requests import Event, FailedEvent, GenerationRequest
+from engine.row import Row
+from store.errors import BudgetError, MoepagerError
 from store.records import Selection
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.kvcache import KvCache
 
-PAD = 0  # any token: padding is masked everywhere
-
-
-@dataclass(slots=True)
-class _Row:
-    """One request on its way."""
-
-    number: int
-    request: GenerationRequest
-    sampler: Sampler
-    detokenizer: Detokenizer
-    stops: StopFilter
-    experts: int
-    experts_paged: int = 0
-    bytes_paged: int = 0
-    swap_seconds: float = 0.0
-    ttft_seconds: float = 0.0
-    tokens: int = 0
-    text: str = ""
-
-    def take(self, token: int, eos: frozenset[int]) -> tuple[TokenEvent, Reason | None]:
-        """Account for a sampled token; a reason where it is the row's last."""
-        self.tokens += 1
-        reason: Reason | None = None
-        if token in eos and not self.request.sampling.ignore_eos:
-            reason, text = "stop", ""
-        else:
-            text = self.stops.push(self.detokenizer.push(token))
-            if self.stops.stopped:
-                return self._event(token, text), "stop"
-            reason = "length" if self.tokens == self.request.sampling.max_tokens else None
-        if reason is not None:
-            text += self.stops.push(self.detokenizer.flush())
-            if self.stops.stopped:
-                return self._event(token, text), "stop"
-            text += self.stops.flush()
-        return self._event(token, text), reason
-
-    def _event(self, token: int, text: str) -> TokenEvent:
-        self.text += text
-        return TokenEvent(self.number, token, text)
-
-    def finished(self, reason: Reason, coverage: float, resident_bytes: int) -> FinishedEvent:
-        served = Served(
-            mode=self.request.mode,
-            coverage=coverage,
-            experts=self.experts,
-            experts_paged=self.experts_paged,
-            bytes_paged=self.bytes_paged,
-            swap_ms=1000 * self.swap_seconds,
-            ttft_ms=1000 * self.ttft_seconds,
-            resident_bytes=resident_bytes,
-        )
-        return FinishedEvent(self.number, reason, self.text, len(self.request.prompt), self.tokens, served)
+JOIN_TOKENS = 128  # of prompts between two tokens of the rows that run
+NEAR = 32  # prompts whose lengths differ by less go through together, and so do those within a factor of two
 
 
 class Batch:
-    """Requests that run together: they were checked, fit together, and their selections are leased here."""
+    """The rows of an engine. Use as a context: it holds the KV cache; every lease is given back when it ends.
 
-    def __init__(self, engine: Engine, requests: Sequence[tuple[int, GenerationRequest]]) -> None:
+    The caller admits requests between steps, each with a number of its own, and consumes every step to its end.
+    """
+
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._rows = [self._row(number, request) for number, request in requests]
-        self._started = time.perf_counter()
+        self._stack = ExitStack()
+        self._arrived: list[Row] = []
+        self._joining: Prompts | None = None
+        self._running: Group
 
-    def run(self) -> Iterator[Event]:
-        """Events until every row is finished. Leases and cache are given back however this ends."""
-        for row in [row for row in self._rows if row.request.cancelled.is_set()]:
-            self._rows.remove(row)
-            yield row.finished("cancelled", 1.0, self._engine.resident_bytes)
-        if not self._rows:
-            return
-        with ExitStack() as stack:
-            self._lease(stack)
-            self._engine.require_free_slot(self._selections())
-            cache = stack.enter_context(self._engine.kv.lend(len(self._rows)))
-            yield from self._generate(cache)
+    def __enter__(self) -> Batch:
+        self._pool = self._stack.enter_context(self._engine.kv.lend())
+        self._running = Group(self._engine, [], self._pool.window(0, 0))
+        return self
 
-    def _row(self, number: int, request: GenerationRequest) -> _Row:
-        tokenizer, sampling = self._engine.tokenizer, request.sampling
-        card, selection = self._engine.card, request.selection
-        experts = card.layers * card.experts if selection is None else len(selection)
-        return _Row(
-            number, request, Sampler(sampling), Detokenizer(tokenizer), StopFilter(sampling.stop), experts
-        )  # fmt: skip
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for row in self._rows():
+            row.close()
+        self._stack.close()
 
-    def _lease(self, stack: ExitStack) -> None:
-        """Lease each selection; rows that share one share its cost, and the first of them accounts for it."""
-        for row in self._rows:
-            if row.request.selection is not None:
-                lease = stack.enter_context(self._engine.lease(row.request.selection))
-                row.experts_paged, row.bytes_paged, row.swap_seconds = (
-                    lease.experts_paged,
-                    lease.bytes_paged,
-                    lease.seconds,
-                )
+    def __len__(self) -> int:
+        """Rows admitted and not finished."""
+        return len(self._rows())
 
-    def _generate(self, cache: KvCache) -> Iterator[Event]:
-        routing = self._routing()
-        mask = self._prompt_mask()
-        logits = self._prefill(cache, routing, mask)
+    @property
+    def full(self) -> bool:
+        return len(self) == self._engine.plan.max_batch
+
+    def fits(self, selection: Selection | None) -> bool:
+        """Whether there is a row, and slots for a request's experts beside all that are leased; None: it is exact."""
+        spare = selection is None or any(row.request.mode == "exact" for row in self._rows())
+        return not self.full and self._engine.has_room(selection, spare=spare)
+
+    def admit(self, number: int, request: GenerationRequest, submitted: float | None = None) -> None:
+        """Lease the request's experts and take it in. It was checked, and fits. Events carry `number`.
+
+        `submitted` is the time.perf_counter of when it was asked for. Raises MoepagerError, with nothing changed, where
+        its experts could not be paged in.
+        """
+        row = Row(self._engine, number, request, time.perf_counter() if submitted is None else submitted)
+        if not self.fits(request.selection):
+            raise BudgetError(
+                f"The request does not fit beside the {len(self)} that run and what is leased: at most "
+                f"{self._engine.plan.max_batch} rows and {self._engine.plan.slots} slots. Wait for one to end."
+            )
+        if not request.cancelled.is_set():  # one that is cancelled ends at the next step and costs nothing
+            row.lease()
+        self._arrived.append(row)
+
+    def step(self) -> Iterator[Event | FailedEvent]:
+        """One token boundary: a chunk of the prompts that join, and a token of every row that runs."""
+        yield from self._drop_cancelled()
+        yield from self._prefill()
+        yield from self._decode()
+
+    def _rows(self) -> list[Row]:
+        joining = [] if self._joining is None else self._joining.rows
+        return [*self._running.rows, *joining, *self._arrived]
+
+    def _drop_cancelled(self) -> list[Event]:
+        gone = [row for row in self._arrived if row.request.cancelled.is_set()]
+        events: list[Event] = []
+        for row in gone:
+            self._arrived.remove(row)
+            row.close()
+            events.append(row.finished("cancelled", 1.0))
+        for group in (self._joining, self._running):
+            if group is None or not any(row.request.cancelled.is_set() for row in group.rows):
+                continue
+            coverage = group.routing.coverage()
+            left = [place for place, row in enumerate(group.rows) if not row.request.cancelled.is_set()]
+            events += [
+                row.finished("cancelled", coverage[place]) for place, row in enumerate(group.rows) if place not in left
+            ]
+            group.keep(left)
+        if self._joining is not None and not self._joining.rows:
+            self._joining = None
+        return events
+
+    def _prefill(self) -> Sequence[Event | FailedEvent]:
+        group = self._joining = self._joining or self._gather()
+        if group is None:
+            return []
+        try:
+            logits = group.advance(self._chunk(group))
+        except MoepagerError as error:
+            self._joining = None
+            return _failed(group, range(len(group.rows)), error)
         if logits is None:
-            for row, coverage in zip(self._rows, routing.coverage(), strict=True):
-                yield row.finished("cancelled", coverage, self._engine.resident_bytes)
-            return
-        while self._rows:
-            tokens = next_tokens(logits, [row.sampler for row in self._rows])
-            self._note_first_token()
-            left: list[int] = []
-            for place, (row, token) in enumerate(zip(list(self._rows), tokens, strict=True)):
-                event, reason = row.take(token, self._engine.tokenizer.eos)
-                yield event
-                if row.request.cancelled.is_set():
-                    reason = reason or "cancelled"
-                if reason is None:
-                    left.append(place)
-                else:
-                    yield row.finished(reason, routing.coverage()[place], self._engine.resident_bytes)
-            if len(left) < len(self._rows):
-                routing, mask, tokens = self._narrow(left, cache, routing, mask, tokens)
-            if self._rows:
-                mask = torch.cat([mask, mask.new_ones(len(left), 1)], 1)  # [B, S + 1]
-                logits = self._step(cache, routing, mask, tokens)
+            return []
+        self._joining = None
+        events, left = group.take(logits)
+        group.keep(left)
+        self._running.absorb(group)
+        return events
 
-    def _narrow(
-        self, left: list[int], cache: KvCache, routing: Routing, mask: Tensor, tokens: list[int]
-    ) -> tuple[Routing, Tensor, list[int]]:
-        """Go on with the rows `left` alone."""
-        self._rows = [self._rows[place] for place in left]
-        cache.keep(left)
-        return routing.select(left, self._selections()), mask[left], [tokens[place] for place in left]
+    def _decode(self) -> Sequence[Event | FailedEvent]:
+        group = self._running
+        if not group.rows:
+            return []
+        try:
+            logits = group.decode()
+        except MoepagerError as error:  # those that page while they decode, where there are any; the others try again
+            exact = [place for place, row in enumerate(group.rows) if row.request.mode == "exact"]
+            return _failed(group, exact or range(len(group.rows)), error)
+        events, left = group.take(logits)
+        group.keep(left)
+        return events
 
-    def _selections(self) -> list[Selection | None]:
-        return [row.request.selection for row in self._rows]
+    def _gather(self) -> Prompts | None:
+        """The oldest arrival, with all others of its mode whose prompts are about as long."""
+        if not self._arrived:
+            return None
+        first = self._arrived[0].request
+        rows = [row for row in self._arrived if row.request.mode == first.mode and _near(row.request, first)]
+        self._arrived = [row for row in self._arrived if row not in rows]
+        return Prompts(self._engine, rows, self._pool.window(len(self._running.rows), len(rows)))
 
-    def _routing(self) -> Routing:
-        return Routing(self._engine.board, self._selections(), self._engine.device)
-
-    def _prompt_mask(self) -> Tensor:
-        """Prompts end at the same column: i64 [B, S], 0 where a row is padded on its left."""
-        lengths = torch.tensor([len(row.request.prompt) for row in self._rows], device=self._engine.device)  # [B]
-        width = int(lengths.max())
-        return (torch.arange(width, device=self._engine.device) >= width - lengths.unsqueeze(1)).long()
-
-    def _prefill(self, cache: KvCache, routing: Routing, mask: Tensor) -> Tensor | None:
-        """Send the prompts through in chunks of columns. Logits of the last column, [B, V]; None if nobody waits."""
-        rows, width = mask.shape
-        ids = torch.full((rows, width), PAD, device=mask.device)  # [B, S]
-        for place, row in enumerate(self._rows):
-            ids[place, width - len(row.request.prompt) :] = torch.tensor(row.request.prompt, device=mask.device)
-        columns = max(1, self._engine.plan.chunk_tokens // rows)
-        with self._paging():
-            for start in range(0, width, columns):
-                end = min(width, start + columns)
-                logits = self._engine.step(ids[:, start:end], mask[:, :end], cache, routing)
-                if all(row.request.cancelled.is_set() for row in self._rows):
-                    return None
-        return logits
-
-    def _step(self, cache: KvCache, routing: Routing, mask: Tensor, tokens: list[int]) -> Tensor:
-        with self._paging():
-            return self._engine.step(torch.tensor(tokens, device=mask.device).unsqueeze(1), mask, cache, routing)
-
-    def _paging(self) -> _Paging:
-        return _Paging(self._engine, [row for row in self._rows if row.request.mode == "exact"])
-
-    def _note_first_token(self) -> None:
-        elapsed = time.perf_counter() - self._started
-        for row in self._rows:
-            if row.tokens == 0:
-                row.ttft_seconds = elapsed
+    def _chunk(self, group: Group) -> int:
+        """Tokens of prompts in one pass. Few while others wait for it, unless each pass would page everything again."""
+        whole = self._engine.plan.chunk_tokens
+        pages = group.rows[0].request.mode == "exact" and not self._engine.holds_all
+        return whole if pages or not self._running.rows else min(whole, JOIN_TOKENS)
 
 
-class _Paging:
-    """Shares what a pass paged in among the batch's exact rows; mask rows paid at their lease."""
-
-    def __init__(self, engine: Engine, rows: Sequence[_Row]) -> None:
-        self._paged, self._rows = engine.bank.paged, rows
-        self._before = (0, 0, 0.0)
-
-    def __enter__(self) -> None:
-        self._before = (self._paged.experts, self._paged.bytes_needed, self._paged.seconds)
-
-    def __exit__(self, *_: object) -> None:
-        experts, needed, seconds = self._before
-        for place, row in enumerate(self._rows):
-            row.experts_paged += _share(self._paged.experts - experts, place, len(self._rows))
-            row.bytes_paged += _share(self._paged.bytes_needed - needed, place, len(self._rows))
-            row.swap_seconds += self._paged.seconds - seconds  # all of them waited
+def _near(request: GenerationRequest, first: GenerationRequest) -> bool:
+    shorter, longer = sorted((len(request.prompt), len(first.prompt)))
+    return longer - shorter < NEAR or longer <= 2 * shorter
 
 
-def _share(total: int, place: int, rows: int) -> int:
-    """Whole shares that add up to the total."""
-    return total // rows + (place < total % rows)
+def _failed(group: Group, places: Sequence[int], error: MoepagerError) -> list[Event | FailedEvent]:
+    """The rows at `places` end with `error`; the group goes on without them."""
+    events: list[Event | FailedEvent] = [FailedEvent(group.rows[place].number, error) for place in places]
+    group.keep([place for place in range(len(group.rows)) if place not in places])
+    return events

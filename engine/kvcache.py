@@ -1,7 +1,8 @@
 """The KV cache: one allocation at open for every row and position that the plan allows, lent to one batch at a time.
 
-Sliding windows are kept in full; transformers' masks still hide what has left the window. B rows, N kv heads, C
-context.
+A batch works in windows of it: some neighbouring rows that end at the same column. Columns mean nothing by themselves
+(positions come from the mask), so rows may be moved along them. Sliding windows are kept in full; transformers' masks
+still hide what has left the window. B rows of a window, N kv heads, C context.
 """
 
 from __future__ import annotations
@@ -21,19 +22,15 @@ Shape = tuple[int, int]  # heads, width
 
 
 class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One decoder layer's keys and values: updates are copies into place, reads are views."""
+    """One decoder layer's keys and values in a window: updates are copies into place, reads are views."""
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, first: int, rows: int) -> None:
         super().__init__()
         self._keys, self._values = keys, values  # [max B, N, C, width]
         self.is_initialized = True
-        self.start(0)
-
-    def start(self, rows: int) -> None:
-        self.batch_size = rows
-        self.length = 0
+        self.first, self.batch_size, self.length = first, rows, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Everything is there since open."""
@@ -41,19 +38,49 @@ class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """`key_states`, `value_states` [B, N, new, width] -> everything so far, [B, N, length, width]."""
         end = self.length + key_states.shape[2]
-        keys, values = self._keys[: self.batch_size, :, :end], self._values[: self.batch_size, :, :end]
+        rows = slice(self.first, self.first + self.batch_size)
+        keys, values = self._keys[rows, :, :end], self._values[rows, :, :end]
         keys[:, :, self.length :] = key_states
         values[:, :, self.length :] = value_states
         self.length = end
         return keys, values
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Only these rows go on; they move up, in their order, one at a time so that no copy of the cache is made."""
-        for place, row in enumerate(rows):
-            if place != row:
-                for tensor in (self._keys, self._values):
-                    tensor[place, :, : self.length].copy_(tensor[row, :, : self.length])
-        self.batch_size = len(rows)
+    def keep(self, order: Sequence[int]) -> None:
+        """Only these rows go on, in this order. A row may only take the place of one that goes: nothing is swapped."""
+        assert all(row == place or row >= len(order) for place, row in enumerate(order)), order
+        for place, row in enumerate(order):
+            self._move(self.first + row, 0, self.first + place, 0, self.length)
+        self.batch_size = len(order)
+
+    def shift(self, by: int) -> None:
+        """Move every row `by` columns to the left, what is there is dropped; a negative `by` makes empty room."""
+        for row in range(self.first, self.first + self.batch_size):
+            self._move(row, max(by, 0), row, max(-by, 0), self.length - max(by, 0))
+            self._clear(row, max(-by, 0))
+        self.length -= by
+
+    def absorb(self, other: PooledLayer) -> None:
+        """The rows of `other`, a window further down and no longer than this one, become its last, ends aligned."""
+        assert other.first >= self.first + self.batch_size, (other.first, self.first, self.batch_size)
+        start = self.length - other.length
+        for row in range(other.first, other.first + other.batch_size):
+            place = self.first + self.batch_size
+            self._move(row, 0, place, start, other.length)
+            self._clear(place, start)
+            self.batch_size += 1
+
+    def _move(self, row: int, start: int, place: int, target: int, columns: int) -> None:
+        """A row at a time and a layer at a time, so that no copy of the cache is made."""
+        if (row, start) == (place, target):
+            return
+        for tensor in (self._keys, self._values):
+            piece = tensor[row, :, start : start + columns]
+            tensor[place, :, target : target + columns].copy_(piece.clone() if row == place else piece)
+
+    def _clear(self, row: int, columns: int) -> None:
+        """Padding is masked, but an earlier request's infinities would outlive the mask: 0 x inf is no number."""
+        for tensor in (self._keys, self._values):
+            tensor[row, :, :columns].zero_()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -75,30 +102,32 @@ class KvPool:
             return torch.zeros(rows, shape[0], context, shape[1], dtype=dtype, device=device)
 
         self.rows, self.context = rows, context
-        self._layers = [PooledLayer(block(key), block(value)) for key, value in shapes]
+        self._blocks = [(block(key), block(value)) for key, value in shapes]
         self._lent = False
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self._layers for tensor in (layer._keys, layer._values))
+        return sum(tensor.nbytes for pair in self._blocks for tensor in pair)
 
     @contextmanager
-    def lend(self, rows: int) -> Iterator[KvCache]:
-        """An empty cache for `rows` rows. Raises Busy while another batch has it."""
+    def lend(self) -> Iterator[KvPool]:
+        """The pool for one batch's windows. Raises Busy while another batch has it."""
         if self._lent:
             raise Busy("Another batch is being generated on this engine. Let it end first, or go through EngineWorker.")
-        assert rows <= self.rows, (rows, self.rows)
         self._lent = True
         try:
-            for layer in self._layers:
-                layer.start(rows)
-            yield KvCache(self._layers)
+            yield self
         finally:
             self._lent = False
 
+    def window(self, first: int, rows: int) -> KvCache:
+        """An empty cache for the rows from `first` on. Windows in use at one time must not overlap."""
+        assert 0 <= first <= first + rows <= self.rows, (first, rows, self.rows)
+        return KvCache([PooledLayer(keys, values, first, rows) for keys, values in self._blocks])
+
 
 class KvCache(Cache):  # type: ignore[misc]
-    """What the model sees of the pool."""
+    """What the model sees of the pool: one window."""
 
     def __init__(self, layers: list[PooledLayer]) -> None:
         super().__init__(layers=layers)
@@ -107,6 +136,23 @@ class KvCache(Cache):  # type: ignore[misc]
     def length(self) -> int:
         return int(self.layers[0].length)
 
-    def keep(self, rows: Sequence[int]) -> None:
+    @property
+    def rows(self) -> int:
+        return int(self.layers[0].batch_size)
+
+    def keep(self, order: Sequence[int]) -> None:
         for layer in self.layers:
-            layer.keep(rows)
+            layer.keep(order)
+
+    def shift(self, by: int) -> None:
+        for layer in self.layers:
+            layer.shift(by)
+
+    def absorb(self, other: KvCache) -> None:
+        for layer, theirs in zip(self.layers, other.layers, strict=True):
+            layer.absorb(theirs)
+
+    def rewind(self, length: int) -> None:
+        """Forget the columns from `length` on: a pass failed half-way."""
+        for layer in self.layers:
+            layer.length = length

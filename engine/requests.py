@@ -6,12 +6,13 @@ import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
-from store.errors import InvalidInput
+from store.errors import InvalidInput, MoepagerError
 from store.records import Mode, Selection
 
 MAX_STOPS = 16
 
 Reason = Literal["stop", "length", "cancelled"]
+Priority = Literal["normal", "background"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class Sampling:
 class GenerationRequest:
     """One row of a batch.
 
-    `mode` "mask" routes only inside `selection`; "exact" routes freely and takes no selection.
+    `mode` "mask" routes only inside `selection`; "exact" routes freely and takes no selection. One of priority
+    "background" never makes others wait for its experts. Requests of one `session` follow each other where they can.
     """
 
     prompt: tuple[int, ...]
@@ -55,6 +57,8 @@ class GenerationRequest:
     mode: Mode
     sampling: Sampling = field(default_factory=Sampling)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    priority: Priority = "normal"
+    session: str | None = None
 
     def __post_init__(self) -> None:
         if (self.mode == "mask") != (self.selection is not None):
@@ -70,7 +74,8 @@ class GenerationRequest:
 class Served:
     """What a request was really served from.
 
-    `experts` it could be routed to; paged ones are those it had to wait for.
+    `experts` it could be routed to; paged ones are those it had to wait for. `ttft_ms` counts from when it was
+    submitted, `queue_ms` up to when it was admitted to a batch, its experts paged in from then on.
     """
 
     mode: Mode
@@ -81,6 +86,7 @@ class Served:
     swap_ms: float
     ttft_ms: float
     resident_bytes: int
+    queue_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,14 @@ class FinishedEvent:
     prompt_tokens: int
     completion_tokens: int
     served: Served
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """The row ended by an error that was its own; the other rows of the batch go on."""
+
+    row: int
+    error: MoepagerError
 
 
 Event = TokenEvent | FinishedEvent

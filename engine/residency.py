@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from store.errors import BudgetError
@@ -48,6 +48,11 @@ class Residency:
 
     def slot(self, key: ExpertKey) -> int:
         return self.table[key.layer][key.expert]
+
+    def unpinned(self, wanted: Iterable[ExpertKey]) -> int:
+        """How many of `wanted` no lease holds: each would take one of the available slots."""
+        slots = (self.table[key.layer][key.expert] for key in wanted)
+        return sum(slot == ABSENT or not self._pins[slot] for slot in slots)
 
     def plan(self, wanted: Collection[ExpertKey]) -> list[Load]:
         """Pin `wanted` and return the loads that make all of it resident. Changes nothing if it raises BudgetError."""

@@ -165,6 +165,14 @@ class Routing:
         left._tokens_seen = self._tokens_seen[list(rows)]
         return left
 
+    @classmethod
+    def joined(cls, parts: Sequence[Routing], selections: Sequence[Selection | None]) -> Routing:
+        """Batches that go on as one, of these selections in the order of the parts, coverage carried along."""
+        whole = cls(parts[0]._board, selections, parts[0]._device)
+        whole._inside_sum = torch.cat([part._inside_sum for part in parts])
+        whole._tokens_seen = torch.cat([part._tokens_seen for part in parts])
+        return whole
+
     def route(self, layer: int, x: Tensor, routed: Routed) -> Routed:
         """`x` [T, H] and what the unrestricted router said of it -> what the experts get. Padding's index is E."""
         logits, weights, index = routed

@@ -1,15 +1,20 @@
-"""The worker: streams from threads and asyncio, batches, a full queue, cancelling, errors, shutting down."""
+"""The worker: streams from threads and asyncio, joining, a full queue, cancelling, errors, shutting down."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from engine.engine import Engine
+from engine.generate import JOIN_TOKENS
 from engine.requests import FinishedEvent, GenerationRequest, TokenEvent
 from engine.worker import EngineWorker, TokenStream
 from store.errors import Busy, CheckpointError, InvalidInput
@@ -61,28 +66,105 @@ def test_asyncio_reads_the_same_stream(worker: EngineWorker, ask: Ask) -> None:
     assert asyncio.run(read()) == [wanted] * 4
 
 
-def test_waiting_requests_that_fit_together_run_as_one_batch(
+def _record_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and new columns of every pass from now on."""
+    steps: list[tuple[int, int]] = []
+    real = engine.step
+
+    def step(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        steps.append((ids.shape[0], ids.shape[1]))
+        return real(ids, *rest)
+
+    monkeypatch.setattr(engine, "step", step)
+    return steps
+
+
+def test_waiting_requests_run_as_one_batch(
     engine: Engine, worker: EngineWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: list[int] = []
-    real = engine.generate
-    monkeypatch.setattr(engine, "generate", lambda requests: (sizes.append(len(requests)), real(requests))[1])
+    steps = _record_steps(engine, monkeypatch)
     go = _hold(worker)
-    streams = [worker.submit(ask((n + 1,) * (n + 1), HALF if n % 2 else None, max_tokens=4)) for n in range(6)]
+    streams = [worker.submit(ask((n + 1,) * (n + 1), HALF, max_tokens=4)) for n in range(6)]
     assert worker.waiting == 6
     go.set()
     for stream in streams:
         assert len(list(stream)) == 5
-    assert sizes == [6]
+    assert steps == [(6, 6), (6, 1), (6, 1), (6, 1)]
 
 
-def test_requests_whose_context_does_not_fit_together_wait_for_the_next_batch(worker: EngineWorker, ask: Ask) -> None:
+def test_a_request_joins_what_runs_and_leaves_before_it_ends(worker: EngineWorker, ask: Ask) -> None:
+    long = worker.submit(ask((1, 2), HALF, max_tokens=450))
+    next(long)
+    assert len(list(worker.submit(ask((1,) * 300, max_tokens=3)))) == 4
+    assert worker.running == 1
+    assert len(list(long)) == 450
+
+
+def test_a_long_prompt_lets_the_others_go_on(
+    engine: Engine, worker: EngineWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = worker.submit(ask((1, 2), HALF, max_tokens=300))
+    next(running)
+    steps = _record_steps(engine, monkeypatch)
+    assert len(list(worker.submit(ask((1,) * 400, HALF, max_tokens=2)))) == 3
+    chunks = [place for place, (_, columns) in enumerate(steps) if columns > 1]
+    assert sum(steps[place][1] for place in chunks) == 400
+    assert max(columns for _, columns in steps) == JOIN_TOKENS
+    assert all(steps[place + 1] == (1, 1) for place in chunks[:-1])  # a token between two chunks
+    running.close()
+
+
+def test_requests_as_wide_as_the_context_run_together(worker: EngineWorker, ask: Ask) -> None:
     go = _hold(worker)
-    wide = worker.submit(ask((1,) * 400, max_tokens=3))
-    long = worker.submit(ask((1,), max_tokens=200))
+    wide = worker.submit(ask((1,) * 500, max_tokens=3))
+    long = worker.submit(ask((1,), max_tokens=500))
     small = worker.submit(ask((2,), max_tokens=3))
     go.set()
-    assert [len(list(stream)) for stream in (wide, small, long)] == [4, 4, 201]
+    assert [len(list(stream)) for stream in (wide, small, long)] == [4, 4, 501]
+
+
+def test_a_request_cancelled_in_the_queue_is_answered_and_costs_nothing(
+    engine: Engine, worker: EngineWorker, ask: Ask
+) -> None:
+    go = _hold(worker)
+    streams = [worker.submit(ask((1,), Selection.of([[n, n + 1]] * 3), max_tokens=2)) for n in range(4, 7)]
+    others = [worker.submit(ask((1,), HALF, max_tokens=2)) for _ in range(5)]
+    for stream in streams:
+        stream.close()
+    late = [worker.submit(ask((1,), HALF, max_tokens=2)) for _ in range(3)]  # the queue of 8 was full
+    for stream in streams:
+        [done] = stream  # while the device is busy
+        assert isinstance(done, FinishedEvent)
+        assert (done.reason, done.completion_tokens, done.served.experts) == ("cancelled", 0, 6)
+    go.set()
+    assert all(len(list(stream)) == 3 for stream in (*others, *late))
+    assert engine.residency().experts_paged == len(HALF)
+
+
+def test_queue_time_and_time_to_first_token_count_from_submit(worker: EngineWorker, ask: Ask) -> None:
+    go = _hold(worker)
+    stream = worker.submit(ask((1,), HALF, max_tokens=2))
+    time.sleep(0.05)
+    go.set()
+    [*_, done] = stream
+    assert isinstance(done, FinishedEvent)
+    assert 50 <= done.served.queue_ms < done.served.ttft_ms
+
+
+def test_background_requests_wait_until_their_experts_are_there_or_nothing_runs(
+    engine: Engine, worker: EngineWorker, ask: Ask
+) -> None:
+    other = Selection.of([range(4, 8)] * 3)
+    running = worker.submit(ask((1,), HALF, max_tokens=400))
+    next(running)
+    swap = worker.submit(replace(ask((1,), other, max_tokens=2), priority="background"))
+    there = worker.submit(replace(ask((1,), HALF, max_tokens=2), priority="background"))
+    assert len(list(there)) == 3
+    assert engine.residency().experts_paged == len(HALF)
+    running.close()
+    [*_, done] = swap
+    assert isinstance(done, FinishedEvent)
+    assert done.served.experts_paged == len(other)
 
 
 def test_a_full_queue_is_busy_and_loses_nothing(worker: EngineWorker, ask: Ask) -> None:
@@ -119,7 +201,8 @@ def test_an_error_reaches_every_reader_of_the_batch_and_the_worker_lives_on(
         raise CheckpointError("the disk is gone")
 
     go = _hold(worker)
-    monkeypatch.setattr(engine._reader, "read", fail)
+    for name in ("read", "start"):
+        monkeypatch.setattr(engine._reader, name, fail, raising=False)
     streams = [worker.submit(ask((1,), HALF, max_tokens=2)) for _ in range(3)]
     go.set()
     for stream in streams:
@@ -128,6 +211,23 @@ def test_an_error_reaches_every_reader_of_the_batch_and_the_worker_lives_on(
         assert list(stream) == []
     monkeypatch.undo()
     assert len(list(worker.submit(ask((1,), HALF, max_tokens=2)))) == 3
+
+
+def test_experts_that_cannot_be_read_fail_their_own_request_alone(
+    engine: Engine, worker: EngineWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise CheckpointError("the disk is gone")
+
+    running = worker.submit(ask((1,), HALF, max_tokens=300))
+    next(running)
+    for name in ("read", "start"):
+        monkeypatch.setattr(engine._reader, name, fail, raising=False)
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        list(worker.submit(ask((1,), Selection.of([range(4, 8)] * 3), max_tokens=2)))
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        list(worker.submit(ask((1, 2, 3), max_tokens=300)))
+    assert len(list(running)) == 300
 
 
 def test_calls_run_on_the_engines_thread_and_bring_back_errors(worker: EngineWorker) -> None:

@@ -1,0 +1,116 @@
+"""One request on its way through a batch: its tokens, its text, its lease, its receipt. Knows no tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from engine.requests import FinishedEvent, GenerationRequest, Reason, Served, TokenEvent
+from engine.sampling import Sampler
+from engine.text import Detokenizer, StopFilter
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+
+class Row:
+    """Admitted when it is made. `close` gives its lease back."""
+
+    def __init__(self, engine: Engine, number: int, request: GenerationRequest, submitted: float) -> None:
+        self.number, self.request = number, request
+        self.sampler = Sampler(request.sampling)
+        self.tokens = 0
+        self.last = -1  # the newest token: sampled, not yet sent through the model
+        self.experts_paged = self.bytes_paged = 0
+        self.swap_seconds = self._ttft_seconds = 0.0
+        self._engine = engine
+        self._detokenizer, self._stops = Detokenizer(engine.tokenizer), StopFilter(request.sampling.stop)
+        self._text = ""
+        self._submitted = submitted
+        self._queued_seconds = time.perf_counter() - submitted
+        self._lease = ExitStack()
+
+    @property
+    def columns(self) -> int:
+        """The columns of the cache that it needs once its prompt went through: all it was sent."""
+        return len(self.request.prompt) + max(0, self.tokens - 1)
+
+    def lease(self) -> None:
+        """Page in and hold the row's experts, if it has a selection. Rows that share one share its cost: the first
+        pays."""
+        if self.request.selection is None:
+            return
+        lease = self._lease.enter_context(self._engine.lease(self.request.selection))
+        self.experts_paged, self.bytes_paged, self.swap_seconds = (
+            lease.experts_paged,
+            lease.bytes_paged,
+            lease.seconds,
+        )
+
+    def close(self) -> None:
+        self._lease.close()
+
+    def take(self, token: int) -> tuple[TokenEvent, Reason | None]:
+        """Account for a sampled token; a reason where it is the row's last."""
+        if not self.tokens:
+            self._ttft_seconds = time.perf_counter() - self._submitted
+        self.tokens += 1
+        self.last = token
+        text, reason = self._read(token)
+        self._text += text
+        return TokenEvent(self.number, token, text), reason
+
+    def _read(self, token: int) -> tuple[str, Reason | None]:
+        if token in self._engine.tokenizer.eos and not self.request.sampling.ignore_eos:
+            return self._rest("", "stop")
+        text = self._stops.push(self._detokenizer.push(token))
+        if self._stops.stopped:
+            return text, "stop"
+        if self.tokens < self.request.sampling.max_tokens:
+            return text, None
+        return self._rest(text, "length")
+
+    def _rest(self, text: str, reason: Reason) -> tuple[str, Reason]:
+        """`text` and all that was held back, up to a stop string in it."""
+        text += self._stops.push(self._detokenizer.flush())
+        return (text, "stop") if self._stops.stopped else (text + self._stops.flush(), reason)
+
+    def finished(self, reason: Reason, coverage: float) -> FinishedEvent:
+        request, card = self.request, self._engine.card
+        served = Served(
+            mode=request.mode,
+            coverage=coverage,
+            experts=card.layers * card.experts if request.selection is None else len(request.selection),
+            experts_paged=self.experts_paged,
+            bytes_paged=self.bytes_paged,
+            swap_ms=1000 * self.swap_seconds,
+            ttft_ms=1000 * self._ttft_seconds,
+            resident_bytes=self._engine.resident_bytes,
+            queue_ms=1000 * self._queued_seconds,
+        )
+        return FinishedEvent(self.number, reason, self._text, len(request.prompt), self.tokens, served)
+
+
+class Paging:
+    """Shares what a pass paged in among its exact rows; mask rows paid at their lease."""
+
+    def __init__(self, engine: Engine, rows: Sequence[Row]) -> None:
+        self._paged, self._rows = engine.bank.paged, [row for row in rows if row.request.mode == "exact"]
+        self._before = (0, 0, 0.0)
+
+    def __enter__(self) -> None:
+        self._before = (self._paged.experts, self._paged.bytes_needed, self._paged.seconds)
+
+    def __exit__(self, *_: object) -> None:
+        experts, needed, seconds = self._before
+        for place, row in enumerate(self._rows):
+            row.experts_paged += _share(self._paged.experts - experts, place, len(self._rows))
+            row.bytes_paged += _share(self._paged.bytes_needed - needed, place, len(self._rows))
+            row.swap_seconds += self._paged.seconds - seconds  # all of them waited
+
+
+def _share(total: int, place: int, rows: int) -> int:
+    """Whole shares that add up to the total."""
+    return total // rows + (place < total % rows)

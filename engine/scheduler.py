@@ -1,0 +1,183 @@
+"""What runs next: an order of requests in which few wait for long and few swaps are made. Pure policy.
+
+Knows what is asked for, since when, and what a swap costs; no tensors, no slots, no clock of its own. A *swap* is an
+admission whose experts are not all resident; what is resident is *settled*.
+
+1. Settled requests go first, the oldest before the others, those of a session that was served lately before all.
+2. While others wait for a swap, the settled have a turn: so many requests or so many seconds. Then the next swap goes
+   first, and if it does not fit beside what runs, nothing else is admitted until it does.
+3. Among swaps the selection with the highest response ratio is next: the sum of (wait + cost) / cost over its requests,
+   so that many waiting for a cheap swap go before one waiting for a dear swap, and waiting always wins in the end.
+4. A request that has waited for `wait_seconds` is the next swap whatever its ratio. It does not cut a turn short: where
+   everybody waits for too long, swapping for each would make all wait longer.
+5. Background requests are admitted when nobody else waits and their experts are resident, or when nothing runs at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Generic, Protocol, TypeVar
+
+from store.records import Selection
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How patient the policy is."""
+
+    turn_requests: int = 16
+    turn_seconds: float = 2.0
+    wait_seconds: float = 10.0
+    session_seconds: float = 30.0
+
+
+class Room(Protocol):
+    """What the policy asks of the engine at a token boundary. A selection None stands for all experts."""
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs: whatever can be served at all fits."""
+
+    def fits(self, selection: Selection | None) -> bool:
+        """Whether there is a row, and slots beside those leased."""
+
+    def swap_seconds(self, selection: Selection | None) -> float:
+        """How long paging in what is missing takes; 0 where nothing is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting(Generic[T]):
+    """A request in the queue: `job` is the caller's own. `order` counts up in the order of arrival."""
+
+    job: T
+    selection: Selection | None
+    submitted: float
+    order: int
+    background: bool = False
+    session: str | None = None
+
+
+@dataclass(slots=True)
+class _Turn:
+    """The settled are served although others wait for a swap."""
+
+    since: float
+    served: int = 0
+
+
+class Scheduler(Generic[T]):
+    """The queue. Not thread-safe: whoever shares it holds a lock."""
+
+    def __init__(self, rules: Rules | None = None) -> None:
+        self.rules = rules or Rules()
+        self._queue: list[Waiting[T]] = []
+        self._turn: _Turn | None = None
+        self._sessions: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, waiting: Waiting[T]) -> None:
+        self._queue.append(waiting)
+
+    def drop(self, unwanted: Callable[[T], bool]) -> list[Waiting[T]]:
+        """Take out the requests whose job is unwanted, such as those cancelled."""
+        gone = [waiting for waiting in self._queue if unwanted(waiting.job)]
+        if gone:
+            self._queue = [waiting for waiting in self._queue if waiting not in gone]
+        return gone
+
+    def has_before(self, order: int) -> bool:
+        """Whether anything waits that arrived before that place."""
+        return any(waiting.order < order for waiting in self._queue)
+
+    def next(self, room: Room, now: float, before: int | None = None) -> Waiting[T] | None:
+        """Take out what is to be admitted now; None where all shall wait for the next boundary.
+
+        `before` limits the choice to what arrived before that place. Never None where the room is idle and there is a
+        choice.
+        """
+        queue = [waiting for waiting in self._queue if before is None or waiting.order < before]
+        if not queue:
+            return None
+        costs = {selection: room.swap_seconds(selection) for selection in {waiting.selection for waiting in queue}}
+        chosen = self._choose(queue, costs, room, now)
+        if chosen is not None:
+            self._queue.remove(chosen)
+            self._note(chosen, costs[chosen.selection] > 0, now)
+        return chosen
+
+    def _choose(
+        self, queue: Sequence[Waiting[T]], costs: dict[Selection | None, float], room: Room, now: float
+    ) -> Waiting[T] | None:
+        front = [waiting for waiting in queue if not waiting.background]
+        if not front:
+            return self._background(queue, costs, room)
+        swaps = [waiting for waiting in front if costs[waiting.selection] > 0]
+        settled = [waiting for waiting in front if costs[waiting.selection] == 0]
+        if first := self._first(swaps, costs, now):
+            return first if room.idle or room.fits(first.selection) else None
+        settled.sort(key=lambda waiting: (not self._recent(waiting, now), waiting.order))
+        return _fitting([*settled, *self._ranked(swaps, costs, now)], room)
+
+    def _first(
+        self, swaps: Sequence[Waiting[T]], costs: dict[Selection | None, float], now: float
+    ) -> Waiting[T] | None:
+        """The swap that everybody has to wait for: the best, once the turn of the settled is over."""
+        if not swaps:
+            self._turn = None
+            return None
+        self._turn = self._turn or _Turn(now)
+        over = self._turn.served >= self.rules.turn_requests or now - self._turn.since >= self.rules.turn_seconds
+        return self._ranked(swaps, costs, now)[0] if over else None
+
+    def _ranked(
+        self, swaps: Sequence[Waiting[T]], costs: dict[Selection | None, float], now: float
+    ) -> list[Waiting[T]]:
+        """Those that waited for too long, then by the response ratio of their selections; the oldest first."""
+        ratios: dict[Selection | None, float] = {}
+        for waiting in swaps:
+            cost = costs[waiting.selection]
+            ratios[waiting.selection] = ratios.get(waiting.selection, 0.0) + (now - waiting.submitted + cost) / cost
+
+        def rank(waiting: Waiting[T]) -> tuple[float, int]:
+            late = now - waiting.submitted >= self.rules.wait_seconds
+            return (-inf if late else -ratios[waiting.selection]), waiting.order
+
+        return sorted(swaps, key=rank)
+
+    def _background(
+        self, queue: Sequence[Waiting[T]], costs: dict[Selection | None, float], room: Room
+    ) -> Waiting[T] | None:
+        settled = [waiting for waiting in queue if costs[waiting.selection] == 0]
+        return _fitting(settled or (queue if room.idle else ()), room)
+
+    def _recent(self, waiting: Waiting[T], now: float) -> bool:
+        served = self._sessions.get(waiting.session or "")
+        return served is not None and now - served < self.rules.session_seconds
+
+    def _note(self, chosen: Waiting[T], swaps: bool, now: float) -> None:
+        if swaps:
+            self._turn = None
+        elif self._turn is not None:
+            self._turn.served += 1
+        if chosen.session:
+            self._sessions = {name: at for name, at in self._sessions.items() if now - at < self.rules.session_seconds}
+            self._sessions[chosen.session] = now
+
+
+def _fitting(ranked: Iterable[Waiting[T]], room: Room) -> Waiting[T] | None:
+    """The first that fits; the first of all where nothing runs. Each selection is asked about once."""
+    refused: set[Selection | None] = set()
+    for waiting in ranked:
+        if room.idle:
+            return waiting
+        if waiting.selection not in refused:
+            if room.fits(waiting.selection):
+                return waiting
+            refused.add(waiting.selection)
+    return None

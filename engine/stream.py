@@ -1,0 +1,103 @@
+"""The events of one request, handed from the device's thread to one reader in a plain thread or in asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import TracebackType
+
+from engine.requests import Event, FinishedEvent, GenerationRequest
+
+
+class TokenStream:
+    """The events of one request, its row always 0. Iterate it, or iterate it with `async for`; close it to cancel.
+
+    The last event is a FinishedEvent; an error of the engine is raised in its place. Leaving a `with` block closes it.
+    """
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self._items: deque[Event | BaseException] = deque()
+        self._ready = threading.Condition()
+        self._wake: Callable[[], None] | None = None
+        self._done = False
+
+    def cancel(self) -> None:
+        """The request ends at the next token, with a FinishedEvent of reason "cancelled"."""
+        self.request.cancelled.set()
+
+    close = cancel
+
+    def put(self, item: Event | BaseException) -> None:
+        """The worker's end."""
+        with self._ready:
+            self._items.append(item)
+            self._ready.notify()
+            wake, self._wake = self._wake, None
+        if wake is not None:
+            wake()
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    async def __aenter__(self) -> TokenStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        if self._done:
+            raise StopIteration
+        with self._ready:
+            self._ready.wait_for(lambda: self._items)
+            item = self._items.popleft()
+        return self._passed_on(item)
+
+    def __aiter__(self) -> TokenStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._done:
+            raise StopAsyncIteration
+        loop = asyncio.get_running_loop()
+        while True:
+            arrived: asyncio.Future[None] = loop.create_future()
+            with self._ready:
+                if self._items:
+                    item = self._items.popleft()
+                    break
+                self._wake = partial(_set, loop, arrived)
+            await arrived
+        return self._passed_on(item)
+
+    def _passed_on(self, item: Event | BaseException) -> Event:
+        if isinstance(item, BaseException):
+            self._done = True
+            raise item
+        self._done = isinstance(item, FinishedEvent)
+        return item
+
+
+def _set(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+    """From the worker's thread. A loop that has ended, or a reader that has gone, is no concern of the worker."""
+
+    def resolve() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    try:
+        loop.call_soon_threadsafe(resolve)
+    except RuntimeError:  # the loop is closed
+        return
