@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from engine.engine import Engine
@@ -13,6 +14,7 @@ from profiler.run import Run
 from profiler.statistics import Statistics
 
 ROWS = 16
+SAVE_AFTER = 1.0  # seconds of work that a killed run may lose; a save takes as long as a small shard
 
 
 def gather_statistics(
@@ -26,18 +28,20 @@ def gather_statistics(
 ) -> Statistics:
     """The whole text's statistics, with those of `needs` that add up.
 
-    Goes on after the last shard that `run` holds: the sums are added in the same order, so an interrupted run ends with
-    the same bits as one that was not. The caller forgets the run once they are stored.
+    Goes on after the last shard that `run` holds, at most a second of work back. The sums are added in the same order,
+    so an interrupted run ends with the same bits as one that was not. The caller forgets the run once they are stored.
     """
     card = engine.card
     parts = cut(engine, text, rows)
     done, total = run.load() or (0, Statistics.zeros(card.layers, card.experts, card.top_k, needs, card.hidden))
-    items = sum(len(part) for part in parts[:done])
+    items, saved = sum(len(part) for part in parts[:done]), time.monotonic()
     for number, part in enumerate(parts[done:], done + 1):
         report(Progress(task, "calibrate", items, len(text)))
         total += _statistics(engine, part, needs)
-        run.save(number, total)
         items += len(part)
+        if time.monotonic() - saved >= SAVE_AFTER:
+            run.save(number, total)
+            saved = time.monotonic()
     report(Progress(task, "calibrate", len(text), len(text)))
     return total
 
