@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.layout import DTYPES, Renaming
-from engine.reader import Extent, Reader
+from engine.reader import Reader
+from engine.transfer import Extent
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap

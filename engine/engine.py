@@ -133,11 +133,11 @@ class Engine:
         """Forget every expert that no lease holds, so that the next lease reads all of its own. Gives their number."""
         return self.bank.residency.evict_idle()
 
-    def lease(self, selection: Selection) -> AbstractContextManager[Lease]:
-        """Page in what is missing of `selection` and hold it until the block ends."""
+    def lease(self, selection: Selection, *, ahead: bool = False) -> AbstractContextManager[Lease]:
+        """Page in what is missing of `selection` and hold it until the block ends; `ahead`: see Bank.lease."""
         self.board.check_selection(selection)
         self.plan.require(selection)
-        return self.bank.lease(selection)
+        return self.bank.lease(selection, ahead=ahead)
 
     @torch.inference_mode()
     def forward(
@@ -153,7 +153,7 @@ class Engine:
         with ExitStack() as stack:
             for selection in dict.fromkeys(selections):
                 if selection is not None:
-                    stack.enter_context(self.lease(selection))
+                    stack.enter_context(self.lease(selection, ahead=True))
             self.require_free_slot(selections)
             if observer is not None:
                 stack.enter_context(self._observed(observer, routing))

@@ -20,7 +20,7 @@ from store.sizes import show_bytes
 
 DEFAULT_CONTEXT = 2048
 SLOT_ALIGN = 64
-READER_THREADS = 2  # one copies out of its buffer while the other reads
+READER_THREADS = 3  # one copies out of its buffer while two requests are with the disk
 MIB = 2**20
 
 

@@ -1,7 +1,8 @@
 """Reads byte ranges of files into memory that the caller owns: sorted, coalesced, direct where the disk allows it.
 
-Knows nothing of experts or tensors. Direct reads (O_DIRECT) go through small aligned buffers that are allocated once;
-where the file system refuses them, buffered reads do, and the page cache is told to let go of what was read.
+Knows nothing of experts or tensors. A few threads share one queue of requests, each with an aligned buffer that is
+allocated once: while one copies out of its buffer, another reads. Direct reads (O_DIRECT) where the file system allows
+them; where it refuses, buffered ones, and the page cache is told to let go of what was read.
 """
 
 from __future__ import annotations
@@ -10,33 +11,20 @@ import errno
 import mmap
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from engine.transfer import Bytes, Extent, Fetched, Pulse, Run, Transfer
 from store.errors import CheckpointError
 
-Bytes = npt.NDArray[np.uint8]
-
 ALIGN = 4096  # offset, length and address of a direct read
-WORTH_A_THREAD = 2**20  # bytes; below, handing work over costs more than it saves
 GAP = 64 * 1024  # reading over a hole this small is cheaper than a second request
-
-
-class Extent(NamedTuple):
-    """A range of a file and where its bytes go: `into` is u8 [nbytes], writable and contiguous."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    into: Bytes
+PATIENCE = 30.0  # seconds that one request may take
+JOIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +36,22 @@ class ReadReport:
     seconds: float
 
 
-class _Run(NamedTuple):
-    """Neighbouring extents of one file that one request covers, from byte `start` up to `end`."""
-
-    file: Path
-    start: int
-    end: int
-    extents: tuple[Extent, ...]
-
-
 class Reader:
-    """Keeps one descriptor per file open, so a file that is replaced later is never mixed in. One caller at a time."""
+    """Keeps one descriptor per file open, so a file that is replaced later is never mixed in. One owner's."""
 
-    def __init__(self, staging_bytes: int, threads: int = 1, direct: bool = True) -> None:
+    def __init__(self, staging_bytes: int, threads: int = 1, direct: bool = True, patience: float = PATIENCE) -> None:
         """`staging_bytes` is the size of one thread's buffer; it bounds the length of a single request."""
         size = max(4 * ALIGN, staging_bytes // ALIGN * ALIGN)
         self._longest = size - 2 * ALIGN  # room for the alignment at both ends
         self._direct = direct and hasattr(os, "O_DIRECT")
+        self._patience, self._pulse = patience, Pulse()
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
+        self._transfers: list[Transfer] = []  # the most urgent first
+        self._work = threading.Condition()
+        self._closed = False
         self._staging = [_aligned(size) for _ in range(threads)]
-        self._pool = ThreadPoolExecutor(threads, "moepager-read") if threads > 1 else None
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Reader:
         return self
@@ -77,28 +60,72 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        """End the threads and close the files. A thread that the disk holds keeps its files until it comes back."""
+        with self._work:
+            self._closed = True
+            transfers, self._transfers = self._transfers, []
+            self._work.notify_all()
+        for transfer in transfers:
+            transfer.cancel()
+        for thread in self._threads:
+            thread.join(JOIN_SECONDS)
+        if not any(thread.is_alive() for thread in self._threads):
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
     def read(self, extents: Sequence[Extent]) -> ReadReport:
         """Fill every extent. Raises CheckpointError naming file, offset, wanted and got: then trust nothing of them."""
-        started = time.perf_counter()
-        runs = list(coalesce(extents, self._longest))
-        if self._pool is None or len(runs) < 2 or sum(run.end - run.start for run in runs) < WORTH_A_THREAD:
-            read = self._read_runs(runs, self._staging[0])
-        else:
-            shares = [runs[i :: len(self._staging)] for i in range(len(self._staging))]
-            pairs = zip(shares, self._staging, strict=True)
-            futures = [self._pool.submit(self._read_runs, share, staging) for share, staging in pairs]
-            wait(futures)  # all of them: after a failure no thread may still be writing into a slot
-            read = sum(future.result() for future in futures)
-        return ReadReport(sum(extent.nbytes for extent in extents), read, time.perf_counter() - started)
+        transfer = self.start([extents], True)
+        try:
+            transfer.wait_all()
+        except BaseException:
+            transfer.cancel()
+            raise
+        return ReadReport(sum(extent.nbytes for extent in extents), transfer.read, transfer.seconds)
 
-    def _read_runs(self, runs: Sequence[_Run], staging: Bytes) -> int:
-        return sum(self._file(run.file).fill(run, staging) for run in runs)
+    def start(self, groups: Sequence[Sequence[Extent]], urgent: bool = False) -> Transfer:
+        """Begin to fill every extent, group by group, and return at once. What is urgent overtakes what is not."""
+        runs = [list(coalesce(extents, self._longest)) for extents in groups]
+        for run in (run for group in runs for run in group):
+            self._file(run.file)  # a file that is not there is an error of the caller's, now
+        transfer = Transfer(runs, self._pulse, self._patience)
+        with self._work:
+            assert not self._closed, "a read after close"
+            self._transfers.insert(0 if urgent else len(self._transfers), transfer)
+            self._begin_threads()
+            self._work.notify_all()
+        return transfer
+
+    def _begin_threads(self) -> None:
+        """At the first read: a reader that is never used costs no thread."""
+        if not self._threads:
+            for staging in self._staging:
+                self._threads.append(
+                    threading.Thread(target=self._serve, args=(staging,), name="moepager-read", daemon=True)
+                )
+                self._threads[-1].start()
+
+    def _serve(self, staging: Bytes) -> None:
+        """One thread's life."""
+        while (job := self._next()) is not None:
+            transfer, group, run = job
+            try:
+                fetched = self._file(run.file).fetch(run, staging)
+            except BaseException as error:  # handed to whoever waits, as a future would; the thread lives on
+                transfer.fail(error)
+            else:
+                transfer.land(group, run, fetched)
+
+    def _next(self) -> tuple[Transfer, int, Run] | None:
+        with self._work:
+            while not self._closed:
+                while self._transfers:
+                    if taken := self._transfers[0].take():
+                        return self._transfers[0], *taken
+                    self._transfers.pop(0)
+                self._work.wait()
+        return None
 
     def _file(self, path: Path) -> _File:
         with self._lock:
@@ -127,17 +154,18 @@ class _File:
         if self._direct is not None:
             os.close(self._direct)
 
-    def fill(self, run: _Run, staging: Bytes) -> int:
+    def fetch(self, run: Run, staging: Bytes) -> Fetched:
+        """The run's bytes in `staging`, and how they lie there."""
         if self._direct is not None and not self._refused:
             try:
-                return self._fill_direct(self._direct, run, staging)
+                return self._fetch_direct(self._direct, run, staging)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise _failed(run, error) from error
                 self._refused = True  # the descriptor stays open: another thread may be reading from it
-        return self._fill_buffered(run)
+        return self._fetch_buffered(run, staging)
 
-    def _fill_direct(self, descriptor: int, run: _Run, staging: Bytes) -> int:
+    def _fetch_direct(self, descriptor: int, run: Run, staging: Bytes) -> Fetched:
         start = run.start // ALIGN * ALIGN
         length = -(-(run.end - start) // ALIGN) * ALIGN
         got = 0
@@ -148,30 +176,26 @@ class _File:
             got += n
             if got < run.end - start and got % ALIGN:  # the end of a file that shrank: no aligned place to go on from
                 raise _short(run, start + got)
-        for extent in run.extents:
-            at = extent.offset - start
-            np.copyto(extent.into, staging[at : at + extent.nbytes])
-        return got
+        return Fetched(staging, start, got)
 
-    def _fill_buffered(self, run: _Run) -> int:
-        for extent in run.extents:
-            got = 0
-            while got < extent.nbytes:
-                try:
-                    n = os.preadv(self._buffered, [extent.into[got:]], extent.offset + got)  # type: ignore[list-item]
-                except OSError as error:
-                    raise _failed(run, error) from error
-                if n == 0:
-                    raise _short(run, extent.offset + got)
-                got += n
-        os.posix_fadvise(self._buffered, run.start, run.end - run.start, os.POSIX_FADV_DONTNEED)
-        return sum(extent.nbytes for extent in run.extents)
+    def _fetch_buffered(self, run: Run, staging: Bytes) -> Fetched:
+        length, got = run.end - run.start, 0
+        while got < length:
+            try:
+                n = os.preadv(self._buffered, [staging[got:length]], run.start + got)  # type: ignore[list-item]
+            except OSError as error:
+                raise _failed(run, error) from error
+            if n == 0:
+                raise _short(run, run.start + got)
+            got += n
+        os.posix_fadvise(self._buffered, run.start, length, os.POSIX_FADV_DONTNEED)
+        return Fetched(staging, run.start, got)
 
 
-def coalesce(extents: Iterable[Extent], longest: int) -> Iterator[_Run]:
+def coalesce(extents: Iterable[Extent], longest: int) -> Iterator[Run]:
     """Sort by place and merge neighbours into runs of at most `longest` bytes; a longer extent becomes several runs."""
     held: list[Extent] = []
-    for extent in sorted(_split(extents, longest), key=lambda e: (e.file, e.offset)):
+    for extent in sorted(_split(extents, longest), key=lambda e: (os.fspath(e.file), e.offset)):
         if held:
             first, last = held[0], held[-1]
             near = extent.file == first.file and extent.offset - (last.offset + last.nbytes) <= GAP
@@ -191,9 +215,9 @@ def _split(extents: Iterable[Extent], longest: int) -> Iterator[Extent]:
             yield Extent(extent.file, extent.offset + at, piece.nbytes, piece)
 
 
-def _run(extents: Sequence[Extent]) -> _Run:
+def _run(extents: Sequence[Extent]) -> Run:
     end = max(extent.offset + extent.nbytes for extent in extents)
-    return _Run(extents[0].file, extents[0].offset, end, tuple(extents))
+    return Run(extents[0].file, extents[0].offset, end, tuple(extents))
 
 
 def _aligned(size: int) -> Bytes:
@@ -214,14 +238,14 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"Can't open {path}: {error.strerror}. Put the file back, or open the model again.")
 
 
-def _failed(run: _Run, error: OSError) -> CheckpointError:
+def _failed(run: Run, error: OSError) -> CheckpointError:
     return CheckpointError(
         f"Reading {run.end - run.start} bytes of {run.file} at offset {run.start} failed: {error.strerror}. "
         "Check the disk, then the file."
     )
 
 
-def _short(run: _Run, end: int) -> CheckpointError:
+def _short(run: Run, end: int) -> CheckpointError:
     return CheckpointError(
         f"{run.file} is shorter than when it was opened: wanted {run.end - run.start} bytes at offset {run.start}, "
         f"got {max(0, end - run.start)}. Put the whole file back and open the model again."

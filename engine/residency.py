@@ -13,7 +13,7 @@ ABSENT = -1
 
 
 class Load(NamedTuple):
-    """An expert that must be read into a slot before it counts as there."""
+    """An expert that must be read into a slot before it can be used."""
 
     key: ExpertKey
     slot: int
@@ -22,7 +22,8 @@ class Load(NamedTuple):
 class Residency:
     """One table for all layers: any slot may hold any expert. Not thread-safe: the device's owner calls it.
 
-    `table[layer][expert]` is the slot or ABSENT, kept as plain lists because every decoded token reads it.
+    `table[layer][expert]` is the slot or ABSENT, kept as plain lists because every decoded token reads it. A slot whose
+    bytes are still under way is `unfilled`: it has its key and its pins, and is emptied if the last pin goes first.
     """
 
     def __init__(self, layers: int, experts: int, slots: int) -> None:
@@ -31,6 +32,7 @@ class Residency:
         self._keys: list[ExpertKey | None] = [None] * slots
         self._pins = [0] * slots
         self._empty = list(range(slots - 1, -1, -1))
+        self.unfilled: set[int] = set()
         self._idle: OrderedDict[int, None] = OrderedDict()  # filled and unpinned, the least recently used first
 
     @property
@@ -45,6 +47,10 @@ class Residency:
     @property
     def leased(self) -> int:
         return self.slots - self.available
+
+    def room_beside(self, keys: Collection[ExpertKey]) -> int:
+        """Slots that new experts could take while `keys`, all resident, are pinned."""
+        return self.available - sum(self.slot(key) in self._idle for key in keys)
 
     def slot(self, key: ExpertKey) -> int:
         return self.table[key.layer][key.expert]
@@ -71,27 +77,29 @@ class Residency:
             self._pin(slot)
         return [Load(key, self._take(key)) for key in missing]
 
+    def landed(self, key: ExpertKey) -> None:
+        """The bytes of a planned load are there."""
+        slot = self.slot(key)
+        assert self._pins[slot] > 0, key
+        self.unfilled.discard(slot)
+
     def release(self, wanted: Collection[ExpertKey]) -> None:
         """Undo one `plan` of these keys.
 
-        They stay resident, as the most recently used, until their slots are needed.
+        They stay resident, as the most recently used, until their slots are needed; what never landed goes at once.
         """
         for key in sorted(set(wanted)):
             slot = self.slot(key)
             assert slot != ABSENT, key
             assert self._pins[slot] > 0, key
             self._pins[slot] -= 1
-            if not self._pins[slot]:
+            if self._pins[slot]:
+                continue
+            if slot in self.unfilled:
+                self._clear(slot)
+                self._empty.append(slot)
+            else:
                 self._idle[slot] = None
-
-    def forget(self, key: ExpertKey) -> None:
-        """The bytes of a planned load never landed: its slot is empty again and its one pin is gone."""
-        slot = self.slot(key)
-        assert slot != ABSENT, key
-        assert self._pins[slot] == 1, (key, self._pins[slot])
-        self._pins[slot] = 0
-        self._clear(slot)
-        self._empty.append(slot)
 
     def touch(self, slot: int) -> None:
         """An unleased expert was used: it is evicted later than the others."""
@@ -112,6 +120,7 @@ class Residency:
             assert key is None or self.slot(key) == slot, (slot, key)
             assert (slot in self._idle) == (key is not None and self._pins[slot] == 0), (slot, key)
             assert self._pins[slot] >= 0, slot
+            assert slot not in self.unfilled or self._pins[slot] > 0, slot
         filled = sum(slot != ABSENT for row in self.table for slot in row)
         assert filled == self.resident, (filled, self.resident)
         assert len(set(self._empty)) == len(self._empty)
@@ -125,6 +134,7 @@ class Residency:
         self.table[key.layer][key.expert] = slot
         self._keys[slot] = key
         self._pins[slot] = 1
+        self.unfilled.add(slot)
         return slot
 
     def _evict(self) -> int:
@@ -137,3 +147,4 @@ class Residency:
         assert key is not None, slot
         self.table[key.layer][key.expert] = ABSENT
         self._keys[slot] = None
+        self.unfilled.discard(slot)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.reader import Extent, Reader
+from engine.reader import Reader
+from engine.transfer import Extent
 from store.errors import CheckpointError
 
 BLOCK = 4 * 2**20

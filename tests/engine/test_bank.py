@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine import reader as reader_module
 from engine.engine import Engine
 from engine.plan import plan_memory
 from engine.residency import ABSENT
@@ -84,8 +87,8 @@ def test_a_failed_read_leaves_the_slot_empty_and_the_old_lease_serving(
     kept, wanted = _half(engine), Selection.of([[0, 1, 2]] * 3)
     with engine.lease(kept):
         before = engine.forward(ids, mask, [kept])
-        monkeypatch.setattr(engine._reader, "read", _fail)
-        with pytest.raises(CheckpointError, match="torn"), engine.lease(wanted):
+        monkeypatch.setattr(reader_module.os, "preadv", _fail)
+        with pytest.raises(CheckpointError, match="Input/output error"), engine.lease(wanted):
             pytest.fail("a lease whose read failed must not begin")
         monkeypatch.undo()
         engine.bank.residency.check()
@@ -96,8 +99,8 @@ def test_a_failed_read_leaves_the_slot_empty_and_the_old_lease_serving(
         assert later.experts_paged == 3
 
 
-def _fail(*_: object) -> None:
-    raise CheckpointError("torn")
+def _fail(*_: object) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_a_failed_read_in_exact_mode_pins_nothing(
@@ -105,8 +108,8 @@ def test_a_failed_read_in_exact_mode_pins_nothing(
 ) -> None:
     engine = open_engine(checkpoint("qwen2_moe"))
     ids, mask = torch.randint(0, 256, (1, 9)), torch.ones(1, 9, dtype=torch.long)
-    monkeypatch.setattr(engine._reader, "read", _fail)
-    with pytest.raises(CheckpointError, match="torn"):
+    monkeypatch.setattr(reader_module.os, "preadv", _fail)
+    with pytest.raises(CheckpointError, match="Input/output error"):
         engine.forward(ids, mask, [None])
     assert engine.residency().resident == 0
     engine.bank.residency.check()

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from engine import reader as reader_module
-from engine.reader import ALIGN, Bytes, Extent, Reader, coalesce
+from engine.reader import ALIGN, Reader, coalesce
+from engine.transfer import Bytes, Extent
 from store.errors import CheckpointError
 
 
@@ -22,11 +23,6 @@ def file(tmp_path: Path) -> tuple[Path, Bytes]:
     path = tmp_path / "weights.bin"
     content.tofile(path)
     return path, content
-
-
-@pytest.fixture(autouse=True)
-def _every_read_may_use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "WORTH_A_THREAD", 0)
 
 
 def _extent(path: Path, offset: int, nbytes: int) -> Extent:

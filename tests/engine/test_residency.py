@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.residency import ABSENT, Residency
+from engine.residency import ABSENT, Load, Residency
 from store.errors import BudgetError
 from store.records import ExpertKey
 
@@ -20,10 +21,18 @@ def _keys(*pairs: tuple[int, int]) -> list[ExpertKey]:
     return [ExpertKey(*pair) for pair in pairs]
 
 
+def _plan(residency: Residency, keys: Collection[ExpertKey]) -> list[Load]:
+    """A plan whose bytes land."""
+    loads = residency.plan(keys)
+    for load in loads:
+        residency.landed(load.key)
+    return loads
+
+
 def test_a_resident_expert_is_not_loaded_again() -> None:
     residency = Residency(2, 4, 4)
-    first = residency.plan(_keys((0, 1), (1, 2)))
-    second = residency.plan(_keys((0, 1), (1, 3)))
+    first = _plan(residency, _keys((0, 1), (1, 2)))
+    second = _plan(residency, _keys((0, 1), (1, 3)))
     assert [load.key for load in first] == _keys((0, 1), (1, 2))
     assert [load.key for load in second] == _keys((1, 3))
     residency.check()
@@ -32,52 +41,72 @@ def test_a_resident_expert_is_not_loaded_again() -> None:
 def test_the_least_recently_used_unleased_expert_is_evicted() -> None:
     residency = Residency(1, 8, 3)
     for expert in (0, 1, 2):
-        residency.plan(_keys((0, expert)))
+        _plan(residency, _keys((0, expert)))
         residency.release(_keys((0, expert)))
     residency.touch(residency.slot(ExpertKey(0, 0)))
-    residency.plan(_keys((0, 5)))
+    _plan(residency, _keys((0, 5)))
     assert residency.slot(ExpertKey(0, 1)) == ABSENT
     assert residency.slot(ExpertKey(0, 0)) != ABSENT
 
 
 def test_a_leased_expert_is_never_evicted() -> None:
     residency = Residency(1, 8, 2)
-    residency.plan(_keys((0, 0)))
+    _plan(residency, _keys((0, 0)))
     slot = residency.slot(ExpertKey(0, 0))
     for expert in range(1, 8):
-        residency.plan(_keys((0, expert)))
+        _plan(residency, _keys((0, expert)))
         residency.release(_keys((0, expert)))
     assert residency.slot(ExpertKey(0, 0)) == slot
 
 
 def test_a_lease_that_does_not_fit_changes_nothing() -> None:
     residency = Residency(1, 8, 4)
-    residency.plan(_keys((0, 0), (0, 1)))
-    residency.plan(_keys((0, 2)))
+    _plan(residency, _keys((0, 0), (0, 1)))
+    _plan(residency, _keys((0, 2)))
     residency.release(_keys((0, 2)))
     before = (list(residency.table[0]), residency.available, residency.leased)
     with pytest.raises(BudgetError, match="3 need a slot, but only 1 of the 4 slots"):
-        residency.plan(_keys((0, 2), (0, 3), (0, 4), (0, 5)))
+        _plan(residency, _keys((0, 2), (0, 3), (0, 4), (0, 5)))
     assert (list(residency.table[0]), residency.available, residency.leased) == before
     residency.check()
 
 
 def test_a_resident_expert_that_is_wanted_does_not_count_as_room_for_the_missing() -> None:
     residency = Residency(1, 8, 2)
-    residency.plan(_keys((0, 0)))
+    _plan(residency, _keys((0, 0)))
     residency.release(_keys((0, 0)))
     with pytest.raises(BudgetError):
-        residency.plan(_keys((0, 0), (0, 1), (0, 2)))
+        _plan(residency, _keys((0, 0), (0, 1), (0, 2)))
     assert residency.slot(ExpertKey(0, 0)) != ABSENT
 
 
-def test_a_forgotten_load_leaves_its_slot_empty() -> None:
+def test_a_load_that_never_landed_leaves_its_slot_empty() -> None:
     residency = Residency(1, 4, 2)
     residency.plan(_keys((0, 3)))
-    residency.forget(ExpertKey(0, 3))
+    residency.release(_keys((0, 3)))
     assert residency.slot(ExpertKey(0, 3)) == ABSENT
     assert residency.available == 2
     residency.check()
+
+
+def test_a_load_under_way_stays_for_those_who_still_want_it() -> None:
+    residency = Residency(1, 4, 2)
+    residency.plan(_keys((0, 3)))
+    assert residency.plan(_keys((0, 3))) == []
+    residency.release(_keys((0, 3)))
+    assert residency.unfilled == {residency.slot(ExpertKey(0, 3))}
+    residency.landed(ExpertKey(0, 3))
+    residency.release(_keys((0, 3)))
+    assert residency.slot(ExpertKey(0, 3)) != ABSENT
+    residency.check()
+
+
+def test_room_beside_experts_that_are_wanted_excludes_their_slots() -> None:
+    residency = Residency(1, 8, 4)
+    _plan(residency, _keys((0, 0), (0, 1)))
+    residency.release(_keys((0, 0)))
+    assert residency.room_beside(_keys((0, 0))) == 2
+    assert residency.room_beside(_keys((0, 1))) == 3
 
 
 KEYS = st.builds(ExpertKey, st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
@@ -106,6 +135,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert fits
         assert {load.key for load in loads} == wanted - self.resident
         assert len({load.slot for load in loads}) == len(loads)
+        for load in loads:
+            self.residency.landed(load.key)
         self.leases.append(wanted)
         self.sync()
 
@@ -121,9 +152,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             loads = self.residency.plan(wanted)
         except BudgetError:
             return
-        for load in loads:
-            self.residency.forget(load.key)
-        self.residency.release(wanted - {load.key for load in loads})
+        self.residency.release(wanted)
         assert all(self.residency.slot(load.key) == ABSENT for load in loads)
         self.sync()
 

@@ -1,0 +1,198 @@
+"""Disks that fail under requests: the request concerned hears of it in words, everybody else goes on, no slot leaks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import reader as reader_module
+from engine.engine import Engine
+from engine.requests import FinishedEvent, GenerationRequest
+from engine.worker import EngineWorker
+from store.errors import CheckpointError
+from store.records import Selection
+
+Checkpoint = Callable[..., Path]
+Open = Callable[..., Engine]
+Ask = Callable[..., GenerationRequest]
+Answer = Callable[[Selection | None], str]
+OnThread = Callable[[Callable[[Engine], int]], int]
+
+EARLY, LATE = Selection.of([[0, 1, 2, 3]] * 3), Selection.of([[4, 5, 6, 7]] * 3)
+PROMPT = tuple(range(5, 25))
+
+
+@pytest.fixture
+def folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A copy that a test may damage, in several shards."""
+    return Path(shutil.copytree(checkpoint("qwen2_moe", max_shard_size="15KB"), tmp_path / "model"))
+
+
+@pytest.fixture
+def engine(folder: Path, open_engine: Open) -> Engine:
+    return open_engine(folder)
+
+
+@pytest.fixture
+def worker(engine: Engine) -> Iterator[EngineWorker]:
+    with EngineWorker(engine) as worker:
+        yield worker
+
+
+@pytest.fixture
+def answer(worker: EngineWorker, ask: Ask) -> Answer:
+    def call(selection: Selection | None) -> str:
+        events = list(worker.submit(ask(PROMPT, selection, max_tokens=4, ignore_eos=True)))
+        assert isinstance(events[-1], FinishedEvent)
+        return events[-1].text
+
+    return call
+
+
+@pytest.fixture
+def on_thread(worker: EngineWorker) -> OnThread:
+    """Do something between two batches: a lease outlives its answer's last event by a moment."""
+    return lambda function: worker.run(function).result()
+
+
+def _leased(engine: Engine) -> int:
+    return engine.residency().leased
+
+
+def _fails(number: int) -> Callable[..., int]:
+    """A preadv whose read of that number, and every later one, is an I/O error."""
+    real, count, lock = os.preadv, iter(range(10**9)), threading.Lock()
+
+    def read(descriptor: int, buffers: Sequence[Any], offset: int) -> int:
+        with lock:
+            seen = next(count)
+        if seen >= number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, offset)
+
+    return read
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("selection", [LATE, None])
+def test_an_input_output_error_in_mid_swap_reaches_its_request_and_the_next_one_is_right(
+    on_thread: OnThread,
+    answer: Answer,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    selection: Selection | None,
+) -> None:
+    right = {one: answer(one) for one in (EARLY, selection)}
+    on_thread(Engine.evict)
+    answer(EARLY)
+    monkeypatch.setattr(reader_module.os, "preadv", _fails(number))
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        answer(selection)
+    assert answer(EARLY) == right[EARLY]  # resident: needs no disk
+    monkeypatch.undo()
+    assert on_thread(_leased) == 0
+    assert answer(selection) == right[selection]
+
+
+def test_a_shard_that_shrinks_is_named_and_resident_tasks_go_on(
+    on_thread: OnThread, folder: Path, answer: Answer
+) -> None:
+    right = answer(EARLY)
+    for shard in folder.glob("*.safetensors"):
+        os.truncate(shard, 600)
+    with pytest.raises(CheckpointError, match=r"safetensors is shorter than when it was opened"):
+        answer(LATE)
+    assert answer(EARLY) == right
+    assert on_thread(_leased) == 0
+
+
+def test_a_shard_that_disappears_is_read_on_from_its_open_descriptor(
+    on_thread: OnThread, folder: Path, answer: Answer
+) -> None:
+    right = answer(LATE)
+    on_thread(Engine.evict)
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+        shard.write_bytes(b"something else")
+    assert answer(LATE) == right
+
+
+def test_a_disk_that_stalls_fails_its_request_alone_and_is_used_again_when_it_comes_back(
+    engine: Engine, on_thread: OnThread, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = {one: answer(one) for one in (EARLY, LATE)}
+    on_thread(Engine.evict)
+    answer(EARLY)
+    real, gate = os.preadv, threading.Event()
+
+    def held(descriptor: int, buffers: Sequence[Any], offset: int) -> int:
+        gate.wait()
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(engine._reader, "_patience", 0.1)
+    monkeypatch.setattr(reader_module.os, "preadv", held)
+    try:
+        with pytest.raises(CheckpointError, match="The disk stalls"):
+            answer(LATE)
+        assert answer(EARLY) == right[EARLY]
+        with pytest.raises(CheckpointError, match="The disk stalls"):  # the threads are still held: no hang
+            answer(LATE)
+    finally:
+        gate.set()
+    assert answer(LATE) == right[LATE]
+    assert on_thread(_leased) == 0
+
+
+PROGRAM = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from engine import reader
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.requests import GenerationRequest, Sampling
+from engine.worker import EngineWorker
+from store.records import Selection
+
+def leave(*_):
+    raise SystemExit(7)
+
+signal.signal(signal.SIGTERM, leave)
+real = os.preadv
+with Engine.open(EngineConfig(Path(sys.argv[1]))) as engine, EngineWorker(engine) as worker:
+    def slow(*args):
+        print("reading", flush=True)
+        time.sleep(0.5)
+        return real(*args)
+    reader.os.preadv = slow
+    request = GenerationRequest(tuple(range(9)), Selection.of([[0, 1, 2]] * 3), "mask", Sampling(max_tokens=2))
+    try:
+        list(worker.submit(request))
+    finally:
+        print("leaving", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_in_mid_swap_ends_the_process_in_order(folder: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", PROGRAM, str(folder)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 7, errors
+    assert "leaving" in rest
+    assert "Traceback" not in errors
