@@ -31,7 +31,7 @@ def test_every_task_is_found_answered_and_served_from_just_its_experts(tmp_path:
         assert query["answer"].strip()
         assert receipt["mode"] == "mask"
         assert receipt["keep"] == 0.25
-        assert receipt["experts"] == receipt["experts_paged"] == card.layers * card.experts // 4
+        assert receipt["experts"] == receipt["experts_paged"] <= card.layers * card.experts // 4
         assert receipt["bytes_paged"] == receipt["experts"] * card.expert_bytes
         assert 0.5 < receipt["coverage"] <= 1
     right = sum(query["answer"].strip() == query["expected"] for query in queries)
