@@ -32,6 +32,7 @@ class Lease:
     experts: int
     experts_paged: int
     bytes_paged: int
+    keys: tuple[ExpertKey, ...]
     delivery: Delivery | None
     waited: float  # seconds from the wish to the lease
 
@@ -100,9 +101,14 @@ class Bank:
         loads, delivery = self._acquire(keys, ahead=ahead)
         try:
             size = sum(self._experts.span(load.key).nbytes for load in loads)
-            yield Lease(len(keys), len(loads), size, delivery, time.perf_counter() - started)
+            yield Lease(len(keys), len(loads), size, keys, delivery, time.perf_counter() - started)
         finally:
             self._let_go(keys, delivery)
+
+    def wait(self, lease: Lease) -> None:
+        """Until the last expert of a lease that was taken ahead is there. Raises what made a read fail."""
+        for key in lease.keys if self.residency.unfilled else ():
+            self._await(key)
 
     def visit(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, int], None, None]:
         """Each of `experts` once, with its slot: what is there first, while the others are read.

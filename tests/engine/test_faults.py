@@ -196,3 +196,20 @@ def test_sigterm_in_mid_swap_ends_the_process_in_order(folder: Path) -> None:
     assert process.returncode == 7, errors
     assert "leaving" in rest
     assert "Traceback" not in errors
+
+
+def test_a_lease_taken_ahead_is_whole_once_it_was_waited_for(engine: Engine) -> None:
+    with engine.lease(LATE, ahead=True) as lease:
+        assert (lease.experts, lease.experts_paged) == (12, 12)
+        engine.bank.wait(lease)
+        assert not engine.bank.residency.unfilled
+        assert lease.seconds > 0
+
+
+def test_waiting_for_a_lease_taken_ahead_raises_what_made_its_read_fail(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module.os, "preadv", _fails(2))
+    with pytest.raises(CheckpointError, match="Input/output error"), engine.lease(LATE, ahead=True) as lease:
+        engine.bank.wait(lease)
+    assert (engine.residency().leased, engine.residency().experts_paged) == (0, engine.residency().resident)
