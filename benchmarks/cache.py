@@ -47,7 +47,7 @@ class Arm:
 def bench_cache(model: Path, keeps: Sequence[float], requests: int, scorer: str, seed: int = 0) -> list[Arm]:
     with Engine.open(EngineConfig(model, max_context=256, max_batch=ROWS)) as engine:
         recorded = {task.name: record(engine, task.name, corpus(task.name, "test")) for task in TASKS}
-        statistics = {task.name: _statistics(engine, task.name) for task in TASKS}
+        statistics = {task.name: task_statistics(engine, task.name) for task in TASKS}
         card = engine.card
     arms = []
     for keep in keeps:
@@ -96,7 +96,7 @@ def verdicts(arms: Sequence[Arm]) -> list[str]:
     return lines
 
 
-def _statistics(engine: Engine, task: str) -> Statistics:
+def task_statistics(engine: Engine, task: str) -> Statistics:
     text = encode_corpus(engine, corpus(task, "calibration"))
     with tempfile.TemporaryDirectory() as folder:
         return gather_statistics(engine, text, Run(Path(folder), task, plan="trace"), task, ROWS, ignore)

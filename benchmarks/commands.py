@@ -154,6 +154,41 @@ def decode_command(
     _answer({"arms": [asdict(one) for one in arms], "ratios": ratios}, as_json)
 
 
+@app.command("mixed")
+def mixed_command(
+    model: Model = None,
+    keep: Annotated[float, typer.Option(help="Share of the experts in a task's selection.")] = 0.25,
+    scorer: Annotated[
+        str | None, typer.Option(help="Profile the demo's tasks with it; random selections by default.")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="Requests an arm and run.")] = 32,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a random prompt.")] = 96,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 32,
+    dtype: str = "auto",
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    runs: Annotated[int, typer.Option(min=1)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Four tasks in one batch, beside one task alone and beside a swap for every request."""
+    from benchmarks.mixed import Work, bench_mixed
+    from store.home import bundled_model
+
+    work = Work(
+        keep=keep,
+        clients=clients,
+        requests=requests,
+        prompt_tokens=prompt,
+        tokens=tokens,
+        scorer=scorer,
+        dtype=dtype,
+        threads=threads,
+    )
+    arms, ratios = bench_mixed(model or bundled_model(), work, runs)
+    _table("mixed tasks", [asdict(arm) for arm in arms])
+    _answer({"arms": [asdict(arm) for arm in arms], "ratios": ratios, "work": asdict(work)}, as_json)
+
+
 @app.command("cache")
 def cache_command(
     model: Model = None,

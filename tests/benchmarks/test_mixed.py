@@ -1,0 +1,55 @@
+"""`bench mixed` on a tiny model: every arm does the same work and says what it paged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.commands import app
+from benchmarks.mixed import ARMS, Work, bench_mixed
+from engine.tiny import write_tiny
+from store.errors import InvalidInput
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny("olmoe", tmp_path_factory.mktemp("tiny"), num_experts=32)
+
+
+def test_only_the_arms_that_swap_page_and_the_scheduler_pages_less(model):
+    arms, ratios = bench_mixed(model, Work(clients=4, requests=16, prompt_tokens=8, tokens=4), runs=1)
+    found = {arm.name: arm for arm in arms}
+    assert tuple(found) == ARMS
+    assert found["mixed"].experts_paged == found["single"].experts_paged == 0
+    assert 0 < found["scheduled"].experts_paged < found["swap"].experts_paged
+    assert all(0 < arm.p50_s <= arm.p99_s and arm.tok_per_s > 0 and arm.ttft_p50_s > 0 for arm in arms)
+    assert ratios["mixed_to_swap"] == pytest.approx(found["mixed"].tok_per_s / found["swap"].tok_per_s)
+
+
+def test_a_share_that_is_none_is_refused(model):
+    with pytest.raises(InvalidInput, match="--keep must be"):
+        bench_mixed(model, Work(keep=1.5), runs=1)
+
+
+def test_the_command_prints_the_arms_and_ratios(model):
+    given = [
+        "mixed",
+        "--model",
+        str(model),
+        "--requests",
+        "8",
+        "--clients",
+        "2",
+        "--tokens",
+        "3",
+        "--runs",
+        "1",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.output.strip().splitlines()[-1])
+    assert [arm["name"] for arm in answer["arms"]] == list(ARMS)
+    assert set(answer["ratios"]) == {"mixed_to_single", "mixed_to_swap", "scheduled_to_swap"}
