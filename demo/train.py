@@ -140,7 +140,7 @@ class Run:
 
 
 def train(out: Path, folder: Path, minutes: float, recipe: Recipe) -> None:
-    """Train to the end of the recipe or of the time; `out` holds the checkpoint that was best on the evaluation split."""
+    """Train to the end of the recipe or the time; `out` holds the checkpoint that was best on the evaluation split."""
     run = Run.start(recipe)
     if (folder / "state.pt").exists():
         run.load(folder / "state.pt")
