@@ -69,6 +69,9 @@ def profile(
     device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda:0.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads of the model's arithmetic.")] = None,
+    progress_lines: Annotated[
+        bool, typer.Option(hidden=True, help="For a parent process: progress as JSON lines, an end with the parent.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")] = False,
 ) -> None:
     """Score every expert for a task in one pass over its text, and measure what smaller sets of them can do.
@@ -109,7 +112,7 @@ def profile(
         stream=stream,
         search=search,
     )
-    found = _run(config, store, TaskRecord(task, description), text, embedder, options)
+    found = _run(config, store, TaskRecord(task, description), text, embedder, options, progress_lines)
     found["seconds"] = round(time.perf_counter() - started, 3)
     _show(found)
     if as_json:
@@ -148,16 +151,19 @@ def _run(
     text: tuple[Corpus | None, Corpus | None],
     embedder: str,
     options: Options,
+    progress_lines: bool,
 ) -> dict[str, Any]:
     from engine.embedder import open_embedder
     from engine.engine import Engine
     from profiler.generalist import profile_generalist
     from profiler.job import profile_task
+    from profiler.lines import lines
     from store.database import open_store
 
     calibration, evaluation = text
     embedding = None if calibration is None else open_embedder(embedder)
-    with open_store(url) as store, Engine.open(config) as engine, _bar() as report:
+    told = lines() if progress_lines else _bar()
+    with open_store(url) as store, Engine.open(config) as engine, told as report:
         if calibration is None or embedding is None:
             made = profile_generalist(engine, store, evaluation, options=options, report=report)
         else:

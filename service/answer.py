@@ -47,6 +47,8 @@ class Prepared:
 
 def prepare(question: Question, parts: Parts) -> Prepared:
     retrieval = retrieve(question, parts)
+    if retrieval.task is None:
+        parts.metrics.abstained()
     mode: Mode = question.wish.mode or "mask"
     try:
         serving = choose_serving(question.wish, retrieval, parts.catalogue, parts.policy)

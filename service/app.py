@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 
 from service.context import opening
+from service.guard import Guard, SecurityHeaders
+from service.jobs import JobRunner
 from service.middleware import BodyLimit, RequestIds
 from service.parts import Parts
 from service.refusals import add_refusals
-from service.routes import chat, completions, health, models, query, residency, retrieve, tasks
+from service.reloading import Reloader
+from service.routes import chat, completions, health, jobs, metrics, models, query, residency, retrieve, tasks
 
 
 def create_app(
@@ -22,12 +26,22 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with opening(app, open_parts, on_failure):
-            yield
+            app.state.reloader = Reloader(app.state.opening)
+            app.state.jobs = JobRunner(app.state.opening)
+            watch = asyncio.create_task(app.state.reloader.watch())
+            try:
+                yield
+            finally:
+                watch.cancel()
+                await asyncio.to_thread(app.state.jobs.close)
+                await asyncio.wait([watch])
 
     app = FastAPI(title="moepager", summary="Task-adaptive expert retrieval for MoE language models", lifespan=lifespan)
     add_refusals(app)
     app.add_middleware(BodyLimit)
+    app.add_middleware(Guard)
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
-    for routes in (health, models, chat, completions, query, residency, retrieve, tasks):
+    for routes in (health, metrics, models, jobs, chat, completions, query, residency, retrieve, tasks):
         app.include_router(routes.router)
     return app

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from service.key_commands import app as key_commands
 from service.settings import Settings, load_settings
 
 app = typer.Typer()
+app.add_typer(key_commands, name="keys")
 
 Model = Annotated[str | None, typer.Option(help="A model folder or hub id. Default: the bundled demo model.")]
 Memory = Annotated[str | None, typer.Option(help="Bytes for everything on the device, such as 2GiB or 512MiB.")]
@@ -48,6 +50,8 @@ def serve(
     queue_size: Annotated[int | None, typer.Option(help="Requests that may wait; more get a 503.")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds an answer may take.")] = None,
     index: Annotated[Path | None, typer.Option(help="Folder of the vector index. Default: in memory.")] = None,
+    job_memory: Annotated[str | None, typer.Option(help="Bytes for a profiling job. Default: as --memory.")] = None,
+    reload_seconds: Annotated[float | None, typer.Option(help="Between two looks at the store. Default: 1.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,

@@ -23,6 +23,15 @@ class Opening:
         self._parts: Parts | None = None
         self.failure: BaseException | None = None
 
+    @property
+    def ready(self) -> bool:
+        return self._parts is not None
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two looks at the store."""
+        return self._parts.settings.reload_seconds if self._parts else 1.0
+
     def opened(self, parts: Parts) -> None:
         self._parts = parts
 

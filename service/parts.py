@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.embedder import Embedder, open_embedder
 from engine.engine import Engine
 from engine.worker import EngineWorker
+from service.keys import KeyRing
+from service.metrics import Metrics
 from service.model import engine_config, model_id
 from service.retrieval import Retriever, calibrate_threshold
 from service.serving import GENERALIST, Catalogue, Policy, choose_candidate
@@ -34,7 +36,10 @@ class Parts:
     store: Store
     retriever: Retriever
     catalogue: Catalogue
+    keys: KeyRing
+    metrics: Metrics
     policy: Policy
+    changes: int  # the store's count of changes when retriever and catalogue were read
     started: int  # seconds since 1970
 
     @property
@@ -54,6 +59,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         store = stack.enter_context(open_store(settings.store))
         embedder = open_embedder(settings.embedder)
         engine = stack.enter_context(Engine.open(config))
+        changes = store.changes.count()  # before the rest: what changes in between is read again
         catalogue = Catalogue.read(store, engine.card.fingerprint)
         policy = Policy(engine.plan, settings.unknown_task, settings.keep, settings.scorer)
         if settings.unknown_task == "generalist":  # refused now rather than at the first query that needs it
@@ -68,9 +74,20 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
             store=store,
             retriever=retriever,
             catalogue=catalogue,
+            keys=KeyRing(store.keys.list()),
+            metrics=Metrics(engine, worker),
             policy=policy,
+            changes=changes,
             started=int(time.time()),
         )
+
+
+def reread(parts: Parts) -> Parts:
+    """The same parts with the store's tasks as they are now. The old ones stay good for the requests that hold them."""
+    changes = parts.store.changes.count()
+    catalogue = Catalogue.read(parts.store, parts.catalogue.model)
+    retriever = open_retriever(parts.settings, parts.store, parts.retriever.embedder, catalogue.retrievable)
+    return replace(parts, catalogue=catalogue, retriever=retriever, changes=changes)
 
 
 def open_retriever(settings: Settings, store: Store, embedder: Embedder, tasks: Sequence[str]) -> Retriever:

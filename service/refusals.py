@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from store.errors import Busy, MoepagerError, NotFound
+from store.errors import Busy, MoepagerError, NotFound, TooMany, Unauthorized
 
 log = logging.getLogger("moepager.service")
 
@@ -49,8 +49,19 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MoepagerError)
     if error.status >= 500:
         log.warning("request %s refused: %s", request.scope.get("request_id"), error)
-    headers = {"retry-after": RETRY_AFTER} if isinstance(error, Busy) else None
-    return JSONResponse(error_body(error), error.status, headers)
+    return refusal(error)
+
+
+def refusal(error: MoepagerError) -> JSONResponse:
+    return JSONResponse(error_body(error), error.status, _headers(error))
+
+
+def _headers(error: MoepagerError) -> dict[str, str]:
+    if isinstance(error, TooMany):
+        return {"retry-after": str(error.seconds)}
+    if isinstance(error, Unauthorized):
+        return {"www-authenticate": "Bearer"}
+    return {"retry-after": RETRY_AFTER} if isinstance(error, Busy) else {}
 
 
 async def _refuse_body(_request: Request, error: Exception) -> JSONResponse:

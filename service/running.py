@@ -6,7 +6,6 @@ The device belongs to the engine's own thread; here is only waiting and cancelli
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -14,12 +13,12 @@ from fastapi import Request
 
 from engine.requests import Event, FinishedEvent
 from engine.worker import TokenStream
+from service.access_log import log_query
 from service.answer import Prepared, make_receipt
+from service.metrics import Metrics
 from service.parts import Parts
 from service.receipt import Receipt
 from store.errors import Busy, MoepagerError, TimedOut
-
-log = logging.getLogger("moepager.service")
 
 PING_SECONDS = 15.0  # a silent stream sends a comment this often
 
@@ -27,14 +26,19 @@ PING_SECONDS = 15.0  # a silent stream sends a comment this often
 class Running:
     """A submitted prompt. `cancel` may be called at any time, from any thread, and more than once."""
 
-    def __init__(self, prepared: Prepared, stream: TokenStream, timeout: float) -> None:
+    def __init__(self, prepared: Prepared, stream: TokenStream, metrics: Metrics, timeout: float) -> None:
         self.prepared = prepared
         self._stream = stream
+        self._metrics = metrics
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
+        self._first: float | None = None  # when the first token came
+        self._told = False
 
     def cancel(self) -> None:
+        """Harmless once it has ended; before, it is the end."""
         self._stream.cancel()
+        self._tell("cancelled")
 
     async def events(self) -> AsyncIterator[Event]:
         """Tokens, then one FinishedEvent. Raises TimedOut, having cancelled, when the request's time is over."""
@@ -44,13 +48,19 @@ class Running:
                 async with asyncio.timeout(self._deadline - time.monotonic()):
                     event = await anext(iterator)
             except TimeoutError:
+                self._tell("timeout")
                 self.cancel()
                 raise TimedOut(
                     f"The answer was not finished within {self._timeout:g} s. Ask for fewer tokens, try when the "
                     "service is less busy, or raise MOEPAGER_REQUEST_TIMEOUT."
                 ) from None
-            if isinstance(event, FinishedEvent):
-                log_answer(self.prepared, event)
+            except Exception:  # whatever the engine failed with is an end too, and goes on to the client
+                self._tell("error")
+                raise
+            if not isinstance(event, FinishedEvent):
+                self._first = self._first or time.monotonic()
+            else:
+                self._tell(event.reason, event)
                 if event.reason == "cancelled":
                     raise Busy("The answer was cancelled before it was finished: the service is stopping. Try again.")
             yield event
@@ -63,6 +73,21 @@ class Running:
                 return event
         raise AssertionError("a token stream ends with a FinishedEvent")
 
+    def _tell(self, outcome: str, finished: FinishedEvent | None = None) -> None:
+        """Count and log the end, once."""
+        if self._told:
+            return
+        self._told = True
+        task = self.prepared.serving.retrieval.task
+        self._metrics.ended(task, self.prepared.serving.mode, outcome)
+        if finished is not None:
+            self._metrics.finished(task, finished, self._each(finished))
+        log_query(self.prepared, outcome, finished)
+
+    def _each(self, finished: FinishedEvent) -> float | None:
+        further = finished.completion_tokens - 1
+        return (time.monotonic() - self._first) / further if self._first is not None and further > 0 else None
+
     def receipt(self, finished: FinishedEvent) -> Receipt:
         return make_receipt(self.prepared, finished)
 
@@ -73,7 +98,7 @@ def submit(prepared: Sequence[Prepared], parts: Parts) -> list[Running]:
     try:
         for one in prepared:
             stream = parts.worker.submit(one.request)
-            running.append(Running(one, stream, parts.settings.request_timeout))
+            running.append(Running(one, stream, parts.metrics, parts.settings.request_timeout))
     except MoepagerError:
         cancel_all(running)
         raise
@@ -119,14 +144,3 @@ async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, Event] 
     finally:
         for task in pending:
             task.cancel()
-
-
-def log_answer(prepared: Prepared, finished: FinishedEvent) -> None:
-    served, retrieval = finished.served, prepared.serving.retrieval
-    log.info(
-        "request=%s task=%s reason=%s similarity=%s mode=%s keep=%g experts=%d paged=%d bytes=%d swap_ms=%.1f "
-        "ttft_ms=%.1f tokens=%d+%d end=%s",
-        prepared.question.id, retrieval.task, retrieval.reason, retrieval.similarity, served.mode,
-        prepared.serving.keep, served.experts, served.experts_paged, served.bytes_paged, served.swap_ms, served.ttft_ms,
-        finished.prompt_tokens, finished.completion_tokens, finished.reason,
-    )  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from service.serving import Wish
 from store.errors import InvalidInput
 from store.records import Mode
 
 MAX_STOPS = 16
+MOST_ITEMS = 20_000  # of a task's text; the body's own limit is mostly met before
 MODES: Mapping[str, Mode] = {"mask": "mask", "exact": "exact"}
 
 Tokens = Annotated[int, Field(ge=1)]
@@ -67,6 +68,50 @@ class RetrieveBody(Body):
     """`POST /v1/retrieve`."""
 
     query: Text
+
+
+class JobBody(Body):
+    """`POST /v1/jobs`."""
+
+    task: Text
+
+
+class Turn(Body):
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class ItemBody(Body):
+    """One item of calibration or evaluation text: a prompt, a prompt with its answer, or a conversation."""
+
+    prompt: Text | None = None
+    response: str | None = None
+    messages: Annotated[list[Turn], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ItemBody:
+        if (self.prompt is None) == (self.messages is None) or (self.messages and self.response is not None):
+            raise ValueError("an item is {prompt}, {prompt, response} or {messages}")
+        return self
+
+    def json_item(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+class TaskBody(Body):
+    """`POST /v1/tasks`. Without calibration items the exemplars are the calibration text."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    description: Annotated[str, Field(max_length=2000)] = ""
+    exemplars: Annotated[list[Text], Field(max_length=1000)] = Field(default_factory=list)
+    calibration: Annotated[list[ItemBody], Field(max_length=MOST_ITEMS)] = Field(default_factory=list)
+    evaluation: Annotated[list[ItemBody], Field(max_length=MOST_ITEMS)] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _has_text(self) -> TaskBody:
+        if not self.exemplars and not self.calibration:
+            raise ValueError("a task needs exemplars, calibration items, or both")
+        return self
 
 
 def checked_mode(mode: str | None) -> Mode | None:

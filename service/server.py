@@ -37,10 +37,12 @@ def serve(settings: Settings, bound: socket.socket) -> None:
     # Seconds to import, torch among them: the plan is shown and what is wrong refused before.
     import uvicorn  # noqa: PLC0415
 
+    from service.access_log import write_lines  # noqa: PLC0415
     from service.app import create_app  # noqa: PLC0415
     from service.parts import open_parts  # noqa: PLC0415
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    write_lines()
     app = create_app(lambda: open_parts(settings), on_failure=lambda: setattr(server, "should_exit", True))
     server = uvicorn.Server(uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS))
     host, port = bound.getsockname()[:2]

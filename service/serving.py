@@ -54,7 +54,7 @@ class Catalogue:
         others = [other for other in store.models.list() if other.fingerprint != model]
         tasks, elsewhere = {}, {}
         for task in store.tasks.list():
-            profile = store.profiles.latest(model, task.name)
+            profile = store.profiles.latest(model, task.name, proven=True)
             if profile is not None:
                 candidates = read_candidates(store, profile.id)
                 tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, candidates)

@@ -57,6 +57,8 @@ class Settings(BaseSettings):
     answer_tokens: int = Field(default=512, gt=0)  # the limit of an answer whose request names none
     queue_size: int = Field(default=64, gt=0)
     request_timeout: float = Field(default=600.0, gt=0)  # seconds
+    job_memory: Memory | None = None  # bytes for a profiling job, beside the service's own; None: the same as memory
+    reload_seconds: float = Field(default=1.0, gt=0)  # between two looks whether tasks or keys in the store changed
     device: str = "cpu"
     dtype: str = "auto"
     threads: int | None = Field(default=None, gt=0)  # None: torch's own choice

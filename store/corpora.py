@@ -1,4 +1,4 @@
-"""The text of tasks that are profiled over REST. Rows in, records out; what an item must look like the profiler knows."""
+"""The text of tasks that are profiled over REST. Rows in, records out; the profiler knows what an item is."""
 
 from __future__ import annotations
 

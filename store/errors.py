@@ -2,11 +2,14 @@
 
 MoepagerError                 shown as it is: exit code 2 at the command line, `status` over HTTP
 ├─ InvalidInput               400  a parameter, a file or a text is wrong
+├─ Unauthorized               401  no key, or one that nobody knows
+├─ Forbidden                  403  a key that may not do this
 ├─ NotFound                   404  a model, task, profile or job that is not there
 ├─ Conflict                   409  it exists already, or another run holds it
 ├─ MismatchError              409  a profile, index or store that belongs to another model or embedder
 ├─ CheckpointError            422  a model folder that can't be served: missing, truncated, pickled, unsupported
 ├─ BudgetError                422  a memory budget that can't hold what was asked
+├─ TooMany                    429  a key has used up its requests of this minute
 ├─ Busy                       503  a bounded queue is full, or something is still loading
 ├─ TimedOut                   504  an answer was not finished in its time
 ├─ StoreUnreachable           503  the database can't be opened, or was lost
@@ -34,6 +37,29 @@ class InvalidInput(MoepagerError):
         self.param = param
         if code is not None:
             self.code = code
+
+
+class Unauthorized(MoepagerError):
+    """No key, or one that nobody knows. The code is the one that OpenAI's clients know."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(MoepagerError):
+    status = 403
+    code = "insufficient_permissions"
+
+
+class TooMany(MoepagerError):
+    """A key has used up its requests; `seconds` until it may ask again."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class NotFound(MoepagerError):

@@ -47,9 +47,12 @@ class Profiles:
         with self._database.read() as session:
             return _profile(_require_profile(session, id))
 
-    def latest(self, model: str, task: str) -> Profile | None:
-        """The youngest profile of `task` for the model with this fingerprint."""
+    def latest(self, model: str, task: str, *, proven: bool = False) -> Profile | None:
+        """The youngest profile of `task` for the model with this fingerprint; `proven`: one with evidence first."""
         query = select(ProfileRow).where(ProfileRow.model == model, ProfileRow.task == task)
+        if proven:
+            made = select(EvaluationRow.id).join(SelectionRow, SelectionRow.id == EvaluationRow.selection)
+            query = query.order_by(made.where(SelectionRow.profile == ProfileRow.id).exists().desc())
         with self._database.read() as session:
             row = session.scalars(query.order_by(ProfileRow.created.desc(), ProfileRow.id).limit(1)).first()
             return None if row is None else _profile(row)

@@ -175,7 +175,7 @@ class ChangesRow(Row):
 
 
 class KeyRow(Row):
-    """`digest` is the sha256 of the key, which itself is never stored; `per_minute` is empty where nothing limits it."""
+    """`digest` is the sha256 of the key, which is never stored; `per_minute` is empty where nothing limits it."""
 
     __tablename__ = "keys"
     __table_args__ = (CheckConstraint("role IN ('query', 'operator')", name="role_is_known"),)

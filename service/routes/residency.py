@@ -10,6 +10,7 @@ from fastapi import APIRouter
 
 from engine.engine import Engine
 from service.context import PartsDep
+from service.guard import operators_only
 
 router = APIRouter(tags=["residency"])
 
@@ -27,7 +28,7 @@ async def residency(parts: PartsDep) -> dict[str, Any]:
     }
 
 
-@router.delete("/v1/residency")
+@router.delete("/v1/residency", dependencies=[operators_only])
 async def evict(parts: PartsDep) -> dict[str, Any]:
     """So that the next request of every task is served cold. Waits for its turn on the device."""
     evicted = await asyncio.wrap_future(parts.worker.run(Engine.evict))

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from service.context import PartsDep
-from service.serving import Candidate, Policy, ProfiledTask, choose_candidate
-from store.errors import MoepagerError
+from service.guard import operators_only
+from service.parts import Parts
+from service.reloading import Reloader
+from service.routes.jobs import refuse_active
+from service.schemas import TaskBody
+from service.serving import GENERALIST, Candidate, Policy, ProfiledTask, choose_candidate
+from store.errors import InvalidInput, MoepagerError
+from store.records import StoredCorpus, TaskRecord
 
 router = APIRouter(tags=["tasks"])
 
@@ -17,6 +25,43 @@ router = APIRouter(tags=["tasks"])
 async def list_tasks(parts: PartsDep) -> dict[str, Any]:
     tasks = sorted(parts.catalogue.tasks.values(), key=lambda task: task.name)
     return {"model": parts.model_id, "tasks": [task_object(task, parts.policy) for task in tasks]}
+
+
+@router.post("/v1/tasks", status_code=201, dependencies=[operators_only])
+async def create_task(body: TaskBody, parts: PartsDep) -> dict[str, Any]:
+    """Stores the text. `POST /v1/jobs` then profiles it, and with its profile the task is in service."""
+    await asyncio.to_thread(store_task, body, parts)
+    sizes = {"exemplars": len(body.exemplars), "calibration": len(body.calibration), "evaluation": len(body.evaluation)}
+    return {"task": body.name, "description": body.description, **sizes}
+
+
+@router.delete("/v1/tasks/{name:path}", dependencies=[operators_only])
+async def delete_task(name: str, request: Request, parts: PartsDep) -> dict[str, Any]:
+    """With its text, exemplars, profiles and evidence. Queries under way end as they began."""
+    await asyncio.to_thread(remove_task, name, parts)
+    reloader: Reloader = request.app.state.reloader
+    await reloader.reload()
+    return {"task": name, "deleted": True}
+
+
+def store_task(body: TaskBody, parts: Parts) -> None:
+    if body.name == GENERALIST:
+        raise InvalidInput(f"The name {GENERALIST!r} stands for all tasks together; choose another.", param="name")
+    items = [[item.json_item() for item in split] for split in (body.calibration, body.evaluation)]
+    corpus = StoredCorpus(body.name, tuple(body.exemplars), tuple(items[0]), tuple(items[1]))
+    parts.store.corpora.create(TaskRecord(body.name, body.description), corpus, datetime.now(UTC))
+
+
+def remove_task(name: str, parts: Parts) -> None:
+    refuse_active(name, parts)
+    parts.store.tasks.delete(name)
+
+
+@router.post("/v1/tasks/reload", dependencies=[operators_only])
+async def reload_tasks(request: Request) -> dict[str, Any]:
+    """Read tasks, exemplars and keys from the store now; it also happens by itself within a second of a change."""
+    reloader: Reloader = request.app.state.reloader
+    return await list_tasks(await reloader.reload())
 
 
 def task_object(task: ProfiledTask, policy: Policy) -> dict[str, Any]:

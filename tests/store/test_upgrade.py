@@ -185,7 +185,7 @@ def test_a_new_migration_is_written_from_what_the_tables_lack(
     first = migrations / "m0001_the_first_tables.py"
     first.write_text(first.read_text().replace('        sa.Column("description", sa.Text(), nullable=False),\n', ""))
     write_migration("tasks have descriptions")
-    written = (migrations / "m0002_tasks_have_descriptions.py").read_text()
+    written = (migrations / "m0003_tasks_have_descriptions.py").read_text()
     assert "sa.Column('description', sa.Text(), nullable=False)" in written
     assert written.count("add_column") == written.count("drop_column") == 1
-    assert "m0002" in capsys.readouterr().out
+    assert "m0003" in capsys.readouterr().out

@@ -1,0 +1,127 @@
+"""Who may ask, and how often: keys, their limits, and headers that keep browsers careful. Plain ASGI, before routes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import Depends, Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.context import Opening
+from service.refusals import refusal
+from store.errors import Forbidden, MoepagerError, TooMany, Unauthorized
+from store.records import ApiKey
+
+OPEN = frozenset({"/healthz", "/health", "/readyz"})  # probes carry no key
+PAGES = ("/docs", "/redoc")  # the framework's own pages bring scripts and styles
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+ROUNDING = 1e-9  # of adding up parts of a token
+STRICT = "default-src 'none'; frame-ancestors 'none'"
+
+
+class SecurityHeaders:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                if not scope["path"].startswith(PAGES):
+                    headers["content-security-policy"] = STRICT
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+
+
+class Guard:
+    """Lets a request through with its key in `scope["api_key"]` (None where the service has no keys), or refuses it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._limits = Limits()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            send = _counted(scope, send)
+            try:
+                scope["api_key"] = self._admitted(scope)
+            except MoepagerError as error:
+                await refusal(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _admitted(self, scope: Scope) -> ApiKey | None:
+        opening: Opening = scope["app"].state.opening
+        ring = opening.current().keys  # while it loads, nobody knows whether keys are needed
+        if not len(ring):
+            return None
+        kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not secret.strip():
+            raise Unauthorized("This service needs a key: send `Authorization: Bearer KEY`. Its operator makes keys.")
+        key = ring.find(secret.strip())
+        if key is None:
+            raise Unauthorized("Nobody knows this key. Check it, or ask the operator for a new one: it may be revoked.")
+        self._limits.take(key)
+        return key
+
+
+def _counted(scope: Scope, send: Send) -> Send:
+    opening: Opening = scope["app"].state.opening
+
+    async def counting(message: Message) -> None:
+        if message["type"] == "http.response.start" and opening.ready:
+            opening.current().metrics.answered(message["status"])
+        await send(message)
+
+    return counting
+
+
+@dataclass(slots=True)
+class _Bucket:
+    tokens: float
+    filled: float
+
+
+class Limits:
+    """A bucket a key: it holds a minute's requests and fills evenly. One process's own; belongs to one thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[str, _Bucket] = {}
+
+    def take(self, key: ApiKey) -> None:
+        """Raises TooMany where the bucket is empty."""
+        if key.per_minute is None:
+            return
+        now, rate = self._clock(), key.per_minute / 60
+        bucket = self._buckets.setdefault(key.id, _Bucket(key.per_minute, now))
+        bucket.tokens = min(float(key.per_minute), bucket.tokens + (now - bucket.filled) * rate)
+        bucket.filled = now
+        if bucket.tokens < 1 - ROUNDING:
+            seconds = math.ceil((1 - bucket.tokens) / rate - ROUNDING)
+            raise TooMany(
+                f"Key {key.name!r} may ask {key.per_minute} times a minute, and has. Try again in {seconds} s.", seconds
+            )
+        bucket.tokens -= 1
+
+
+def require_operator(request: Request) -> None:
+    key: ApiKey | None = request.scope.get("api_key")
+    if key is not None and key.role != "operator":
+        raise Forbidden(
+            f"{request.method} {request.url.path} is for operators; key {key.name!r} may only query. Ask the operator."
+        )
+
+
+operators_only = Depends(require_operator)

@@ -1,0 +1,100 @@
+"""What a service counts, in Prometheus's form. The only file that imports prometheus_client.
+
+A registry a service, not the library's global one, so that two services in a process do not add up. Tasks are labels:
+there are as many as are profiled, since a request can't name another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from engine.engine import Engine
+from engine.requests import FinishedEvent
+from engine.worker import EngineWorker
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+NO_TASK = "none"
+FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds to the first token
+EACH = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)  # seconds a further token
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+class Metrics:
+    def __init__(self, engine: Engine, worker: EngineWorker) -> None:
+        self.registry = CollectorRegistry()
+        self._engine, self._worker = engine, worker
+        of_task = ("task", "mode")
+        self._requests = self._counter("requests", "Queries that ended, and how.", (*of_task, "outcome"))
+        self._responses = self._counter("responses", "HTTP answers.", ("status",))
+        self._abstentions = self._counter("abstentions", "Queries that were near no task.")
+        self._tokens = self._counter("tokens", "Tokens read and written.", ("kind",))
+        self._swaps = self._counter("swaps", "Queries that had to wait for experts.", of_task)
+        self._bytes = self._counter("bytes_paged", "Bytes of experts read for queries.", of_task)
+        self._hits = self._counter("expert_hits", "Experts of a selection that were there already.", ("task",))
+        self._misses = self._counter("expert_misses", "Experts of a selection that had to be paged in.", ("task",))
+        self._ttft = self._histogram("ttft_seconds", "From the queue to the first token.", FIRST, of_task)
+        self._tpot = self._histogram("tpot_seconds", "For each further token.", EACH, of_task)
+        self._swap = self._histogram("swap_seconds", "Waiting for experts.", FIRST, of_task)
+        self._coverage = self._histogram("coverage", "Router weight inside the selection.", SHARES, ("task",))
+        self._gauges()
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(f"moepager_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...]) -> Histogram:
+        return Histogram(f"moepager_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def _gauges(self) -> None:
+        """Read when they are asked for."""
+        read: dict[str, tuple[str, Callable[[], float]]] = {
+            "queue_length": ("Queries that wait.", lambda: self._worker.waiting),
+            "running": ("Queries that are decoded now.", lambda: self._worker.running),
+            "slots": ("Slots for experts on the device.", lambda: self._engine.residency().slots),
+            "slots_resident": ("Slots that hold an expert.", lambda: self._engine.residency().resident),
+            "slots_leased": ("Slots that running queries hold.", lambda: self._engine.residency().leased),
+            "hit_rate": ("Share of selected experts that were there already, since start.", self.hit_rate),
+        }
+        for name, (text, function) in read.items():
+            Gauge(f"moepager_{name}", text, registry=self.registry).set_function(function)
+
+    def hit_rate(self) -> float:
+        """NaN until a selection was leased."""
+        hits, misses = _sum(self._hits), _sum(self._misses)
+        return hits / (hits + misses) if hits + misses else float("nan")
+
+    def abstained(self) -> None:
+        self._abstentions.inc()
+
+    def answered(self, status: int) -> None:
+        self._responses.labels(str(status)).inc()
+
+    def ended(self, task: str | None, mode: str, outcome: str) -> None:
+        self._requests.labels(task or NO_TASK, mode, outcome).inc()
+
+    def finished(self, task: str | None, finished: FinishedEvent, each: float | None) -> None:
+        """What an answer cost; `each` is seconds for each further token, None where there was only one."""
+        served, name = finished.served, task or NO_TASK
+        self._tokens.labels("prompt").inc(finished.prompt_tokens)
+        self._tokens.labels("completion").inc(finished.completion_tokens)
+        self._bytes.labels(name, served.mode).inc(served.bytes_paged)
+        if served.experts_paged:
+            self._swaps.labels(name, served.mode).inc()
+            self._swap.labels(name, served.mode).observe(served.swap_ms / 1000)
+        if finished.completion_tokens:
+            self._ttft.labels(name, served.mode).observe(served.ttft_ms / 1000)
+        if each is not None:
+            self._tpot.labels(name, served.mode).observe(each)
+        if served.mode == "mask":
+            self._coverage.labels(name).observe(served.coverage)
+            self._hits.labels(name).inc(max(0, served.experts - served.experts_paged))
+            self._misses.labels(name).inc(served.experts_paged)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+def _sum(counter: Counter) -> float:
+    return sum(one.value for metric in counter.collect() for one in metric.samples if one.name.endswith("_total"))

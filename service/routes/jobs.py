@@ -1,0 +1,106 @@
+"""`/v1/jobs`: start, watch and cancel the profiling of tasks. For operators."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from service.context import PartsDep, RequestId
+from service.guard import operators_only
+from service.jobs import JobRunner
+from service.parts import Parts
+from service.refusals import with_error_frame
+from service.schemas import JobBody
+from service.sse import PING, EventStream, named_frame
+from store.errors import Conflict
+from store.records import Job, JobState
+
+router = APIRouter(tags=["jobs"], dependencies=[operators_only])
+
+ACTIVE: tuple[JobState, ...] = ("queued", "running")
+LOOK_SECONDS = 0.5
+PING_LOOKS = 30  # looks without news between two comments
+
+
+@router.post("/v1/jobs", status_code=202)
+async def start_job(body: JobBody, request: Request, parts: PartsDep) -> dict[str, Any]:
+    job = await asyncio.to_thread(queue_job, body.task, parts)
+    runner: JobRunner = request.app.state.jobs
+    runner.wake()
+    return job_object(job)
+
+
+@router.get("/v1/jobs")
+async def list_jobs(parts: PartsDep) -> dict[str, Any]:
+    jobs = await asyncio.to_thread(parts.store.jobs.list)
+    return {"jobs": [job_object(job) for job in jobs]}
+
+
+@router.get("/v1/jobs/{job}")
+async def get_job(job: str, parts: PartsDep) -> dict[str, Any]:
+    return job_object(await asyncio.to_thread(parts.store.jobs.get, job))
+
+
+@router.get("/v1/jobs/{job}/events")
+async def job_events(job: str, name: RequestId, parts: PartsDep) -> Response:
+    """The job whenever it changes, as server-sent events, until it has ended."""
+    first = await asyncio.to_thread(parts.store.jobs.get, job)
+    frames = with_error_frame(name, job_frames(first, parts), partial(named_frame, "error"))
+    return EventStream(frames, {}, lambda: None)
+
+
+@router.delete("/v1/jobs/{job}")
+async def cancel_job(job: str, parts: PartsDep) -> dict[str, Any]:
+    return job_object(await asyncio.to_thread(cancel, job, parts))
+
+
+def queue_job(task: str, parts: Parts) -> Job:
+    """Raises NotFound for a task without text, Conflict where a job of the task has not ended."""
+    parts.store.corpora.get(task)
+    refuse_active(task, parts)
+    now = datetime.now(UTC)
+    job = Job(f"job-{uuid.uuid4().hex}", parts.catalogue.model, task, "queued", 0.0, "waits for its turn", now, now)
+    parts.store.jobs.put(job)
+    return job
+
+
+def refuse_active(task: str, parts: Parts) -> None:
+    for job in parts.store.jobs.list():
+        if job.task == task and job.state in ACTIVE:
+            raise Conflict(f"Job {job.id} of task {task!r} is {job.state}. Wait for its end, or cancel it.")
+
+
+def cancel(name: str, parts: Parts) -> Job:
+    """Its process ends within about a second. Raises Conflict where the job has ended."""
+    job = parts.store.jobs.get(name)
+    if not parts.store.jobs.change(name, ACTIVE, state="cancelled", detail="cancelled by request"):
+        raise Conflict(
+            f"Job {name} is {parts.store.jobs.get(name).state} already; only a job that has not ended can be."
+        )
+    return parts.store.jobs.get(job.id)
+
+
+async def job_frames(job: Job, parts: Parts) -> AsyncIterator[bytes]:
+    yield named_frame("job", job_object(job))
+    quiet = 0
+    while job.state in ACTIVE:
+        await asyncio.sleep(LOOK_SECONDS)
+        now = await asyncio.to_thread(parts.store.jobs.get, job.id)
+        if (now.state, now.progress, now.detail) != (job.state, job.progress, job.detail):
+            yield named_frame("job", job_object(now))
+            quiet = 0
+        elif (quiet := quiet + 1) % PING_LOOKS == 0:
+            yield PING
+        job = now
+
+
+def job_object(job: Job) -> dict[str, Any]:
+    return {**asdict(job), "created": job.created.isoformat(), "updated": job.updated.isoformat()}

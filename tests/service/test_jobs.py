@@ -1,0 +1,214 @@
+"""Tasks and jobs over REST: from a task's text to its profile in service, with a real profiling process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+import service.jobs
+from service.app import create_app
+from service.jobs import Attempt, command, without_password
+from service.parts import Parts, reread
+from store.database import open_store
+from store.errors import NotFound
+from store.records import Job, StoredCorpus, TaskRecord
+
+GARDEN = ["when do I plant tomatoes outside", "when do I plant beans outside", "how deep do I plant a bulb"]
+TASK: dict[str, Any] = {
+    "name": "garden",
+    "description": "plants",
+    "exemplars": GARDEN,
+    "calibration": [{"prompt": f"plant {n}", "response": f"in month {n}"} for n in range(4)],
+    "evaluation": [{"prompt": f"sow {n}", "response": f"in week {n}"} for n in range(3)],
+}
+
+
+@pytest.fixture
+def own(parts: Parts, stock: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
+    """The parts over a store and a data folder of the test's own."""
+    monkeypatch.setenv("MOEPAGER_HOME", str(tmp_path))
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    stock(url)
+    update = {"store": url, "reload_seconds": 0.05, "job_memory": 2**30}
+    with open_store(url) as store:
+        yield reread(replace(parts, settings=parts.settings.model_copy(update=update), store=store))
+
+
+@pytest.fixture
+def running(own: Parts) -> Iterator[TestClient]:
+    with TestClient(create_app(lambda: nullcontext(own))) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        yield client
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def state_of(client: TestClient, job: str) -> str:
+    state: str = client.get(f"/v1/jobs/{job}").json()["state"]
+    return state
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the place of the profiling, a process that tells its id and one step, then waits for its parent's end."""
+    pid = tmp_path / "pid"
+    told = json.dumps({"progress": {"task": "garden", "stage": "calibrate", "done": 1, "total": 4}})
+    tell = f"print({told!r}, flush=True); pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
+    code = f"import os, pathlib; {tell}; os.read(0, 1)"
+    monkeypatch.setattr(service.jobs, "command", lambda task, parts, folder: [service.jobs.sys.executable, "-c", code])
+    monkeypatch.setattr(service.jobs, "BEAT_SECONDS", 0.05)
+    return pid
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_a_task_is_created_profiled_watched_served_and_deleted(
+    running: TestClient, own: Parts, events_of: Callable[[str], list[tuple[str, Any]]]
+) -> None:
+    assert running.post("/v1/tasks", json=TASK).status_code == 201
+    started = running.post("/v1/jobs", json={"task": "garden"})
+    assert (started.status_code, started.json()["state"]) == (202, "queued")
+    events = events_of(running.get(f"/v1/jobs/{started.json()['id']}/events").text)
+    last = events[-1][1]
+    assert (events[-1][0], last["state"], last["progress"]) == ("job", "done", 1.0), last
+    wait_for(lambda: "garden" in [t["task"] for t in running.get("/v1/tasks").json()["tasks"]])
+    query = {"query": GARDEN[0], "max_tokens": 2}
+    wait_for(lambda: running.post("/v1/query", json=query).json()["task"] == "garden")
+    assert running.post("/v1/query", json=query).json()["receipt"]["mode"] == "mask"
+    assert [e.text for e in own.store.exemplars.list(task="garden")] == GARDEN
+    assert running.delete("/v1/tasks/garden").json() == {"task": "garden", "deleted": True}
+    assert running.post("/v1/query", json=query).json()["task"] is None
+    assert running.post("/v1/jobs", json={"task": "garden"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"exemplars": [], "calibration": []}, None),
+        ({"name": "generalist"}, "name"),
+        ({"name": " x "}, "task"),
+        ({"path": "/etc/passwd"}, "path"),
+        ({"calibration": [{"response": "no prompt"}]}, "calibration[0]"),
+        ({"calibration": [{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}]}, "calibration[0]"),
+        ({"exemplars": ["x"] * 1001}, "exemplars"),
+    ],
+)
+def test_a_task_that_makes_no_sense_is_refused(running: TestClient, change: dict[str, Any], param: str | None) -> None:
+    answer = running.post("/v1/tasks", json=TASK | change)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_names_are_taken_once_and_jobs_run_once_a_task(running: TestClient, sleeper: Path) -> None:
+    assert running.post("/v1/tasks", json=TASK).status_code == 201
+    assert running.post("/v1/tasks", json=TASK).status_code == 409
+    job = running.post("/v1/jobs", json={"task": "garden"}).json()["id"]
+    assert running.post("/v1/jobs", json={"task": "garden"}).status_code == 409
+    assert running.delete("/v1/tasks/garden").status_code == 409
+    running.delete(f"/v1/jobs/{job}")
+    assert running.delete("/v1/tasks/garden").status_code == 200
+
+
+def test_a_running_job_tells_its_progress_and_ends_when_it_is_cancelled(running: TestClient, sleeper: Path) -> None:
+    running.post("/v1/tasks", json=TASK)
+    job = running.post("/v1/jobs", json={"task": "garden"}).json()["id"]
+    wait_for(lambda: running.get(f"/v1/jobs/{job}").json()["detail"] == "calibrate 1 of 4")
+    assert running.get("/v1/jobs").json()["jobs"][0]["progress"] == 0.125
+    pid = int(sleeper.read_text())
+    assert running.delete(f"/v1/jobs/{job}").json()["state"] == "cancelled"
+    wait_for(lambda: not alive(pid))
+    assert state_of(running, job) == "cancelled"
+    assert running.delete(f"/v1/jobs/{job}").status_code == 409
+
+
+def test_a_profiling_that_is_killed_fails_and_says_so(running: TestClient, sleeper: Path) -> None:
+    running.post("/v1/tasks", json=TASK)
+    job = running.post("/v1/jobs", json={"task": "garden"}).json()["id"]
+    wait_for(lambda: sleeper.exists() and sleeper.read_text() != "")
+    os.kill(int(sleeper.read_text()), signal.SIGKILL)
+    wait_for(lambda: state_of(running, job) == "failed")
+    assert "exit code -9" in running.get(f"/v1/jobs/{job}").json()["detail"]
+
+
+def test_a_service_that_stops_puts_its_job_back_and_the_next_takes_it_up(own: Parts, sleeper: Path) -> None:
+    with TestClient(create_app(lambda: nullcontext(own))) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        client.post("/v1/tasks", json=TASK)
+        job = client.post("/v1/jobs", json={"task": "garden"}).json()["id"]
+        wait_for(lambda: sleeper.exists() and sleeper.read_text() != "")
+    pid = int(sleeper.read_text())
+    assert not alive(pid)
+    assert own.store.jobs.get(job).state == "queued"
+    sleeper.unlink()
+    with TestClient(create_app(lambda: nullcontext(own))) as client:
+        wait_for(lambda: sleeper.exists() and state_of(client, job) == "running")
+        client.delete(f"/v1/jobs/{job}")
+
+
+def test_a_job_whose_runner_died_is_taken_up_again(own: Parts, sleeper: Path) -> None:
+    now = datetime.now(UTC)
+    own.store.corpora.create(TaskRecord("garden"), StoredCorpus("garden", tuple(GARDEN), (), ()), now)
+    long_ago = now - timedelta(hours=1)
+    model = own.catalogue.model
+    own.store.jobs.put(Job("dead", model, "garden", "running", 0.4, "calibrate", long_ago, long_ago))
+    own.store.jobs.put(Job("alive", model, "sql", "running", 0.4, "calibrate", now, now + timedelta(hours=1)))
+    own.store.jobs.put(Job("stranger", "another-model", "sql", "running", 0.4, "", long_ago, long_ago))
+    with TestClient(create_app(lambda: nullcontext(own))) as client:
+        wait_for(sleeper.exists)
+        assert state_of(client, "dead") == "running"
+        client.delete("/v1/jobs/dead")
+    assert [own.store.jobs.get(name).state for name in ("alive", "stranger")] == ["running", "running"]
+
+
+def test_the_profiling_process_ends_with_its_parent(own: Parts, tmp_path: Path, sleeper: Path) -> None:
+    """The same reading of standard input as in `profiler.lines`, whose own test kills a real one."""
+    job = Job("j", own.catalogue.model, "garden", "running", 0.0, "", datetime.now(UTC), datetime.now(UTC))
+    own.store.tasks.put(TaskRecord("garden"))
+    own.store.jobs.put(job)
+    stop = threading.Event()
+    attempt = Attempt(job, own, StoredCorpus("garden", tuple(GARDEN), (), ()), tmp_path)
+    threading.Timer(0.5, stop.set).start()
+    assert attempt.run(stop) == "stopped"
+    written = [json.loads(line) for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
+    assert written == [{"prompt": text} for text in GARDEN]
+
+
+def test_a_command_shows_no_password_and_takes_names_for_no_options(own: Parts, tmp_path: Path) -> None:
+    own.store.tasks.put(TaskRecord("--store", "-x"))
+    for name in ("calibration", "evaluation"):
+        (tmp_path / f"{name}.jsonl").write_text("")
+    words = command("--store", own, tmp_path)
+    assert "--task=--store" in words
+    assert not any(word.startswith("--eval") for word in words)
+    assert without_password("postgresql://u:p%40ss@host:1/db") == ("postgresql://u@host:1/db", "p@ss")
+    assert without_password("sqlite:////srv/store.db") == ("sqlite:////srv/store.db", None)
+
+
+def test_an_unknown_job_is_not_found(running: TestClient, own: Parts) -> None:
+    for method, path in (("GET", "/v1/jobs/no"), ("DELETE", "/v1/jobs/no"), ("GET", "/v1/jobs/no/events")):
+        assert running.request(method, path).status_code == 404
+    with pytest.raises(NotFound):
+        own.store.jobs.get("no")

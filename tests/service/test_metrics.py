@@ -1,0 +1,143 @@
+"""What is counted, and the line that is logged for every query."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.app import create_app
+from service.metrics import CONTENT_TYPE, Metrics
+from service.parts import Parts
+
+EGG = {"query": "how long do I boil an egg", "max_tokens": 4}
+FIELDS = "query_id task similarity mode experts_paged bytes_paged swap_ms ttft_ms tokens outcome"
+
+
+@pytest.fixture
+def counted(parts: Parts) -> Iterator[TestClient]:
+    """A service whose counts begin at zero."""
+    with TestClient(
+        create_app(lambda: nullcontext(replace(parts, metrics=Metrics(parts.engine, parts.worker))))
+    ) as client:
+        while client.get("/readyz").status_code == 503:
+            pass
+        yield client
+
+
+def samples(client: TestClient) -> dict[tuple[str, str], float]:
+    """Values by name and labels, written as `mode=mask task=cooking`."""
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == CONTENT_TYPE
+    return {
+        (one.name, " ".join(f"{k}={v}" for k, v in sorted(one.labels.items()))): one.value
+        for family in text_string_to_metric_families(answer.text)
+        for one in family.samples
+    }
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [json.loads(one.message) for one in caplog.records if one.name == "moepager.access"]
+
+
+def test_a_query_is_counted_with_what_it_cost(counted: TestClient, parts: Parts) -> None:
+    counted.delete("/v1/residency")
+    receipt = counted.post("/v1/query", json=EGG).json()["receipt"]
+    found = samples(counted)
+    of_task = "mode=mask task=cooking"
+    assert found["moepager_requests_total", "mode=mask outcome=length task=cooking"] == 1
+    assert found["moepager_ttft_seconds_count", of_task] == found["moepager_tpot_seconds_count", of_task] == 1
+    assert found["moepager_ttft_seconds_sum", of_task] == pytest.approx(receipt["ttft_ms"] / 1000)
+    assert found["moepager_bytes_paged_total", of_task] == receipt["bytes_paged"] > 0
+    assert found["moepager_swaps_total", of_task] == found["moepager_swap_seconds_count", of_task] == 1
+    assert found["moepager_expert_misses_total", "task=cooking"] == receipt["experts_paged"] == receipt["experts"]
+    assert found["moepager_coverage_sum", "task=cooking"] == pytest.approx(receipt["coverage"])
+    assert found["moepager_tokens_total", "kind=completion"] == 4
+    assert found["moepager_tokens_total", "kind=prompt"] == receipt["prompt_tokens"]
+    assert found["moepager_slots", ""] == parts.engine.plan.slots
+    assert found["moepager_slots_resident", ""] == receipt["experts_paged"]
+    assert found["moepager_hit_rate", ""] == 0
+    counted.post("/v1/query", json=EGG)
+    found = samples(counted)
+    assert found["moepager_hit_rate", ""] == 0.5
+    assert found["moepager_expert_hits_total", "task=cooking"] == receipt["experts"]
+    assert found["moepager_swaps_total", of_task] == 1
+    assert (found["moepager_queue_length", ""], found["moepager_running", ""]) == (0, 0)
+
+
+def test_queries_of_no_task_and_refusals_are_counted(counted: TestClient) -> None:
+    counted.post("/v1/query", json={"query": "who won the cup final yesterday", "max_tokens": 2})
+    counted.post("/v1/query", json={"query": ""})
+    found = samples(counted)
+    assert found["moepager_abstentions_total", ""] == 1
+    assert found["moepager_requests_total", "mode=exact outcome=length task=none"] == 1
+    assert (found["moepager_responses_total", "status=200"], found["moepager_responses_total", "status=400"]) == (1, 1)
+    assert ("moepager_hit_rate", "") in found  # NaN: no selection was leased
+
+
+def test_every_query_logs_one_line_of_json(counted: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "moepager.access")
+    answer = counted.post("/v1/query", json=EGG, headers={"x-request-id": "q-1"}).json()
+    [line] = lines(caplog)
+    assert set(FIELDS.split()) <= set(line)
+    receipt = answer["receipt"]
+    for name in ("task", "similarity", "mode", "experts_paged", "bytes_paged", "swap_ms", "ttft_ms", "coverage"):
+        assert line[name] == receipt[name], name
+    assert (line["query_id"], line["tokens"], line["outcome"]) == ("q-1", 4, "length")
+
+
+def test_a_query_that_takes_too_long_is_counted_and_logged_once(
+    scripted: TestClient, worker: Any, parts: Parts, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "moepager.access")
+    worker.delay = 10.0
+    assert scripted.post("/v1/query", json=EGG).status_code == 504
+    time.sleep(0.05)
+    [line] = lines(caplog)
+    assert (line["outcome"], line["tokens"], line["ttft_ms"]) == ("timeout", None, None)
+    assert b'outcome="timeout"' in parts.metrics.text()
+
+
+def test_a_query_whose_engine_fails_is_counted_and_logged_once(
+    scripted_app: Any, worker: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "moepager.access")
+    worker.failure = RuntimeError("no")
+    with TestClient(scripted_app, raise_server_exceptions=False) as client:
+        while client.get("/readyz").status_code == 503:
+            pass
+        assert client.post("/v1/query", json=EGG).status_code == 500
+    assert [line["outcome"] for line in lines(caplog)] == ["error"]
+
+
+def test_every_metric_that_the_dashboard_names_exists(counted: TestClient) -> None:
+    counted.delete("/v1/residency")
+    counted.post("/v1/query", json=EGG)
+    there = {name for name, _ in samples(counted)} | set(
+        re.findall(r"^# TYPE (\w+)", counted.get("/metrics").text, re.M)
+    )
+    board = json.loads((Path(__file__).parents[2] / "deploy" / "grafana-dashboard.json").read_text())
+    named = {n for p in board["panels"] for t in p["targets"] for n in re.findall(r"moepager_\w+", t["expr"])}
+    assert len(named) > 12
+    assert named <= there, named - there
+    families = {re.sub(r"_(total|bucket|sum|count|created)$", "", name) for name in there}
+    shown = {re.sub(r"_(total|bucket)$", "", name) for name in named}
+    assert families == shown, families ^ shown
+
+
+def test_metrics_of_two_services_do_not_add_up(parts: Parts) -> None:
+    first, second = (Metrics(parts.engine, parts.worker) for _ in range(2))
+    first.abstained()
+    counts = [one.registry.get_sample_value("moepager_abstentions_total") for one in (first, second)]
+    assert counts == [1, 0]
