@@ -1,4 +1,4 @@
-"""Decoding under the same memory cap: the engine beside plain transformers and accelerate's disk offload.
+"""Decoding under the same memory cap: the engine beside plain transformers, accelerate's disk offload and llama.cpp.
 
 Same weights, same prompt, same number of tokens; every arm in a process of its own in a control group whose limit
 counts the page cache, files evicted before each. Rounds are interleaved, figures are medians, ratios are taken inside
@@ -15,11 +15,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.decode_arm import Task
+from benchmarks.decode_arm import Task, prompt
 from benchmarks.memory_cap import drop_page_cache, run_capped
 
 SECONDS = 900
+LLAMA = "llama.cpp"
 PYTHON_SHARE = 340 << 20  # what the interpreter with torch and transformers takes of a cap before any weight
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaPeer:
+    """A Python that has llama-cpp-python, and the same checkpoint converted to GGUF in bf16."""
+
+    python: Path
+    gguf: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +56,17 @@ class _Run:
 
 
 def bench_decode(
-    model: Path, arms: Sequence[str], cap: int | None, keep: float, tokens: int, threads: int, rounds: int
+    model: Path,
+    arms: Sequence[str],
+    cap: int | None,
+    keep: float,
+    tokens: int,
+    threads: int,
+    rounds: int,
+    peer: LlamaPeer | None = None,
 ) -> tuple[list[DecodeArm], dict[str, float]]:
-    files = sorted(model.glob("*.safetensors"))
+    files = [*sorted(model.glob("*.safetensors")), *([peer.gguf] if peer else [])]
+    arms = [*arms, *([LLAMA] if peer else [])]
     runs: dict[str, list[_Run]] = {arm: [] for arm in arms}
     failures: dict[str, str] = {}
     for _ in range(rounds):
@@ -57,7 +74,7 @@ def bench_decode(
             if arm in failures:
                 continue
             drop_page_cache(files)
-            found = _run(_task(arm, model, cap, keep, tokens, threads), cap)
+            found = _run(_task(arm, model, cap, keep, tokens, threads), cap, peer)
             if isinstance(found, str):
                 failures[arm] = found
             else:
@@ -71,9 +88,9 @@ def _task(arm: str, model: Path, cap: int | None, keep: float, tokens: int, thre
     return Task(arm, str(model), memory, keep, prompt_tokens=16, tokens=tokens, threads=threads)
 
 
-def _run(task: Task, cap: int | None) -> _Run | str:
+def _run(task: Task, cap: int | None, peer: LlamaPeer | None) -> _Run | str:
     """The arm's figures, or why there are none."""
-    command = [sys.executable, "-m", "benchmarks.decode_arm", json.dumps(asdict(task))]
+    command = _command(task, peer)
     environment = dict(os.environ) | {"OMP_NUM_THREADS": str(task.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     ended = run_capped(command, cap, environment, SECONDS)
     if ended.code != 0:
@@ -81,7 +98,14 @@ def _run(task: Task, cap: int | None) -> _Run | str:
         return f"{killed}: {ended.errors.strip().splitlines()[-1] if ended.errors.strip() else 'no message'}"
     figures = json.loads(ended.output.splitlines()[-1])
     names = ("tok_per_s", "ttft_s", "read_bytes", "peak_anon_bytes")
-    return _Run(*(figures[name] for name in names), peak_group_bytes=ended.peak_bytes)
+    return _Run(**{name: figures[name] for name in names}, peak_group_bytes=ended.peak_bytes)
+
+
+def _command(task: Task, peer: LlamaPeer | None) -> list[str]:
+    if task.arm != LLAMA or peer is None:
+        return [sys.executable, "-m", "benchmarks.decode_arm", json.dumps(asdict(task))]
+    wish = {"gguf": str(peer.gguf), "prompt": prompt(task), "tokens": task.tokens, "threads": task.threads}
+    return [str(peer.python), str(Path(__file__).with_name("llama_arm.py")), json.dumps(wish)]
 
 
 def _summary(name: str, cap: int | None, runs: Sequence[_Run], failed: str | None) -> DecodeArm:

@@ -88,7 +88,7 @@ def paged(task: Task) -> Iterator[int]:
         yield -1
         sampling = Sampling(max_tokens=task.tokens, temperature=0.0, ignore_eos=True)
         mask = task.arm == "mask"
-        request = GenerationRequest(_prompt(task), chosen if mask else None, "mask" if mask else "exact", sampling)
+        request = GenerationRequest(prompt(task), chosen if mask else None, "mask" if mask else "exact", sampling)
         for event in engine.generate([request]):
             if isinstance(event, TokenEvent):
                 yield event.token
@@ -116,7 +116,7 @@ def _greedy(model: Any, task: Task) -> Iterator[int]:
     import torch  # noqa: PLC0415
 
     yield -1
-    ids: Tensor = torch.tensor([_prompt(task)])
+    ids: Tensor = torch.tensor([prompt(task)])
     cache = None
     with torch.inference_mode():
         for _ in range(task.tokens):
@@ -133,7 +133,8 @@ ARMS: dict[str, Callable[[Task], Iterator[int]]] = {
 }
 
 
-def _prompt(task: Task) -> tuple[int, ...]:
+def prompt(task: Task) -> tuple[int, ...]:
+    """The same random tokens for every arm."""
     import random  # noqa: PLC0415
 
     rng = random.Random(task.seed + 1)

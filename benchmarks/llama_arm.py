@@ -1,0 +1,62 @@
+"""llama.cpp's arm of `bench decode`, run by a Python of its own that has llama-cpp-python and none of this project.
+
+`PYTHON llama_arm.py '{"gguf": ..., "prompt": [...], "tokens": 48, "threads": 1}'`: greedy decoding over mmap'd weights,
+one JSON object on the last line, with the fields of the other arms.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    llama_cpp: Any = importlib.import_module("llama_cpp")  # only the peer's own Python has it
+    task: dict[str, Any] = json.loads(sys.argv[1])
+    started = time.perf_counter()
+    limit = len(task["prompt"]) + task["tokens"] + 8
+    threads = task["threads"]
+    llama = llama_cpp.Llama(
+        task["gguf"], n_ctx=limit, n_threads=threads, n_threads_batch=threads, use_mmap=True, verbose=False
+    )
+    opened, before = time.perf_counter(), _read_bytes()
+    times, tokens, anon = [], [], 0
+    for token in llama.generate(task["prompt"], temp=0.0, repeat_penalty=1.0):
+        times.append(time.perf_counter())
+        tokens.append(int(token))
+        anon = max(anon, _anon_bytes())
+        if len(times) == task["tokens"]:
+            break
+    print(
+        json.dumps(
+            {
+                "open_s": opened - started,
+                "ttft_s": times[0] - opened,
+                "tok_per_s": (len(times) - 1) / (times[-1] - times[0]),
+                "read_bytes": _read_bytes() - before,
+                "peak_anon_bytes": anon,
+                "first_tokens": tokens[:8],
+            }
+        )
+    )
+
+
+def _read_bytes() -> int:
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+def _anon_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
