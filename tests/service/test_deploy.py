@@ -1,0 +1,95 @@
+"""The files of deploy/: as far as this machine has the tools to check them, and said where it has not."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    parsed: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    return parsed
+
+
+def test_the_compose_client_accepts_the_file() -> None:
+    docker = shutil.which("docker")
+    if docker is None:
+        pytest.skip("no docker client: compose.yaml is checked by hand-written rules only")
+    if subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("the docker client has no compose plugin: compose.yaml is checked by hand-written rules only")
+    env = {**os.environ, "POSTGRES_PASSWORD": "x"}
+    command = [docker, "compose", "-f", str(DEPLOY / "compose.yaml"), "config", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_compose_file_names_only_what_there_is(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert {"moepager", "postgres", "redis"} == services.keys()
+    for service in services.values():
+        for volume in service.get("volumes", ()):
+            name = volume.split(":")[0]
+            assert name in compose["volumes"] or name.startswith(("$", ".")), volume
+        assert set(service.get("depends_on", ())) <= services.keys()
+    build = services["moepager"]["build"]
+    assert (DEPLOY / build["context"] / build["dockerfile"]).resolve() == (DEPLOY / "Dockerfile").resolve()
+
+
+def test_the_port_is_open_to_this_machine_only(compose: dict[str, Any]) -> None:
+    assert all(port.startswith("127.0.0.1:") for port in compose["services"]["moepager"]["ports"])
+    assert not any("ports" in compose["services"][name] for name in ("postgres", "redis"))
+
+
+def test_settings_that_the_files_name_are_settings(compose: dict[str, Any]) -> None:
+    known = {"MOEPAGER_HOME", *(PREFIX + name.upper() for name in Settings.model_fields)}
+    assert compose["services"]["moepager"]["environment"].keys() <= known
+    set_there = set(re.findall(r"\b(MOEPAGER_[A-Z_]+)=", (DEPLOY / "Dockerfile").read_text()))
+    assert set_there
+    assert set_there <= known
+
+
+def test_the_image_has_both_targets_and_no_rights() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    stages = re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]
+    names = [re.match(r"\S+ AS (\w+)", stage)[1] for stage in stages]  # type: ignore[index]
+    assert names == ["base", "cpu", "cuda"]
+    for stage in stages[1:]:
+        assert stage.index("USER moepager") < stage.index("ENTRYPOINT")
+    for path in re.findall(r"^COPY (\S+) ", text, re.MULTILINE):
+        assert (ROOT / path).exists()
+    pinned = re.findall(r"torch==([\d.]+)", text)
+    assert set(pinned) == set(re.findall(r"torch==([\d.]+)", (ROOT / "Makefile").read_text()))
+
+
+def test_the_unit_is_accepted_by_systemd(tmp_path: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    text = (DEPLOY / "moepager.service").read_text()
+    assert {"[Unit]", "[Service]", "[Install]"} <= set(text.splitlines())
+    if analyze is None:
+        pytest.skip("no systemd-analyze here: the unit's sections are checked, not its words")
+    unit = tmp_path / "moepager.service"
+    unit.write_text(text.replace("/opt/moepager/.venv/bin/moepager", "/bin/true"))
+    done = subprocess.run([analyze, "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert "Unknown" not in done.stderr, done.stderr
+
+
+def test_the_page_for_operators_names_every_setting_metric_board_and_file() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    for name in Settings.model_fields:
+        assert PREFIX + name.upper() in page, name
+    for file in DEPLOY.iterdir():
+        if not file.name.endswith(".dockerignore"):
+            assert file.name in page, file.name
