@@ -85,7 +85,7 @@ class JobRunner:
                 failure = attempt.run(self._stop)
             if failure is None and corpus.exemplars:
                 put_exemplars(corpus, parts)
-        except MoepagerError as error:
+        except (MoepagerError, OSError) as error:  # OSError: no room for the files, or for a process
             failure = str(error)
         if self._stop.is_set() and failure is not None:
             parts.store.jobs.change(job.id, ["running"], state="queued", detail="waits for the next start")
@@ -114,11 +114,13 @@ class Attempt:
                 command(self._job.task, self._parts, self._folder),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, text=True, env=environment(self._parts),
             )  # fmt: skip
+            reader = threading.Thread(target=self._read, args=(process,), daemon=True)
+            reader.start()
             try:
-                threading.Thread(target=self._read, args=(process,), daemon=True).start()
                 ended = self._watch(process, stop)
             finally:
                 end(process)
+                reader.join()
         if not ended:
             return "stopped"
         if process.returncode:
@@ -142,8 +144,9 @@ class Attempt:
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None, "it is a pipe"
-        for line in process.stdout:
-            self._lines.put(line)
+        with process.stdout:
+            for line in process.stdout:
+                self._lines.put(line)
 
     def _follow(self) -> None:
         while not self._lines.empty():
@@ -163,9 +166,8 @@ def end(process: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def write_items(path: Path, items: Sequence[Mapping[str, object]]) -> None:
