@@ -15,7 +15,7 @@ from service.middleware import BodyLimit, RequestIds
 from service.parts import Parts
 from service.refusals import add_refusals
 from service.reloading import Reloader
-from service.routes import chat, completions, health, jobs, metrics, models, query, residency, retrieve, tasks
+from service.routes import chat, completions, health, jobs, metrics, models, query, residency, retrieve, tasks, tokens
 
 
 def create_app(
@@ -42,6 +42,6 @@ def create_app(
     app.add_middleware(Guard)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
-    for routes in (health, metrics, models, jobs, chat, completions, query, residency, retrieve, tasks):
+    for routes in (health, metrics, models, jobs, chat, completions, query, residency, retrieve, tasks, tokens):
         app.include_router(routes.router)
     return app

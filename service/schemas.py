@@ -70,6 +70,29 @@ class RetrieveBody(Body):
     query: Text
 
 
+class TokenizeBody(Body):
+    """`POST /tokenize`."""
+
+    model: str | None = None
+    prompt: str
+
+
+class DetokenizeBody(Body):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[list[int], Field(min_length=1)]
+
+
+class EmbeddingsBody(Body):
+    """`POST /v1/embeddings`."""
+
+    model: str | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=256)]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+
 class JobBody(Body):
     """`POST /v1/jobs`."""
 
