@@ -14,38 +14,48 @@ from matplotlib.axes import Axes
 
 from benchmarks.quality import Mean, Row
 
-BASELINES = {"random": "#999999", "frequency": "#555555"}
+BASELINES = {"random": "#aaaaaa", "frequency": "#444444"}
 
 
 def draw(rows: Sequence[Row], means: Sequence[Mean], mib_at: dict[float, float], out: Path) -> None:
-    """Left: every scorer's mean over tasks. Right: each task, by the scorer that is best on average at the smallest."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for way in sorted({mean.way for mean in means}):
-        points = sorted((mib_at[mean.keep], mean.accuracy) for mean in means if mean.way == way)
-        colour = BASELINES.get(way)
-        left.plot(*zip(*points, strict=True), marker="o", label=way, color=colour, linestyle="--" if colour else "-")
-    best = max(
-        (mean for mean in means if mean.keep == min(m.keep for m in means)), key=lambda mean: (mean.accuracy, -mean.nll)
-    )
+    """One panel an allocator with every scorer's mean over the tasks; the last shows each task by the scorer and
+    allocator that are best on average at the smallest size."""
+    allocators = sorted({mean.allocator for mean in means}, reverse=True)
+    scorers = sorted({mean.scorer for mean in means})
+    figure, panels = plt.subplots(1, len(allocators) + 1, figsize=(5 * len(allocators) + 5, 4.4), sharey=True)
+    for axes, allocator in zip(panels, allocators, strict=False):
+        for place, scorer in enumerate(scorers):
+            here = [mean for mean in means if (mean.scorer, mean.allocator) == (scorer, allocator)]
+            style = {"color": BASELINES.get(scorer, f"C{place}"), "linestyle": "--" if scorer in BASELINES else "-"}
+            axes.plot(*_points(here, mib_at), marker="o", label=scorer, **style)
+        _finish(axes, f"mean over the tasks, {allocator}", mib_at)
+    smallest = min(mean.keep for mean in means)
+    best = max((mean for mean in means if mean.keep == smallest), key=lambda mean: (mean.accuracy, -mean.nll))
     for task in sorted({row.task for row in rows}):
-        here = [row for row in rows if (row.task, row.scorer, row.allocator) == (task, best.scorer, best.allocator)]
-        points = sorted((mib_at[row.keep], row.accuracy) for row in here)
-        right.plot(*zip(*points, strict=True), marker=".", label=task)
-    _finish(left, "mean over the tasks, by scorer", mib_at)
-    _finish(right, f"each task, scorer {best.way}", mib_at)
-    left.set_ylabel("exact-match accuracy on held-out items")
+        chosen = (task, best.scorer, best.allocator)
+        panels[-1].plot(
+            *_points([r for r in rows if (r.task, r.scorer, r.allocator) == chosen], mib_at), ".-", label=task
+        )
+    _finish(panels[-1], f"each task by {best.scorer}, {best.allocator}", mib_at)
+    panels[0].set_ylabel("exact-match accuracy on held-out items")
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
+    figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def _points(rows: Sequence[Row | Mean], mib_at: dict[float, float]) -> tuple[list[float], list[float]]:
+    """Budgets and accuracies, the smallest budget first."""
+    ordered = sorted(rows, key=lambda row: row.keep)
+    return [mib_at[row.keep] for row in ordered], [row.accuracy for row in ordered]
 
 
 def _finish(axes: Axes, title: str, mib_at: dict[float, float]) -> None:
     axes.set_title(title)
     axes.set_ylim(0, 1.02)
     axes.set_xlim(left=0)
-    axes.set_xlabel("memory budget, MiB (share of the experts)")
+    axes.set_xlabel("memory budget in MiB, and share of the experts")
     ticks = sorted(mib_at.items())
-    axes.set_xticks([mib for _, mib in ticks], [f"{mib:.0f}\n({keep:g})" for keep, mib in ticks])
+    axes.set_xticks([mib for _, mib in ticks], [f"{mib:.0f}\n{keep:.3g}" for keep, mib in ticks], fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
