@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig
     from profiler.corpus import Corpus
     from profiler.job import Options
-    from profiler.progress import Progress as Step
-    from profiler.progress import Report
     from store.database import Store
     from store.records import Profile
 
@@ -122,7 +118,7 @@ def profile(
 def _read(task: str, path: Path | None, held_out: bool = False) -> Corpus | None:
     """The text of one file; repeated lines are named. The generalist, and only it, has no calibration."""
     from profiler.corpus import read_corpus
-    from profiler.job import GENERALIST
+    from store.records import GENERALIST
 
     if not held_out and (path is None) != (task == GENERALIST):
         made_of = f"--task {GENERALIST} takes no --calibration: it is made of the other tasks' profiles."
@@ -155,6 +151,7 @@ def _run(
 ) -> dict[str, Any]:
     from engine.embedder import open_embedder
     from engine.engine import Engine
+    from profiler.bar import bar
     from profiler.generalist import profile_generalist
     from profiler.job import profile_task
     from profiler.lines import lines
@@ -162,7 +159,7 @@ def _run(
 
     calibration, evaluation = text
     embedding = None if calibration is None else open_embedder(embedder)
-    told = lines() if progress_lines else _bar()
+    told = lines() if progress_lines else bar()
     with open_store(url) as store, Engine.open(config) as engine, told as report:
         if calibration is None or embedding is None:
             made = profile_generalist(engine, store, evaluation, options=options, report=report)
@@ -245,22 +242,3 @@ def _show(found: dict[str, Any]) -> None:
     )
     for line in (*found["search"], *found["doubts"]):
         console.print(line, markup=False, highlight=False)
-
-
-@contextmanager
-def _bar() -> Iterator[Report]:
-    """A progress bar on standard error; one line a stage of a task."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        lines: dict[tuple[str, str], Any] = {}
-
-        def report(step: Step) -> None:
-            key = step.task, step.stage
-            if key not in lines:
-                lines[key] = bar.add_task(f"{step.task}: {step.stage}", total=step.total)
-            bar.update(lines[key], completed=step.done, total=step.total)
-
-        yield report

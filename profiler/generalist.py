@@ -12,7 +12,6 @@ from profiler.evidence import HeldOut, check_keeps
 from profiler.extras import Needs
 from profiler.job import (
     DEFAULTS,
-    GENERALIST,
     Options,
     digest,
     lock_name,
@@ -28,7 +27,7 @@ from profiler.scorers.registry import choose, computable, needs_of, versions
 from profiler.statistics import Statistics, balanced
 from store.database import Store
 from store.errors import InvalidInput, NotFound
-from store.records import Profile, TaskRecord
+from store.records import GENERALIST, Profile, TaskRecord
 
 
 def profile_generalist(

@@ -34,10 +34,9 @@ from store.checkpoint import CheckpointMap
 from store.database import Store
 from store.errors import InvalidInput, NotFound
 from store.home import data_folder
-from store.records import Exemplar, ModelRecord, Profile, TaskRecord
+from store.records import GENERALIST, Exemplar, ModelRecord, Profile, TaskRecord
 
 EXEMPLARS = 32
-GENERALIST = "generalist"  # the task that stands for all of them; see generalist.py
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,7 @@ def make_receipt(prepared: Prepared, finished: FinishedEvent) -> Receipt:
         bytes_paged=served.bytes_paged,
         swap_ms=served.swap_ms,
         ttft_ms=served.ttft_ms,
+        queue_ms=served.queue_ms,
         resident_bytes=served.resident_bytes,
         model=prepared.model,
         profile_id=serving.profile_id,

@@ -16,10 +16,11 @@ from service.keys import KeyRing
 from service.metrics import Metrics
 from service.model import engine_config, model_id
 from service.retrieval import Retriever, calibrate_threshold
-from service.serving import GENERALIST, Catalogue, Policy, choose_candidate
+from service.serving import Catalogue, Policy, choose_candidate
 from service.settings import Settings
 from store.database import Store, open_store
 from store.errors import MismatchError
+from store.records import GENERALIST
 from store.vectors import VectorIndex
 
 log = logging.getLogger("moepager.service")

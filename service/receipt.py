@@ -26,6 +26,7 @@ class Receipt:
     bytes_paged: int
     swap_ms: float
     ttft_ms: float
+    queue_ms: float
     resident_bytes: int
     model: str
     profile_id: str | None

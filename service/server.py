@@ -13,11 +13,12 @@ from engine.card import ModelCard
 from engine.plan import plan_memory
 from service.model import engine_config
 from service.planning import show_memory
-from service.serving import GENERALIST, Catalogue
+from service.serving import Catalogue
 from service.settings import Settings
 from store.database import open_store
 from store.errors import InvalidInput, MoepagerError
 from store.home import default_store_url
+from store.records import GENERALIST
 
 GRACE_SECONDS = 5  # for answers under way when the service is told to stop
 

@@ -14,12 +14,11 @@ from engine.plan import MemoryPlan
 from service.retrieval import Retrieval
 from service.settings import UnknownTask
 from store.errors import InvalidInput, MismatchError, NotFound
-from store.records import Evaluation, Mode, Selection, StoredSelection
+from store.records import GENERALIST, Evaluation, Mode, Selection, StoredSelection
 
 if TYPE_CHECKING:
     from store.database import Store
 
-GENERALIST = "generalist"  # the task whose profile serves queries of no task
 BASELINES = frozenset({"random", "frequency"})  # scorers kept for comparison; they serve only where they are asked for
 
 

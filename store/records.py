@@ -16,6 +16,8 @@ F64 = npt.NDArray[np.float64]
 
 Mode = Literal["mask", "exact"]
 
+GENERALIST = "generalist"  # the task that stands for all of them: its profile serves queries that match none
+
 
 class ExpertKey(NamedTuple):
     """Which expert: the ordinal of its MoE layer, then its id inside that layer."""

@@ -14,9 +14,9 @@ from service.parts import Parts
 from service.reloading import Reloader
 from service.routes.jobs import refuse_active
 from service.schemas import TaskBody
-from service.serving import GENERALIST, Candidate, Policy, ProfiledTask, choose_candidate
+from service.serving import Candidate, Policy, ProfiledTask, choose_candidate
 from store.errors import InvalidInput, MoepagerError
-from store.records import StoredCorpus, TaskRecord
+from store.records import GENERALIST, StoredCorpus, TaskRecord
 
 router = APIRouter(tags=["tasks"])
 

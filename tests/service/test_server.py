@@ -13,11 +13,10 @@ import pytest
 
 from engine.card import ModelCard
 from service.server import listen, prepare_demo
-from service.serving import GENERALIST
 from service.settings import Settings
 from store.database import open_store
 from store.errors import InvalidInput, MoepagerError
-from store.records import Evaluation, Profile, Selection, StoredSelection, TaskRecord
+from store.records import GENERALIST, Evaluation, Profile, Selection, StoredSelection, TaskRecord
 
 Runs = list[list[str]]
 

@@ -10,7 +10,6 @@ import pytest
 from engine.plan import MemoryPlan
 from service.retrieval import Ranked, Retrieval, decide, pinned
 from service.serving import (
-    GENERALIST,
     Candidate,
     Catalogue,
     Policy,
@@ -22,7 +21,7 @@ from service.serving import (
     choose_serving,
 )
 from store.errors import BudgetError, InvalidInput, MismatchError, MoepagerError, NotFound
-from store.records import Evaluation, Selection, StoredSelection
+from store.records import GENERALIST, Evaluation, Selection, StoredSelection
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
