@@ -7,7 +7,6 @@ prompt with the same weights in bf16; they differ in where the experts come from
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.own_counters import anonymous_bytes, device_bytes
 from engine.openmp import wait_passively
 
 if TYPE_CHECKING:
@@ -54,17 +54,17 @@ def run(task: Task) -> Decoded:
     steps = ARMS[task.arm](task)
     next(steps)  # open
     opened = time.perf_counter()
-    before = _read_bytes()
+    before = device_bytes()
     times, tokens, anon = [], [], 0
     for token in steps:
         times.append(time.perf_counter())
         tokens.append(token)
-        anon = max(anon, _anon_bytes())
+        anon = max(anon, anonymous_bytes())
     return Decoded(
         open_s=opened - started,
         ttft_s=times[0] - opened,
         tok_per_s=(len(times) - 1) / (times[-1] - times[0]),
-        read_bytes=_read_bytes() - before,
+        read_bytes=device_bytes() - before,
         peak_anon_bytes=anon,
         first_tokens=tokens[:8],
     )
@@ -139,18 +139,6 @@ def prompt(task: Task) -> tuple[int, ...]:
 
     rng = random.Random(task.seed + 1)
     return tuple(rng.randrange(256) for _ in range(task.prompt_tokens))
-
-
-def _read_bytes() -> int:
-    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["read_bytes"])
-
-
-def _anon_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.own_counters import device_bytes
 from benchmarks.page_cache import evict
 from benchmarks.raw_read import Range, Shape, best_shape, lanes, merged, read_seconds
 from engine.card import ModelCard
@@ -90,7 +91,7 @@ def _run(engine: Engine, experts: ExpertMap, turn: Selection, files: Sequence[Pa
     evict(files)
     raw = read_seconds(_ranges(experts, turn), shape, lanes(shape))
     evict(files)
-    before, cpu, started = _device_bytes(), time.process_time(), time.perf_counter()
+    before, cpu, started = device_bytes(), time.process_time(), time.perf_counter()
     with engine.lease(turn) as lease:
         seconds = time.perf_counter() - started
         used = time.process_time() - cpu
@@ -98,7 +99,7 @@ def _run(engine: Engine, experts: ExpertMap, turn: Selection, files: Sequence[Pa
             raise AssertionError(
                 f"{lease.bytes_paged} bytes were paged for a selection of {experts.selection_bytes(turn)}"
             )
-        return _Sample(raw, seconds, used, lease.bytes_paged, _device_bytes() - before)
+        return _Sample(raw, seconds, used, lease.bytes_paged, device_bytes() - before)
 
 
 def _figures(
@@ -130,9 +131,3 @@ def _ranges(experts: ExpertMap, selection: Selection) -> list[Range]:
 
 def _config(model: Path, memory: int | None) -> EngineConfig:
     return EngineConfig(model, memory=memory, max_context=256, max_batch=1, chunk_tokens=256)
-
-
-def _device_bytes() -> int:
-    """Bytes this process made the kernel fetch from storage; mmap'd and direct reads are counted alike."""
-    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["read_bytes"])
