@@ -86,6 +86,30 @@ def plan(
     _print(show_plan(found), found.json(), as_json)
 
 
+@app.command("recipes")
+def recipes_command(
+    configs: Annotated[list[Path], typer.Argument(help="Published config.json files, named as the models are.")],
+    memory: Annotated[
+        list[str] | None, typer.Option(help="Repeatable. Default: 8, 16 and 24 GiB less a tenth.")
+    ] = None,
+    max_context: Context = None,
+    max_batch: Batch = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Show how many of a layer's experts a budget holds, from a config alone: nothing is downloaded or loaded."""
+    from service.recipes import recipes, show_recipes
+    from store.sizes import parse_bytes
+
+    memories = [parse_bytes(text) for text in memory or ("7.2GiB", "14.4GiB", "21.6GiB")]
+    settings = load_settings(max_context=max_context, max_batch=max_batch, device=device)
+    context, batch = settings.max_context, settings.max_batch
+    found = [
+        r for config in configs for r in recipes(config, memories, context=context, batch=batch, device=settings.device)
+    ]
+    _print(show_recipes(found), {"rows": [recipe.json() for recipe in found]}, as_json)
+
+
 @app.command()
 def doctor(
     model: Model = None,

@@ -1,0 +1,57 @@
+"""What 8, 16 and 24 GiB hold, from published configs: the table in deploy/recipes is what the command prints."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from service.commands import app
+
+RECIPES = Path(__file__).parents[2] / "deploy" / "recipes"
+PUBLISHED = {  # billions of parameters, as the models' cards state them
+    "DeepSeek-V2-Lite": 15.7,
+    "ERNIE-4.5-21B-A3B": 21.8,
+    "GLM-4.5-Air": 106.9,
+    "Granite-3.1-3B-A800M": 3.3,
+    "Mixtral-8x7B": 46.7,
+    "OLMoE-1B-7B": 6.92,
+    "Phi-3.5-MoE": 41.9,
+    "Qwen1.5-MoE-A2.7B": 14.3,
+    "Qwen3-30B-A3B": 30.5,
+    "gpt-oss-20b-bf16": 20.9,
+}
+OPTIONS = ["--max-context", "4096", "--max-batch", "4", "--device", "cuda"]
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """What the command in deploy/recipes/README.md prints, with its JSON on the last line."""
+    configs = [str(file) for file in sorted(RECIPES.glob("*.json"))]
+    result = CliRunner().invoke(app, ["recipes", *configs, *OPTIONS, "--json"])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_every_config_has_the_published_number_of_parameters(printed: str) -> None:
+    rows = json.loads(printed.splitlines()[-1])["rows"]
+    found = {row["model"]: row["weight_bytes"] / 2e9 for row in rows}
+    assert found == pytest.approx(PUBLISHED, rel=0.005)
+
+
+def test_the_table_in_the_docs_is_what_the_command_prints(printed: str) -> None:
+    table = printed[: printed.rindex('{"rows"')].strip()
+    assert table in (RECIPES / "README.md").read_text()
+
+
+def test_more_memory_never_holds_fewer_experts(printed: str) -> None:
+    rows = json.loads(printed.splitlines()[-1])["rows"]
+    for model in PUBLISHED:
+        held = [row["slots_per_layer"] or 0 for row in rows if row["model"] == model]
+        assert len(held) == 3
+        assert held == sorted(held)
+
+
+def test_a_budget_below_the_floor_holds_nothing(printed: str) -> None:
+    for row in json.loads(printed.splitlines()[-1])["rows"]:
+        assert (row["slots_per_layer"] is None) == (row["memory"] < row["floor_bytes"])
