@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from service.answer import Prepared, Question, prepare, sampling_for
 from service.chunks import chat_choices, stream_frames
 from service.context import PartsDep, RequestId
+from service.described import EVENTS
 from service.headers import expert_headers
 from service.names import wish_for
 from service.parts import Parts
@@ -25,7 +26,7 @@ from service.sse import EventStream, data_frame
 router = APIRouter(tags=["openai"])
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=EVENTS)
 async def chat(body: ChatBody, request: Request, name: RequestId, parts: PartsDep) -> Response:
     prepared = [await asyncio.to_thread(prepare_chat, body, name, parts)]
     running = submit(prepared, parts)

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from service.answer import Prepared, Question, prepare, sampling_for
 from service.chunks import completion_choices, stream_frames
 from service.context import PartsDep, RequestId
+from service.described import EVENTS
 from service.headers import expert_headers
 from service.names import wish_for
 from service.parts import Parts
@@ -27,7 +28,7 @@ router = APIRouter(tags=["openai"])
 OPENAI_LIMIT = 16  # tokens of a completion that names no limit, as OpenAI's clients expect
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=EVENTS)
 async def complete(body: CompletionBody, request: Request, name: RequestId, parts: PartsDep) -> Response:
     prepared = await asyncio.to_thread(prepare_completions, body, name, parts)
     running = submit(prepared, parts)

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.context import PartsDep, RequestId
+from service.described import ONLY_EVENTS
 from service.guard import operators_only
 from service.jobs import JobRunner
 from service.parts import Parts
@@ -49,7 +50,7 @@ async def get_job(job: str, parts: PartsDep) -> dict[str, Any]:
     return job_object(await asyncio.to_thread(parts.store.jobs.get, job))
 
 
-@router.get("/v1/jobs/{job}/events")
+@router.get("/v1/jobs/{job}/events", response_class=Response, responses=ONLY_EVENTS)
 async def job_events(job: str, name: RequestId, parts: PartsDep) -> Response:
     """The job whenever it changes, as server-sent events, until it has ended."""
     first = await asyncio.to_thread(parts.store.jobs.get, job)

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from engine.requests import FinishedEvent
 from service.answer import Prepared, Question, prepare, sampling_for
 from service.context import PartsDep, RequestId
+from service.described import EVENTS
 from service.headers import expert_headers
 from service.parts import Parts
 from service.prompts import encode_query
@@ -24,7 +25,7 @@ from service.sse import PING, EventStream, named_frame
 router = APIRouter(tags=["query"])
 
 
-@router.post("/v1/query")
+@router.post("/v1/query", responses=EVENTS)
 async def query(body: QueryBody, request: Request, name: RequestId, parts: PartsDep) -> Response:
     prepared = await asyncio.to_thread(prepare_query, body, name, parts)
     running = submit([prepared], parts)
