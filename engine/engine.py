@@ -57,6 +57,15 @@ class ResidencySnapshot:
     per_layer: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """`table[layer][expert]` is the slot or -1; `leased` and `unfilled` are slots: held by a request, not yet read."""
+
+    table: tuple[tuple[int, ...], ...]
+    leased: tuple[int, ...]
+    unfilled: tuple[int, ...]
+
+
 class Engine:
     """Use `Engine.open`. Every method but `residency` belongs to the thread that owns the device."""
 
@@ -128,6 +137,12 @@ class Engine:
             paging_seconds=paged.seconds,
             per_layer=tuple(sum(slot >= 0 for slot in row) for row in residency.table),
         )
+
+    def occupancy(self) -> Occupancy:
+        """Which slot every expert is in; callable from any thread, exact only between tokens."""
+        residency = self.bank.residency
+        leased = tuple(slot for slot in range(residency.slots) if residency.is_leased(slot))
+        return Occupancy(tuple(map(tuple, residency.table)), leased, tuple(sorted(residency.unfilled)))
 
     def evict(self) -> int:
         """Forget every expert that no lease holds, so that the next lease reads all of its own. Gives their number."""

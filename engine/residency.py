@@ -48,6 +48,9 @@ class Residency:
     def leased(self) -> int:
         return self.slots - self.available
 
+    def is_leased(self, slot: int) -> bool:
+        return self._pins[slot] > 0
+
     def room_beside(self, keys: Collection[ExpertKey]) -> int:
         """Slots that new experts could take while `keys`, all resident, are pinned."""
         return self.available - sum(self.slot(key) in self._idle for key in keys)

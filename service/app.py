@@ -15,7 +15,37 @@ from service.middleware import BodyLimit, RequestIds
 from service.parts import Parts
 from service.refusals import add_refusals
 from service.reloading import Reloader
-from service.routes import chat, completions, health, jobs, metrics, models, query, residency, retrieve, tasks, tokens
+from service.routes import (
+    chat,
+    completions,
+    console,
+    health,
+    jobs,
+    metrics,
+    models,
+    plan,
+    query,
+    residency,
+    retrieve,
+    tasks,
+    tokens,
+)
+
+ROUTES = (
+    health,
+    metrics,
+    models,
+    jobs,
+    chat,
+    completions,
+    query,
+    residency,
+    plan,
+    retrieve,
+    tasks,
+    tokens,
+    console,
+)
 
 
 def create_app(
@@ -42,6 +72,6 @@ def create_app(
     app.add_middleware(Guard)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
-    for routes in (health, metrics, models, jobs, chat, completions, query, residency, retrieve, tasks, tokens):
+    for routes in ROUTES:
         app.include_router(routes.router)
     return app

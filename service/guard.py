@@ -16,7 +16,8 @@ from service.refusals import refusal
 from store.errors import Forbidden, MoepagerError, TooMany, Unauthorized
 from store.records import ApiKey
 
-OPEN = frozenset({"/healthz", "/health", "/readyz"})  # probes carry no key
+OPEN = frozenset({"/", "/healthz", "/health", "/readyz"})  # probes carry no key
+CONSOLE = "/console"  # its files are the same for everybody; what they show comes from routes that need a key
 PAGES = ("/docs", "/redoc")  # the framework's own pages bring scripts and styles
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -26,6 +27,11 @@ HEADERS = {
 }
 ROUNDING = 1e-9  # of adding up parts of a token
 STRICT = "default-src 'none'; frame-ancestors 'none'"
+# Of the console: its own files and nothing else, and no script can make markup out of text.
+OWN = (
+    "default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
 
 
 class SecurityHeaders:
@@ -38,10 +44,14 @@ class SecurityHeaders:
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
                 if not scope["path"].startswith(PAGES):
-                    headers["content-security-policy"] = STRICT
+                    headers["content-security-policy"] = OWN if is_console(scope["path"]) else STRICT
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+
+
+def is_console(path: str) -> bool:
+    return path == CONSOLE or path.startswith(f"{CONSOLE}/")
 
 
 class Guard:
@@ -52,7 +62,7 @@ class Guard:
         self._limits = Limits()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        if scope["type"] == "http" and scope["path"] not in OPEN and not is_console(scope["path"]):
             send = _counted(scope, send)
             try:
                 scope["api_key"] = self._admitted(scope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -11,21 +12,38 @@ from fastapi import APIRouter
 from engine.engine import Engine
 from service.context import PartsDep
 from service.guard import operators_only
+from service.serving import choose_candidate
+from store.errors import MoepagerError
 
 router = APIRouter(tags=["residency"])
 
 
 @router.get("/v1/residency")
-async def residency(parts: PartsDep) -> dict[str, Any]:
+async def residency(parts: PartsDep, experts: bool = False) -> dict[str, Any]:
+    """`experts=true` adds `table[layer][expert]`, the slot or -1, and which slots are leased or still being read."""
     plan = parts.engine.plan
+    more = asdict(parts.engine.occupancy()) if experts else {}
     return {
         "model": parts.model_id,
         "budget": plan.budget,
         "planned_bytes": plan.total_bytes,
         "slot_bytes": plan.slot_bytes,
         "slots": plan.slots,
+        "changes": parts.changes,
         **asdict(parts.engine.residency()),
+        **more,
     }
+
+
+@router.get("/v1/residency/selections")
+async def selections(parts: PartsDep) -> dict[str, Any]:
+    """What each task would be served from now: `experts[layer]` lists expert ids. The same until `changes` moves."""
+    found = {}
+    for name, task in sorted(parts.catalogue.tasks.items()):
+        with suppress(MoepagerError):  # a task without evidence, or none that fits, is served from no selection
+            stored = choose_candidate(task, parts.policy.keep, parts.policy.scorer, parts.policy).stored
+            found[name] = {"selection": stored.id, "keep": stored.keep, "experts": stored.selection.experts}
+    return {"changes": parts.changes, "tasks": found}
 
 
 @router.delete("/v1/residency", dependencies=[operators_only])
