@@ -163,6 +163,13 @@ class Engine:
         Padding may be on either side; its logits mean nothing. One pass over T = B*S tokens, so at most
         `plan.chunk_tokens` of them. The logits are the caller's memory, on top of the plan.
         """
+        return self.forward_metered(ids, mask, selections, observer)[0]
+
+    @torch.inference_mode()
+    def forward_metered(
+        self, ids: Tensor, mask: Tensor, selections: Sequence[Selection | None], observer: Observer | None = None
+    ) -> tuple[Tensor, list[float]]:
+        """As `forward`, and beside the logits each row's coverage."""
         self._check_forward(ids, mask, selections)
         routing = Routing(self.board, selections, self.device)
         with ExitStack() as stack:
@@ -172,7 +179,7 @@ class Engine:
             self.require_free_slot(selections)
             if observer is not None:
                 stack.enter_context(self._observed(observer, routing))
-            return self._forward(ids.to(self.device), mask.to(self.device), routing)
+            return self._forward(ids.to(self.device), mask.to(self.device), routing), routing.coverage()
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
