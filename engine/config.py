@@ -11,6 +11,7 @@ from pathlib import Path
 from store.errors import InvalidInput
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+READ_AHEAD = 8  # experts; docs/performance.md says what other bounds cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,10 @@ class EngineConfig:
     `max_context` None takes the model's, at most 2048 tokens: the KV cache is allocated for all of it at open.
     `chunk_tokens` bounds how many tokens go through the model at once (prefill chunks, profiling passes); None takes
     512 under a budget and 4096 without one.
+
+    `read_ahead` bounds how many experts exact mode reads at a time for the layer after the present one, on the word of
+    that layer's router run early; 0 reads none. None takes READ_AHEAD where an expert goes from the file straight
+    into its slot, and none where its bytes must be changed on the way (another dtype or device).
     """
 
     model: Path
@@ -30,6 +35,7 @@ class EngineConfig:
     max_batch: int = 8
     threads: int | None = None
     chunk_tokens: int | None = None
+    read_ahead: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))
@@ -39,3 +45,5 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(f"{name} must be at least 1, got {value}.", param=name)
+        if self.read_ahead is not None and self.read_ahead < 0:
+            raise InvalidInput(f"read_ahead must be at least 0, got {self.read_ahead}.", param="read_ahead")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import pad_rows
+from engine.lookahead import Lookahead
 from engine.observer import Observer
 from engine.restriction import Restriction, Route, Routed, check_router, restrict
 from store.errors import InvalidInput
@@ -30,6 +31,7 @@ class Switchboard:
         self.experts = experts
         self.top_k = top_k
         self.routing: Routing | None = None
+        self.lookahead: Lookahead | None = None  # where exact mode reads ahead
         self._routers = [_Router(layer, module, self) for layer, module in enumerate(routers)]
         self._remembered = remembered
         self._cache: OrderedDict[Selection, Restrictions] = OrderedDict()
@@ -37,6 +39,11 @@ class Switchboard:
     @property
     def layers(self) -> int:
         return len(self._routers)
+
+    @property
+    def routes(self) -> list[Route]:
+        """The unrestricted routers' own forwards, one a layer."""
+        return [router.inner for router in self._routers]
 
     def check(self, hidden: int) -> None:
         """Raises UnsupportedFamily unless every router can be limited to a set. Needs the weights."""
@@ -113,6 +120,7 @@ class Routing:
         self._inside_sum = torch.zeros(self._rows, dtype=torch.float64, device=device)
         self._tokens_seen = torch.zeros(self._rows, dtype=torch.float64, device=device)
         self._valid: Tensor | None = None
+        self._free: Tensor | slice | None = None
         self._width = 0
         self._seen: list[tuple[Tensor, Tensor]] = []
         self.observer: Observer | None = None
@@ -126,11 +134,21 @@ class Routing:
             places = torch.arange(self._rows * width, device=self._device).view(self._rows, width)  # [B, S]
             for group in self._groups:
                 group.tokens = places[group.rows].flatten()
+        self._free = None if self._board.lookahead is None else self._free_tokens()
         self._board.routing = self
+
+    def _free_tokens(self) -> Tensor | slice | None:
+        """Which of the pass's T tokens are routed freely and no padding; None: none of them."""
+        group = next((group for group in self._groups if group.restrictions is None), None)
+        if group is None:
+            return None
+        if self._valid is None:
+            return slice(None) if group.tokens is None else group.tokens
+        return self._valid if group.tokens is None else group.tokens[self._valid[group.tokens]]
 
     def finish(self) -> None:
         """End the pass and add its coverage to the rows'."""
-        self._board.routing = None
+        self._unplug()
         if not self._limited:
             return
         weights = torch.stack([weights for weights, _ in self._seen])  # [L, T, k]
@@ -149,8 +167,13 @@ class Routing:
 
     def abort(self) -> None:
         """The pass failed: unplug, meter nothing."""
-        self._board.routing = None
+        self._unplug()
         self._seen.clear()
+
+    def _unplug(self) -> None:
+        self._board.routing = None
+        if self._board.lookahead is not None:
+            self._board.lookahead.end()
 
     def coverage(self) -> list[float]:
         """For each row, the mean share of the unrestricted router's weight that lay inside the row's selection."""
@@ -179,6 +202,8 @@ class Routing:
         if self._limited:
             self._seen.append((weights, index))
             weights, index = self._restricted(layer, x, routed)
+        if self._board.lookahead is not None and self._free is not None:
+            self._board.lookahead.look(layer, x[self._free])
         if self.observer is not None:
             valid = torch.ones(len(x), dtype=torch.bool, device=x.device) if self._valid is None else self._valid
             self.observer.routed(layer, x, logits, weights, index, valid)
