@@ -8,11 +8,13 @@ from store.catalogue import Exemplars, Models, Tasks
 from store.changes import Changes
 from store.connection import Database
 from store.corpora import Corpora
+from store.events import Events
 from store.home import default_store_url
 from store.journal import Decisions, Jobs
 from store.keys import Keys
 from store.profiles import Evaluations, Profiles, Selections
 from store.revision import bring_up_to_date
+from store.unmatched import UnmatchedQueries
 
 
 class Store:
@@ -31,6 +33,8 @@ class Store:
         self.changes = Changes(database)
         self.keys = Keys(database)
         self.corpora = Corpora(database)
+        self.unmatched = UnmatchedQueries(database)
+        self.events = Events(database)
 
     @property
     def name(self) -> str:

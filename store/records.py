@@ -188,6 +188,33 @@ class StoredCorpus:
     evaluation: tuple[Mapping[str, Any], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class UnmatchedQuery:
+    """A query that was near no task, kept because the operator chose to. `count` is how often it was asked."""
+
+    digest: str  # the text's sha256
+    text: str  # after redaction
+    count: int
+    similarity: float | None  # to the nearest task, of the last time
+    updated: datetime
+
+
+EventKind = Literal["drift"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that an operator should look at. `value` passed `bound`; what both mean is the kind's."""
+
+    kind: EventKind
+    model: str  # fingerprint
+    task: str
+    value: float
+    bound: float
+    detail: str
+    created: datetime
+
+
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 

@@ -199,6 +199,34 @@ class CorpusRow(Row):
     evaluation: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
 
 
+class UnmatchedRow(Row):
+    """Queries that were near no task, where the operator keeps them. `digest` is the text's sha256."""
+
+    __tablename__ = "unmatched"
+
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    text: Mapped[str]
+    count: Mapped[int]
+    similarity: Mapped[float | None]
+    updated: Mapped[datetime] = mapped_column(index=True)
+
+
+class EventRow(Row):
+    """What an operator should look at. Names are copied: deleting a task leaves the past as it was."""
+
+    __tablename__ = "events"
+    __table_args__ = (CheckConstraint("kind IN ('drift')", name="kind_is_known"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    model: Mapped[str]
+    task: Mapped[str]
+    value: Mapped[float]
+    bound: Mapped[float]
+    detail: Mapped[str]
+    created: Mapped[datetime] = mapped_column(index=True)
+
+
 class DecisionRow(Row):
     """An audit log: names are copied, so that deleting a task leaves the past as it was."""
 

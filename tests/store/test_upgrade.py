@@ -21,14 +21,15 @@ from store.revision import HEAD, VERSION_TABLE, current_revision
 from store.schema import Row
 from store.upgrade import config, upgrade, write_migration
 
+NEXT = f"{int(HEAD) + 1:04}"  # the revision after the newest
 LATER = '''
 """A step of the future."""
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003"
-down_revision = "0002"
+revision = "{next}"
+down_revision = "{head}"
 branch_labels = None
 depends_on = None
 
@@ -112,12 +113,12 @@ def test_an_older_store_is_brought_up_to_date_and_keeps_its_rows(
 ) -> None:
     with open_store(database_url) as opened:
         opened.tasks.put(TaskRecord("sql", "tables"))
-    (migrations / "m0003_later.py").write_text(LATER.format(then="pass"))
-    monkeypatch.setattr("store.revision.HEAD", "0003")
+    (migrations / f"m{NEXT}_later.py").write_text(LATER.format(next=NEXT, head=HEAD, then="pass"))
+    monkeypatch.setattr("store.revision.HEAD", NEXT)
     with open_store(database_url) as opened:
         assert opened.tasks.list() == [TaskRecord("sql", "tables")]
     with database.read() as session:
-        assert current_revision(session.connection()) == "0003"
+        assert current_revision(session.connection()) == NEXT
         assert session.execute(text("SELECT colour FROM tasks")).scalar() == "green"
 
 
@@ -126,8 +127,8 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(
 ) -> None:
     with open_store(database_url) as opened:
         opened.tasks.put(TaskRecord("sql", "tables"))
-    (migrations / "m0003_later.py").write_text(LATER.format(then="raise ZeroDivisionError"))
-    monkeypatch.setattr("store.revision.HEAD", "0003")
+    (migrations / f"m{NEXT}_later.py").write_text(LATER.format(next=NEXT, head=HEAD, then="raise ZeroDivisionError"))
+    monkeypatch.setattr("store.revision.HEAD", NEXT)
     with pytest.raises(ZeroDivisionError):
         open_store(database_url)
     monkeypatch.undo()
@@ -140,7 +141,7 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(
 def test_a_first_migration_that_fails_leaves_an_empty_database(
     database_url: str, database: Database, migrations: Path
 ) -> None:
-    (migrations / "m0003_later.py").write_text(LATER.format(then="raise ZeroDivisionError"))
+    (migrations / f"m{NEXT}_later.py").write_text(LATER.format(next=NEXT, head=HEAD, then="raise ZeroDivisionError"))
     with pytest.raises(ZeroDivisionError):
         open_store(database_url)
     assert tables(database) == set()
@@ -185,7 +186,7 @@ def test_a_new_migration_is_written_from_what_the_tables_lack(
     first = migrations / "m0001_the_first_tables.py"
     first.write_text(first.read_text().replace('        sa.Column("description", sa.Text(), nullable=False),\n', ""))
     write_migration("tasks have descriptions")
-    written = (migrations / "m0003_tasks_have_descriptions.py").read_text()
+    written = (migrations / f"m{NEXT}_tasks_have_descriptions.py").read_text()
     assert "sa.Column('description', sa.Text(), nullable=False)" in written
     assert written.count("add_column") == written.count("drop_column") == 1
-    assert "m0003" in capsys.readouterr().out
+    assert f"m{NEXT}" in capsys.readouterr().out
