@@ -6,15 +6,15 @@ Knows the model's call, the cache and the rows, not who joins when. B rows, S co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from engine.requests import Event
+from engine.requests import Event, FailedEvent, Reason, Score
 from engine.routing import Routing
 from engine.row import Paging, Row
-from engine.sampling import next_tokens
 from store.errors import MoepagerError
 from store.records import Selection
 
@@ -44,18 +44,25 @@ class Group:
         self.mask = mask
         return logits
 
-    def take(self, logits: Tensor) -> tuple[list[Event], list[int]]:
+    def take(self, logits: Tensor) -> tuple[list[Event | FailedEvent], list[int]]:
         """Sample a token a row from `logits` [B, V]: events, receipts of the rows that end, places of those that go on.
 
         Nobody has left yet: `keep` what goes on.
         """
-        events: list[Event] = []
+        events: list[Event | FailedEvent] = []
         left: list[int] = []
         coverage: list[float] | None = None
-        for place, token in enumerate(next_tokens(logits, [row.sampler for row in self.rows])):
+        for place, best in enumerate(logits.argmax(-1).tolist()):
             row = self.rows[place]
-            event, reason = row.take(token)
-            events.append(event)
+            reason: Reason | None = "length"
+            if row.request.sampling.max_tokens:  # else the prompt was only to be scored
+                try:
+                    token, score = row.sampler.choose(logits[place], best)
+                except MoepagerError as error:  # its constraint has come to an end of its own; the others go on
+                    events.append(FailedEvent(row.number, error))
+                    continue
+                event, reason = row.take(token, score)
+                events.append(event)
             if reason is None:
                 left.append(place)
             else:
@@ -145,9 +152,28 @@ class Prompts(Group):
         """Send the next columns of about `tokens` tokens through. Logits [B, V] of the last one, None before it."""
         start, width = self.cache.length, self._ids.shape[1]
         end = min(width, start + max(1, tokens // len(self.rows)))
-        logits = self._forward(self._ids[:, start:end], self._full[:, :end])
+        with ExitStack() as stack:
+            scored = any(row.request.sampling.prompt_logprobs for row in self.rows)
+            heard = stack.enter_context(self._engine.head.listening()) if scored else []
+            logits = self._forward(self._ids[:, start:end], self._full[:, :end])
+        for hidden in heard:
+            self._score(hidden, start, end)
         self.mask = self._full[:, :end]  # [B, S]
         return logits if end == width else None
+
+    def _score(self, hidden: Tensor, start: int, end: int) -> None:
+        """The prompts' own tokens, by what `hidden` [B, end - start, H] says of the next column."""
+        last = min(end, self._ids.shape[1] - 1)
+        for place, row in enumerate(self.rows):
+            wanted = row.request.sampling
+            if not wanted.prompt_logprobs or wanted.logprobs is None:
+                continue
+            first = max(start, self._ids.shape[1] - len(row.request.prompt))  # where its padding ends
+            if not row.prompt_scores:
+                row.prompt_scores.append(Score(row.request.prompt[0], None))
+            tokens = self._ids[place, first + 1 : last + 1].tolist()
+            columns = hidden[place, first - start : last - start]  # [n, H]
+            row.prompt_scores += self._engine.head.scores(columns, tokens, wanted.logprobs)
 
     def keep(self, places: Sequence[int]) -> None:
         """Go on with the rows at `places` alone."""

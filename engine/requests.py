@@ -6,10 +6,19 @@ import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.constraints import Constraint
 from store.errors import InvalidInput, MoepagerError
 from store.records import Mode, Selection
 
 MAX_STOPS = 16
+MAX_LOGPROBS = 20  # likeliest tokens beside the one that was taken
+RANGES = {
+    "temperature": (0, 2),
+    "min_p": (0, 1),
+    "top_k": (0, 2**31),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+}
 
 Reason = Literal["stop", "length", "cancelled"]
 Priority = Literal["normal", "background"]
@@ -17,31 +26,64 @@ Priority = Literal["normal", "background"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """`temperature` 0 is greedy. `seed` None draws one. The same seed and prompt give the same text in any batch.
+    """How tokens are chosen, and when to stop. Applied in the order of `engine.sampling.Sampler`.
 
+    `temperature` 0 is greedy. `seed` None draws one. The same seed and prompt give the same text in any batch. `top_k`
+    0 keeps all. `bias` is added to the logits of its tokens. `include_stop` leaves the stop string in the text.
     `ignore_eos` generates past the model's end tokens, which are still no text: for benchmarks of equal lengths.
+    `logprobs` asks for every token's own log-probability and those of so many likeliest tokens, `prompt_logprobs` for
+    those of the prompt as well. `max_tokens` 0 is a prompt that is only scored.
     """
 
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_tokens: frozenset[int] = frozenset()
+    include_stop: bool = False
     ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise InvalidInput(f"max_tokens must be at least 1, got {self.max_tokens}.", param="max_tokens")
-        if not 0 <= self.temperature <= 2:
-            raise InvalidInput(f"temperature must be between 0 and 2, got {self.temperature}.", param="temperature")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise _refused(name, f"between {low} and {high}", getattr(self, name))
+        self._check_counts()
         if not 0 < self.top_p <= 1:
-            raise InvalidInput(f"top_p must be above 0 and at most 1, got {self.top_p}.", param="top_p")
+            raise _refused("top_p", "above 0 and at most 1", self.top_p)
+        if not 0 < self.repetition_penalty <= 10:
+            raise _refused("repetition_penalty", "above 0 and at most 10", self.repetition_penalty)
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise InvalidInput(f"seed must be a 64-bit whole number, got {self.seed}.", param="seed")
+            raise _refused("seed", "a 64-bit whole number", self.seed)
         if not all(self.stop):
             raise InvalidInput("A stop string must not be empty.", param="stop")
         if len(self.stop) > MAX_STOPS:
             raise InvalidInput(f"At most {MAX_STOPS} stop strings are allowed, got {len(self.stop)}.", param="stop")
+
+    def _check_counts(self) -> None:
+        least = 0 if self.prompt_logprobs else 1
+        if self.max_tokens < least:
+            raise _refused("max_tokens", f"at least {least}", self.max_tokens)
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise _refused("min_tokens", f"between 0 and max_tokens ({self.max_tokens})", self.min_tokens)
+        if self.prompt_logprobs and self.logprobs is None:
+            raise InvalidInput("prompt_logprobs needs logprobs, which says how many.", param="logprobs")
+        if self.ignore_eos and self.constraint is not None:
+            raise InvalidInput("ignore_eos can't go with a constraint, which says where to end.", param="ignore_eos")
+
+
+def _refused(name: str, wanted: str, got: object) -> InvalidInput:
+    return InvalidInput(f"{name} must be {wanted}, got {got}.", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +132,36 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """What the model itself gave a token, before any option of sampling: natural logarithms of probabilities.
+
+    `logprob` is None for the first token of a prompt, which nothing precedes; `top` are the likeliest, best first.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One sampled token and the text that it completed: often "", where a character or a stop string may still
-    follow.
+    follow. `score` where log-probabilities were asked for; the row's first one brings the prompt's, if they were.
     """
 
     row: int
     token: int
     text: str
+    score: Score | None = None
+    prompt_scores: tuple[Score, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvent:
-    """The row's last event. `text` is all of it: the texts of its TokenEvents, joined."""
+    """The row's last event. `text` is all of it: the texts of its TokenEvents, joined; so are `scores` theirs.
+
+    `prompt_scores` has one of each token of the prompt, where they were asked for.
+    """
 
     row: int
     reason: Reason
@@ -110,6 +169,8 @@ class FinishedEvent:
     prompt_tokens: int
     completion_tokens: int
     served: Served
+    scores: tuple[Score, ...] = ()
+    prompt_scores: tuple[Score, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from engine.requests import FinishedEvent, GenerationRequest, Reason, Served, TokenEvent
+from engine.requests import FinishedEvent, GenerationRequest, Reason, Score, Served, TokenEvent
 from engine.sampling import Sampler
 from engine.text import Detokenizer, StopFilter
 
@@ -20,14 +20,18 @@ class Row:
 
     def __init__(self, engine: Engine, number: int, request: GenerationRequest, submitted: float) -> None:
         self.number, self.request = number, request
-        self.sampler = Sampler(request.sampling)
+        self.sampler = Sampler(request.sampling, request.prompt, engine.tokenizer.eos)
         self.tokens = 0
         self.last = -1  # the newest token: sampled, not yet sent through the model
         self.experts_paged = self.bytes_paged = 0
         self.swap_seconds = self._ttft_seconds = 0.0
         self._engine = engine
-        self._detokenizer, self._stops = Detokenizer(engine.tokenizer), StopFilter(request.sampling.stop)
+        self._detokenizer, self._stops = Detokenizer(engine.tokenizer), StopFilter(
+            request.sampling.stop, include=request.sampling.include_stop
+        )
         self._text = ""
+        self.prompt_scores: list[Score] = []
+        self._scores: list[Score] = []
         self._submitted = submitted
         self._queued_seconds = time.perf_counter() - submitted
         self._lease = ExitStack()
@@ -52,23 +56,33 @@ class Row:
     def close(self) -> None:
         self._lease.close()
 
-    def take(self, token: int) -> tuple[TokenEvent, Reason | None]:
+    def take(self, token: int, score: Score | None) -> tuple[TokenEvent, Reason | None]:
         """Account for a sampled token; a reason where it is the row's last."""
+        prompt_scores = () if self.tokens else tuple(self.prompt_scores)
         if not self.tokens:
             self._ttft_seconds = time.perf_counter() - self._submitted
         self.tokens += 1
         self.last = token
         text, reason = self._read(token)
         self._text += text
-        return TokenEvent(self.number, token, text), reason
+        if score is not None:
+            self._scores.append(score)
+        if reason == "stop" and self.sampler.shortened:
+            reason = "length"
+        return TokenEvent(self.number, token, text, score, prompt_scores), reason
 
     def _read(self, token: int) -> tuple[str, Reason | None]:
-        if token in self._engine.tokenizer.eos and not self.request.sampling.ignore_eos:
+        sampling = self.request.sampling
+        if token in sampling.stop_tokens or (token in self._engine.tokenizer.eos and not sampling.ignore_eos):
             return self._rest("", "stop")
-        text = self._stops.push(self._detokenizer.push(token))
+        text = self._detokenizer.push(token)
+        if self.tokens > sampling.min_tokens:
+            text = self._stops.push(text)
         if self._stops.stopped:
             return text, "stop"
-        if self.tokens < self.request.sampling.max_tokens:
+        if self.sampler.ended:
+            return self._rest(text, "stop")
+        if self.tokens < sampling.max_tokens:
             return text, None
         return self._rest(text, "length")
 
@@ -90,7 +104,10 @@ class Row:
             resident_bytes=self._engine.resident_bytes,
             queue_ms=1000 * self._queued_seconds,
         )
-        return FinishedEvent(self.number, reason, self._text, len(request.prompt), self.tokens, served)
+        scores, prompt_scores = tuple(self._scores), tuple(self.prompt_scores)
+        return FinishedEvent(
+            self.number, reason, self._text, len(request.prompt), self.tokens, served, scores, prompt_scores
+        )
 
 
 class Paging:

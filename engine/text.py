@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
+from engine.constraints import Words
 from store.errors import CheckpointError, InvalidInput
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
@@ -33,6 +36,16 @@ class Tokenizer:
             ) from error
         self.eos: frozenset[int] = _eos_ids(Path(folder), self._tokenizer.eos_token_id)
         self.has_chat_template = bool(getattr(self._tokenizer, "chat_template", None))
+
+    @cached_property
+    def words(self) -> Words:
+        """The vocabulary as bytes. Made when it is first needed, which takes a second where it is large."""
+        try:
+            return Words(from_tokenizer(self._tokenizer, eos_token=sorted(self.eos) or None))
+        except ValueError as error:
+            raise InvalidInput(
+                f"This model's tokenizer can't be used for constraints or log-probabilities: {error}."
+            ) from None
 
     def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
         """With the special tokens that the model expects before plain text; without them for text that continues
@@ -99,10 +112,11 @@ class Detokenizer:
 
 
 class StopFilter:
-    """Text in, text out up to the first stop string. What may be the beginning of one is held back."""
+    """Text in, text out up to the first stop string, or with it. What may be the beginning of one is held back."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
         self.stopped = False
 
@@ -110,10 +124,11 @@ class StopFilter:
         if self.stopped or not text:
             return ""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, len(stop)) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            out, self._held = self._held[: min(found)], ""
+            at, length = min(found)
+            out, self._held = self._held[: at + length * self._include], ""
             return out
         keep = self._possible_start()
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
