@@ -18,16 +18,13 @@ from torch import Tensor
 from engine import experts as dispatch
 from engine.bank import Bank, Lease
 from engine.card import ModelCard
-from engine.config import READ_AHEAD, EngineConfig
+from engine.config import EngineConfig
 from engine.dense import load_dense
 from engine.experts import PagedExperts
 from engine.generate import Batch
-from engine.head import Head
 from engine.kernels import bound_shapes
 from engine.kvcache import KvCache, KvPool
 from engine.layerwise import Reached, decoder_layers, only
-from engine.layout import SlotLayout
-from engine.lookahead import Lookahead
 from engine.observer import Observer
 from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
 from engine.reader import Reader
@@ -46,11 +43,7 @@ GUESSED_BYTES_PER_SECOND = 1e9
 
 @dataclass(frozen=True, slots=True)
 class ResidencySnapshot:
-    """What is in the bank now, and what was paged in since open.
-
-    Of what exact mode read ahead (`experts_guessed`), the rest of `guessed_right` was not wanted by the pass that
-    guessed it: `bytes_wasted` were read for it, which `bytes_paged` leaves out and `bytes_read` counts.
-    """
+    """What is in the bank now, and what was paged in since open."""
 
     slots: int
     resident: int
@@ -61,15 +54,12 @@ class ResidencySnapshot:
     bytes_paged: int
     bytes_read: int
     paging_seconds: float
-    experts_guessed: int
-    guessed_right: int
-    bytes_wasted: int
     per_layer: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """`table[layer][expert]` is the slot or -1; Of the slots, some are leased by requests, some not yet read."""
+    """`table[layer][expert]` is the slot or -1. Of the slots, some are leased by requests, some not read yet."""
 
     table: tuple[tuple[int, ...], ...]
     leased_slots: tuple[int, ...]
@@ -90,12 +80,8 @@ class Engine:
             dispatch.bind(joint.experts, paged)
         routers = [joint.router for joint in skeleton.joints]
         self.board = Switchboard(routers, card.experts, card.top_k, remembered=plan.max_batch)
-        if bank.guesses.most:
-            guesses = bank.guesses
-            self.board.lookahead = Lookahead(self.board.routes, card.experts, guesses.expect, guesses.drop_all)
         with torch.inference_mode():
             self.board.check(card.hidden)
-        self.head = Head(self._model, max(plan.max_batch, 64 if plan.budget is None else 1))
         _check_cache(skeleton, plan)
         self.kv = KvPool(skeleton.kv_shapes, plan.max_batch, plan.max_context, getattr(torch, plan.dtype), device)
 
@@ -116,8 +102,7 @@ class Engine:
         try:
             load_dense(skeleton.model, renaming, checkpoint, experts, reader, device)
             bound_shapes(skeleton.model, skeleton.layout.dtype, device)
-            ahead = _read_ahead(config, plan, skeleton.layout)
-            bank = Bank(skeleton.layout, experts, plan.slots, device, reader, ahead)
+            bank = Bank(skeleton.layout, experts, plan.slots, device, reader)
             return cls(card, plan, tokenizer, skeleton, bank, reader, device)
         except BaseException:
             reader.close()
@@ -139,7 +124,7 @@ class Engine:
 
     def residency(self) -> ResidencySnapshot:
         """A snapshot; callable from any thread, exact only between tokens."""
-        residency, paged, guessed = self.bank.residency, self.bank.paged, self.bank.guesses.totals
+        residency, paged = self.bank.residency, self.bank.paged
         return ResidencySnapshot(
             slots=residency.slots,
             resident=residency.resident,
@@ -150,9 +135,6 @@ class Engine:
             bytes_paged=paged.bytes_needed,
             bytes_read=paged.bytes_read,
             paging_seconds=paged.seconds,
-            experts_guessed=guessed.experts,
-            guessed_right=guessed.right,
-            bytes_wasted=guessed.wasted_bytes,
             per_layer=tuple(sum(slot >= 0 for slot in row) for row in residency.table),
         )
 
@@ -322,8 +304,9 @@ class Engine:
 
     @property
     def bytes_per_second(self) -> float:
-        """Of experts that are read: measured, the model's other weights at open included. Callable from any thread."""
-        return self._reader.meter.bytes_per_second or GUESSED_BYTES_PER_SECOND
+        """Measured since open; a guess before the first read."""
+        paged = self.bank.paged
+        return paged.bytes_needed / paged.seconds if paged.seconds else GUESSED_BYTES_PER_SECOND
 
     @property
     def holds_all(self) -> bool:
@@ -378,21 +361,6 @@ class Engine:
                 handle.remove()
             for paged in self._experts:
                 paged.observer = None
-
-
-def _read_ahead(config: EngineConfig, plan: MemoryPlan, layout: SlotLayout) -> int:
-    """How many experts exact mode may read on a guess at a time. Raises InvalidInput where it was asked for in vain."""
-    direct = layout.direct and config.device == "cpu"
-    if config.read_ahead and not direct:
-        raise InvalidInput(
-            f"read_ahead ({config.read_ahead}) needs experts that go from the file straight into their slots; here their "
-            f"bytes change on the way (dtype {plan.dtype}, device {config.device}). Leave it out, or serve in the "
-            "checkpoint's own dtype on the CPU.",
-            param="read_ahead",
-        )
-    if not direct or plan.slots >= plan.layers * plan.experts:  # nothing is ever paged twice
-        return 0
-    return READ_AHEAD if config.read_ahead is None else config.read_ahead
 
 
 def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:
