@@ -71,6 +71,11 @@ def token_limit(engine: Engine) -> int:
     return max(1, min(engine.plan.chunk_tokens, LOGITS_BYTES // (4 * engine.card.vocab)))
 
 
+def item_limit(engine: Engine) -> int:
+    """How many tokens one item may have, prompt and response together: it goes through in one piece."""
+    return min(engine.plan.max_context, engine.plan.chunk_tokens)
+
+
 def pad(shard: Sequence[Encoded]) -> Batch:
     length = max(len(one.tokens) for one in shard)
     ids = torch.zeros(len(shard), length, dtype=torch.long)  # [B, S]
@@ -86,7 +91,7 @@ def pad(shard: Sequence[Encoded]) -> Batch:
 def _encode(engine: Engine, corpus: Corpus, number: int, item: Item) -> Encoded:
     prompt = _encode_prompt(engine, item)
     response = engine.tokenizer.encode(item.response, special_tokens=False) if item.response is not None else ()
-    limit = min(engine.plan.max_context, engine.plan.chunk_tokens)
+    limit = item_limit(engine)
     if len(prompt) + len(response) > limit:
         raise InvalidInput(
             f"{corpus.source}, line {item.line}: {len(prompt) + len(response)} tokens, the limit is {limit}. "

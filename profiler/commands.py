@@ -15,8 +15,10 @@ from store.records import TaskRecord
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
+    from engine.engine import Engine
     from profiler.corpus import Corpus
     from profiler.job import Options
+    from profiler.progress import Report
     from store.database import Store
     from store.records import Profile
 
@@ -42,7 +44,7 @@ def profile(
     allocator: Annotated[
         list[str] | None,
         typer.Option(
-            help="Repeatable: uniform, global, coverage, knapsack. Default: uniform; all of them in a search."
+            help="Repeatable; docs/methods.md lists them. Default: uniform; in a search all that need no extras."
         ),
     ] = None,
     search: Annotated[
@@ -54,6 +56,10 @@ def profile(
     keep: Annotated[list[float] | None, typer.Option(help="Repeatable share. Default: 1, 0.5, 0.25, 0.125.")] = None,
     embedder: Annotated[str, typer.Option(help="minilm, hash, or a sentence-transformers name or folder.")] = "minilm",
     description: Annotated[str, typer.Option(help="What the task is, for people.")] = "",
+    own_answers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Let the whole model answer items without a response, in at most so many tokens."),
+    ] = None,
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -76,7 +82,7 @@ def profile(
     """
     from engine.config import EngineConfig
     from profiler.allocation import UNIFORM, choose_allocators
-    from profiler.allocators import ALLOCATORS
+    from profiler.allocators import PLAIN
     from profiler.evidence import KEEPS
     from profiler.job import Options
     from profiler.scorers.registry import choose
@@ -100,7 +106,7 @@ def profile(
     )
     options = Options(
         scorers=scorer,
-        allocators=tuple(allocator or (ALLOCATORS if search else (UNIFORM,))),
+        allocators=tuple(allocator or (PLAIN if search else (UNIFORM,))),
         keeps=tuple(keep or KEEPS),
         rows=batch,
         model_name=_model_name(model),
@@ -108,7 +114,7 @@ def profile(
         stream=stream,
         search=search,
     )
-    found = _run(config, store, TaskRecord(task, description), text, embedder, options, progress_lines)
+    found = _run(config, store, TaskRecord(task, description), text, embedder, options, own_answers, progress_lines)
     found["seconds"] = round(time.perf_counter() - started, 3)
     _show(found)
     if as_json:
@@ -147,6 +153,7 @@ def _run(
     text: tuple[Corpus | None, Corpus | None],
     embedder: str,
     options: Options,
+    own_answers: int | None,
     progress_lines: bool,
 ) -> dict[str, Any]:
     from engine.embedder import open_embedder
@@ -161,6 +168,8 @@ def _run(
     embedding = None if calibration is None else open_embedder(embedder)
     told = lines() if progress_lines else bar()
     with open_store(url) as store, Engine.open(config) as engine, told as report:
+        if own_answers is not None:
+            calibration, evaluation = (_answer(engine, each, own_answers, task.name, report) for each in text)
         if calibration is None or embedding is None:
             made = profile_generalist(engine, store, evaluation, options=options, report=report)
         else:
@@ -170,9 +179,15 @@ def _run(
         return _summary(store, made)
 
 
+def _answer(engine: Engine, corpus: Corpus | None, tokens: int, task: str, report: Report) -> Corpus | None:
+    from profiler.answers import own_answers
+
+    return None if corpus is None else own_answers(engine, corpus, tokens, task, report)
+
+
 def _summary(store: Store, made: Profile) -> dict[str, Any]:
     from profiler.doubts import gates
-    from profiler.intervals import wilson
+    from store.intervals import wilson
     from profiler.scorers.registry import computable
     from profiler.search import reasons_of
     from profiler.stability import split_half_overlap
