@@ -6,8 +6,9 @@ biases and orientation come from its module. T tokens, k experts a token, H hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +18,25 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from engine.bank import Bank
 from engine.kernels import linear, product
 from engine.layout import SlotLayout
-from engine.observer import Observer
+from engine.observer import ChannelObserver, Observer
 from store.errors import UnsupportedFamily
 
 IMPLEMENTATION = "moepager"
 CONTRACT = ("has_gate", "has_bias", "is_transposed", "num_experts")
 
 FeedForward = Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """One expert's arithmetic in its three steps: the same as its feed-forward, for those who look inside."""
+
+    into: FeedForward  # [n, H] -> [n, 2F], [n, F] without a gate
+    gate: Callable[[Tensor], Tensor]  # -> [n, F]
+    out: FeedForward  # -> [n, H]
+
+    def __call__(self, x: Tensor, views: Sequence[Tensor]) -> Tensor:
+        return self.out(self.gate(self.into(x, views)), views)
 
 
 class PagedExperts:
@@ -34,7 +47,8 @@ class PagedExperts:
         self.observer: Observer | None = None
         self._bank = bank
         self._experts = int(module.num_experts)
-        self._feed_forward = feed_forward(module, bank.layout)
+        self.stages = stages(module, bank.layout)
+        self._feed_forward: FeedForward = self.stages
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """`hidden` [T, H], `index` and `weights` [T, k] -> [T, H]. An index of E marks padding: no expert sees it."""
@@ -52,6 +66,12 @@ class PagedExperts:
             for expert, slot in visit:
                 found[expert] = self._feed_forward(hidden, self._bank.views[slot])  # [T, H]
         return torch.stack([found[expert] for expert in range(self._experts)], dim=1)
+
+    def weights(self) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Each expert and its parameters in the layout's order, as they lie in the bank: good until the next pair."""
+        with closing(self._bank.visit(self.layer, range(self._experts))) as visit:
+            for expert, slot in visit:
+                yield expert, self._bank.views[slot]
 
     def _one(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A single token, as in decoding one row: nothing to sort, gather or scatter."""
@@ -87,10 +107,23 @@ class PagedExperts:
         with closing(self._bank.visit(self.layer, hit)) as visit:
             for expert, slot in visit:
                 tokens, x, w, out = pieces[expert]
-                y = self._feed_forward(x, self._bank.views[slot])  # [n, H]
-                if self.observer is not None:
-                    self.observer.expert(self.layer, expert, tokens, w.squeeze(1), y)
+                y = self._run_one(expert, tokens, x, w.squeeze(1), self._bank.views[slot])  # [n, H]
                 torch.mul(y, w, out=out)
+
+    def _run_one(self, expert: int, tokens: Tensor, x: Tensor, w: Tensor, views: Sequence[Tensor]) -> Tensor:
+        """`x` [n, H] -> [n, H], unweighted, shown to the observer."""
+        watching = self.observer
+        if watching is None:
+            return self._feed_forward(x, views)
+        if isinstance(watching, ChannelObserver):
+            inputs = self.stages.into(x, views)  # [n, 2F]
+            h = self.stages.gate(inputs)  # [n, F]
+            watching.channels(self.layer, expert, tokens, w, inputs, h)
+            y = self.stages.out(h, views)  # [n, H]
+        else:
+            y = self._feed_forward(x, views)  # [n, H]
+        watching.expert(self.layer, expert, tokens, w, y)
+        return y
 
 
 def paged_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -115,7 +148,7 @@ def bind(module: Any, paged: PagedExperts) -> None:
     module.moepager = paged
 
 
-def feed_forward(module: Any, layout: SlotLayout) -> FeedForward:
+def stages(module: Any, layout: SlotLayout) -> Stages:
     """The module's own arithmetic for one expert. Raises UnsupportedFamily without transformers' experts contract."""
     kind = type(module).__name__
     if lacking := [name for name in CONTRACT if not hasattr(module, name)]:
@@ -127,17 +160,15 @@ def feed_forward(module: Any, layout: SlotLayout) -> FeedForward:
         raise UnsupportedFamily(f"{kind} keeps an expert as {', '.join(names)}; the contract is {', '.join(wanted)}.")
     gate = module._apply_gate if module.has_gate else module.act_fn
     after = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
-    plain = _biased(gate, module.is_transposed) if module.has_bias else _unbiased(gate, module.is_transposed)
-    return plain if after is None else lambda x, views: after(plain(x, views))
+    step, biased = (product if module.is_transposed else linear), bool(module.has_bias)
+    out = _product(step, 2 if biased else 1, biased)
+    return Stages(_product(step, 0, biased), gate, out if after is None else lambda h, views: after(out(h, views)))
 
 
-def _unbiased(gate: Callable[[Tensor], Tensor], transposed: bool) -> FeedForward:
-    if transposed:
-        return lambda x, views: product(gate(product(x, views[0])), views[1])
-    return lambda x, views: linear(gate(linear(x, views[0])), views[1])
-
-
-def _biased(gate: Callable[[Tensor], Tensor], transposed: bool) -> FeedForward:
-    if transposed:
-        return lambda x, views: product(gate(product(x, views[0]) + views[1]), views[2]) + views[3]
-    return lambda x, views: linear(gate(linear(x, views[0], views[1])), views[2], views[3])
+def _product(step: Callable[..., Tensor], at: int, biased: bool) -> FeedForward:
+    """The product with parameter number `at`, and the bias that follows it."""
+    if not biased:
+        return lambda x, views: step(x, views[at])
+    if step is product:
+        return lambda x, views: product(x, views[at]) + views[at + 1]
+    return lambda x, views: linear(x, views[at], views[at + 1])

@@ -5,7 +5,7 @@ T tokens of the pass, row-major over [B, S]; H hidden; E experts; k experts a to
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -35,4 +35,15 @@ class Observer(Protocol):
 
     def combined(self, layer: int, y: Tensor) -> None:
         """`y` [T, H]: the weighted sum of the routed experts, shared experts excluded."""
+        ...
+
+
+@runtime_checkable
+class ChannelObserver(Observer, Protocol):
+    """One that looks inside experts too: `channels` comes just before each `expert`, for the same tokens."""
+
+    def channels(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, inputs: Tensor, h: Tensor) -> None:
+        """`inputs` [n, 2F]: gate and up, as the module lays them out ([n, F] without a gate); `h` [n, F]: what the
+        down projection takes.
+        """
         ...
