@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from sqlalchemy import select
+
 from store.catalogue import check_name, require_task
 from store.connection import Database
 from store.errors import Conflict, NotFound
@@ -26,6 +28,11 @@ class Corpora:
             if not insert_once(session, TaskRow, row):
                 raise Conflict(f"Task {task.name!r} is in the store already. Delete it first, or choose another name.")
             session.add(CorpusRow(**{name: list(v) if isinstance(v, tuple) else v for name, v in text.items()}))
+
+    def tasks(self) -> frozenset[str]:
+        """Names of the tasks that have text."""
+        with self._database.read() as session:
+            return frozenset(session.scalars(select(CorpusRow.task)))
 
     def get(self, task: str) -> StoredCorpus:
         """Raises NotFound for a task that is not there, or has no text: it was profiled from a file."""

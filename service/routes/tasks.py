@@ -16,6 +16,7 @@ from service.routes.jobs import refuse_active
 from service.schemas import TaskBody
 from service.serving import Candidate, Policy, ProfiledTask, choose_candidate
 from store.errors import InvalidInput, MoepagerError
+from store.intervals import wilson
 from store.records import GENERALIST, StoredCorpus, TaskRecord
 
 router = APIRouter(tags=["tasks"])
@@ -23,8 +24,18 @@ router = APIRouter(tags=["tasks"])
 
 @router.get("/v1/tasks")
 async def list_tasks(parts: PartsDep) -> dict[str, Any]:
+    """`without_profile` are those of the store that this model can't serve yet; `has_text`: a job can profile it."""
+    stored, texts = await asyncio.to_thread(lambda: (parts.store.tasks.list(), parts.store.corpora.tasks()))
     tasks = sorted(parts.catalogue.tasks.values(), key=lambda task: task.name)
-    return {"model": parts.model_id, "tasks": [task_object(task, parts.policy) for task in tasks]}
+    return {
+        "model": parts.model_id,
+        "tasks": [{**task_object(task, parts.policy), "has_text": task.name in texts} for task in tasks],
+        "without_profile": [
+            {"task": task.name, "description": task.description, "has_text": task.name in texts}
+            for task in sorted(stored, key=lambda task: task.name)
+            if task.name not in parts.catalogue.tasks
+        ],
+    }
 
 
 @router.post("/v1/tasks", status_code=201, dependencies=[operators_only])
@@ -92,6 +103,7 @@ def evidence_object(candidate: Candidate, policy: Policy) -> dict[str, Any]:
         "fits": policy.plan.fits(stored.selection),
         "items": evidence.items,
         "accuracy": evidence.accuracy,
+        "interval": None if evidence.accuracy is None else wilson(evidence.accuracy, evidence.items),
         "full_accuracy": evidence.full_accuracy,
         "retention": evidence.retention,
         "nll": evidence.nll,

@@ -6,7 +6,7 @@ import pytest
 
 from profiler.evaluate import Measured
 from profiler.halving import halve, slices
-from profiler.intervals import wilson
+from store.intervals import wilson
 
 
 def flat(share: float, start: int, end: int) -> Measured:
