@@ -6,26 +6,35 @@ Knows spans and bytes, not routing or text. Owned by one thread. S slots.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from math import inf
 
 import numpy as np
 import torch
 
+from engine.delivery import Delivery
+from engine.guesses import Guesses
 from engine.layout import SlotLayout
 from engine.reader import Reader
 from engine.residency import ABSENT, Load, Residency
-from engine.transfer import Bytes, Extent, Transfer
+from engine.transfer import Bytes, Extent
 from store.errors import BudgetError
 from store.experts import ExpertMap
 from store.records import ExpertKey, Selection
 
 BIG = 2**20  # bytes of an expert from which it is awaited by itself; smaller ones are read layer by layer
+GLANCE_SECONDS = 0.02  # between two looks whether a wait shall be broken off
+SLICE_SECONDS = 0.02  # of reading in one `poll`, where it can't be done beside
 
 
-@dataclass(frozen=True, slots=True)
+class Interrupted(Exception):
+    """A pass that waited for experts was broken off, because there is something to do that needs none of them."""
+
+
+@dataclass(slots=True)
 class Lease:
     """What a lease costs: experts held, how many of them had to be read, from how many bytes."""
 
@@ -41,31 +50,38 @@ class Lease:
         """How long the reads took; of a lease that was taken ahead of them, so far."""
         return max(self.waited, 0.0 if self.delivery is None else self.delivery.transfer.seconds)
 
-
-class Delivery:
-    """Loads under way: the transfer's group of each expert that it brings."""
-
-    def __init__(self, transfer: Transfer, groups: Sequence[Sequence[Load]], needed: int) -> None:
-        self.transfer, self.needed, self.settled = transfer, needed, False
-        self.group = {load.key: group for group, loads in enumerate(groups) for load in loads}
+    def __hash__(self) -> int:
+        return id(self)
 
 
 @dataclass(slots=True)
 class Paged:
-    """Running totals since open. `bytes_read` counts alignment and holes too, `bytes_needed` the experts alone."""
+    """Running totals since open. `bytes_read` counts alignment and holes too, `bytes_needed` the experts alone.
+
+    A read ahead counts as needed once it proved right, and only then. `seconds` are those of the other reads, which
+    brought `timed_bytes`.
+    """
 
     experts: int = 0
     bytes_needed: int = 0
     bytes_read: int = 0
+    timed_bytes: int = 0
     seconds: float = 0.0
+
+    def count(self, experts: int, needed: int) -> None:
+        self.experts += experts
+        self.bytes_needed += needed
+        self.timed_bytes += needed
 
 
 class Bank:
     """Slots in one allocation, faulted in once. `views[slot]` are the expert's parameters in the layout's order."""
 
     def __init__(
-        self, layout: SlotLayout, experts: ExpertMap, slots: int, device: torch.device, reader: Reader
-    ) -> None:
+        self, layout: SlotLayout, experts: ExpertMap, slots: int, device: torch.device, reader: Reader,
+        read_ahead: int = 0,
+    ) -> None:  # fmt: skip
+        """`read_ahead` is how many experts at most are read on a guess at a time; 0 where bytes need staging."""
         self.layout = layout
         self.residency = Residency(len(experts.layers), experts.experts, slots)
         self.paged = Paged()
@@ -73,10 +89,14 @@ class Bank:
         self._total = len(experts.layers) * experts.experts
         self._reader = reader
         self._arriving: dict[ExpertKey, Delivery] = {}
+        self._queued: dict[ExpertKey, Load] = {}  # leased ahead, to be read by us when it suits
+        self.interrupted: Callable[[], bool] | None = None  # asked while a pass waits for experts
         self._memory = torch.zeros(slots, layout.slot_bytes, dtype=torch.uint8, device=device)  # [S, slot_bytes]
         self.views = layout.views(self._memory)
         self._direct = layout.direct and device.type == "cpu"
         self._host: Bytes | None = self._memory.numpy() if self._direct else None
+        assert self._direct or not read_ahead, read_ahead
+        self.guesses = Guesses(self.residency, read_ahead, self._begin_guess, lambda key, _: self._let_go([key]))
         self._staging = None if self._direct else _host_buffer(max(experts.expert_bytes), device)
 
     @property
@@ -103,36 +123,71 @@ class Bank:
             size = sum(self._experts.span(load.key).nbytes for load in loads)
             yield Lease(len(keys), len(loads), size, keys, delivery, time.perf_counter() - started)
         finally:
-            self._let_go(keys, delivery)
+            self._let_go(keys)
 
     def wait(self, lease: Lease) -> None:
         """Until the last expert of a lease that was taken ahead is there. Raises what made a read fail."""
         for key in lease.keys if self.residency.unfilled else ():
             self._await(key)
 
+    def poll(self, lease: Lease, seconds: float = 0.0) -> bool:
+        """Whether all experts of a lease that was taken ahead are there, after waiting for at most `seconds`.
+
+        Reads that somebody else gave up are begun anew. Raises what made a read fail.
+        """
+        missing = self._missing(lease)
+        if not missing:
+            return True
+        for delivery in dict.fromkeys(self._arriving[key] for key in missing if key in self._arriving):
+            self._look_at(delivery)
+        if lost := [Load(key, self.residency.slot(key)) for key in missing if self._is_lost(key)]:
+            self._start(lost, urgent=False)
+        until = time.perf_counter() + SLICE_SECONDS
+        while self._queued and time.perf_counter() < until:
+            self._read_staged([self._queued.pop(next(iter(self._queued)))])
+        missing = self._missing(lease)
+        if seconds and missing and missing[-1] in self._arriving:
+            self._await(missing[-1], seconds)
+            missing = self._missing(lease)
+        return not missing
+
+    def missing_bytes(self, lease: Lease) -> int:
+        """What has still to come of a lease that was taken ahead."""
+        return sum(self._experts.span(key).nbytes for key in self._missing(lease))
+
     def visit(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, int], None, None]:
         """Each of `experts` once, with its slot: what is there first, while the others are read.
 
         A slot is good until the next pair is asked for. Raises BudgetError where every slot is leased, CheckpointError
-        where a read fails.
+        where a read fails. What `guesses` expects of the next layer begins to be read once all of `experts` have slots.
         """
+        for delivery in self.guesses.judge(layer, experts):
+            self._reader.hurry(delivery.transfer)
+        try:
+            yield from self._visit(layer, experts)
+        finally:
+            for delivery in self.guesses.close(layer):
+                self.paged.experts += 1
+                self.paged.bytes_needed += delivery.needed
+
+    def _visit(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         row, residency = self.residency.table[layer], self.residency
         missing = [expert for expert in experts if row[expert] == ABSENT]
-        if not missing:
+        if not missing and not self.guesses.useful:
             yield from self._ready(layer, experts)
             return
         present = [expert for expert in experts if row[expert] != ABSENT]
         room = residency.room_beside([ExpertKey(layer, expert) for expert in present])
-        if room:
-            yield from self._page(layer, present + missing[:room])
-            missing = missing[room:]
+        if room or not missing:
+            wave, missing = present + missing[:room], missing[room:]
+            yield from self._page(layer, wave, last=not missing)
         else:
             yield from self._ready(layer, present)
         while missing:
             wave, missing = missing[: residency.available], missing[residency.available :]
             if not wave:
                 raise BudgetError(self._no_room(layer, len(missing)))
-            yield from self._page(layer, wave)
+            yield from self._page(layer, wave, last=not missing)
 
     def _ready(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Experts that all have a slot, those whose bytes are there first."""
@@ -146,50 +201,93 @@ class Bank:
             residency.touch(slot)
             yield expert, slot
 
-    def _page(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def _page(self, layer: int, experts: Sequence[int], *, last: bool) -> Iterator[tuple[int, int]]:
         keys = [ExpertKey(layer, expert) for expert in experts]
-        _, delivery = self._acquire(keys, ahead=True)
+        self._acquire(keys, ahead=True, urgent=True)
         try:
+            if last:
+                self.guesses.begin()
             yield from self._ready(layer, experts)
         finally:
-            self._let_go(keys, delivery)
+            self._let_go(keys)
 
-    def _acquire(self, keys: Collection[ExpertKey], *, ahead: bool) -> tuple[list[Load], Delivery | None]:
+    def _begin_guess(self, key: ExpertKey) -> Delivery:
+        """A transfer of its own, so that it can be given up alone."""
+        loads = self.residency.plan([key])
+        try:
+            delivery = self._start(loads, urgent=False, guess=True)
+        except BaseException:
+            self.residency.release([key])
+            raise
+        assert delivery is not None, key
+        return delivery
+
+    def _acquire(
+        self, keys: Collection[ExpertKey], *, ahead: bool, urgent: bool = False
+    ) -> tuple[list[Load], Delivery | None]:
         """Pin, and read what nobody else is reading; after a failure all pins are gone."""
         loads = self.residency.plan(keys)
         new = {load.key for load in loads}
         loads += [Load(key, self.residency.slot(key)) for key in keys if key not in new and self._is_lost(key)]
         delivery = None
         try:
-            delivery = self._start(loads, urgent=not ahead)
+            delivery = self._start(loads, urgent=urgent or not ahead)
             for key in () if ahead else keys:
                 self._await(key)
         except BaseException:
-            self._let_go(keys, delivery)
+            self._let_go(keys)
             raise
         return loads, delivery
 
-    def _let_go(self, keys: Collection[ExpertKey], delivery: Delivery | None) -> None:
-        """Unpin. Reads that are still under way for these keys are given up; another lease of them reads again."""
-        if delivery is not None:
-            self._settle(delivery)
+    def _let_go(self, keys: Collection[ExpertKey]) -> None:
+        """Unpin. Reads under way that bring a key which nobody else leases are given up; whoever leases another of their
+        keys reads it again."""
+        if self._arriving or self._queued:
+            going = [key for key in keys if self.residency.is_last(key)]
+            for key in going:
+                self._queued.pop(key, None)
+            for delivery in dict.fromkeys(self._arriving[key] for key in going if key in self._arriving):
+                self._settle(delivery)
         self.residency.release(keys)
+
+    def _missing(self, lease: Lease) -> list[ExpertKey]:
+        unfilled, residency = self.residency.unfilled, self.residency
+        return [key for key in lease.keys if residency.slot(key) in unfilled] if unfilled else []
 
     def _is_lost(self, key: ExpertKey) -> bool:
         """Whether the key has a slot, but nobody is reading its bytes any more: they failed, or were given up."""
-        return self.residency.slot(key) in self.residency.unfilled and key not in self._arriving
+        unread = self.residency.slot(key) in self.residency.unfilled
+        return unread and key not in self._arriving and key not in self._queued
 
-    def _await(self, key: ExpertKey) -> None:
-        """Until the bytes of a pinned key are there. A read that failed is over; whoever asks next begins another."""
+    def _look_at(self, delivery: Delivery) -> None:
+        """Without waiting: account for what has landed. Raises what made it fail."""
+        failure = delivery.transfer.failure
+        if failure is not None or delivery.transfer.landed:
+            self._settle(delivery)
+        if failure is not None:
+            raise failure
+
+    def _await(self, key: ExpertKey, seconds: float = inf) -> None:
+        """Until the bytes of a pinned key are there, `seconds` are over, or the wait is interrupted.
+
+        A read that failed is over; whoever asks next begins another.
+        """
         slot = self.residency.slot(key)
         if slot not in self.residency.unfilled:
             return
+        self._queued.pop(key, None)
         delivery = self._arriving.get(key) or self._start([Load(key, slot)], urgent=True)
         assert delivery is not None or slot not in self.residency.unfilled, key
         if delivery is None:
             return
         try:
-            delivery.transfer.wait(delivery.group[key])
+            while not delivery.transfer.wait(delivery.group[key], GLANCE_SECONDS if self.interrupted else seconds):
+                if self.interrupted is None:
+                    return
+                if self.interrupted():
+                    raise Interrupted
+        except Interrupted:  # the read goes on
+            raise
         except BaseException:
             self._settle(delivery)
             raise
@@ -198,20 +296,25 @@ class Bank:
         else:
             self._arrived(key)
 
-    def _start(self, loads: Sequence[Load], *, urgent: bool) -> Delivery | None:
-        """Begin to fill the slots; what can't go straight from the file into a slot is read at once."""
+    def _start(self, loads: Sequence[Load], *, urgent: bool, guess: bool = False) -> Delivery | None:
+        """Begin to fill the slots. What can't go straight from the file into a slot is read by the owner itself: at
+        once where it is urgent, else when it is asked for, or in slices by `poll`."""
         if not loads:
             return None
-        if not self._direct:
+        if not self._direct and urgent:
             self._read_staged(loads)
+            return None
+        if not self._direct:
+            self._queued.update({load.key: load for load in loads})
             return None
         big = min(self._experts.expert_bytes) >= BIG
         groups = [list(group) for _, group in groupby(loads, key=lambda load: load.key if big else load.key.layer)]
         transfer = self._reader.start([self._extents(group) for group in groups], urgent)
-        delivery = Delivery(transfer, groups, sum(self._experts.span(load.key).nbytes for load in loads))
+        needed = sum(self._experts.span(load.key).nbytes for load in loads)
+        delivery = Delivery(transfer, groups, needed, guess=guess)
         self._arriving.update(dict.fromkeys(delivery.group, delivery))
-        self.paged.experts += len(loads)
-        self.paged.bytes_needed += delivery.needed
+        if not guess:
+            self.paged.count(len(loads), needed)
         return delivery
 
     def _settle(self, delivery: Delivery) -> None:
@@ -223,12 +326,12 @@ class Bank:
                 self._arrived(key)
             else:
                 del self._arriving[key]
-                self.paged.experts -= 1
-                self.paged.bytes_needed -= self._experts.span(key).nbytes
+                if not delivery.guess:
+                    self.paged.count(-1, -self._experts.span(key).nbytes)
         if not delivery.settled:
             delivery.settled = True
             self.paged.bytes_read += delivery.transfer.read
-            self.paged.seconds += delivery.transfer.seconds
+            self.paged.seconds += 0.0 if delivery.guess else delivery.transfer.seconds
 
     def _arrived(self, key: ExpertKey) -> None:
         del self._arriving[key]
@@ -261,8 +364,7 @@ class Bank:
                 self.layout.target(part.projection, self.views[load.slot]).copy_(stored)
                 at += part.nbytes
             self.residency.landed(load.key)
-            self.paged.experts += 1
-            self.paged.bytes_needed += report.needed
+            self.paged.count(1, report.needed)
             self.paged.bytes_read += report.read
             self.paged.seconds += report.seconds
 

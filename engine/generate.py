@@ -1,17 +1,21 @@
 """Continuous batching: requests join a running batch at a token boundary and leave on their own.
 
 Prompts go through in chunks, in rows of the cache of their own, with a token of every running row between two chunks;
-then they are aligned with the running rows. Knows rows and boundaries, not who asked nor what should run next.
+then they are aligned with the running rows. Nobody who runs waits for another's experts: while they are read, a prompt
+waits beside the rows that run, and where none runs it goes through layer by layer as they come.
+Knows rows and boundaries, not who asked nor what should run next.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from engine.bank import GLANCE_SECONDS, Interrupted
 from engine.group import Group, Prompts
 from engine.requests import Event, FailedEvent, GenerationRequest
 from engine.row import Row
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 JOIN_TOKENS = 128  # of prompts between two tokens of the rows that run
+PATIENT_SECONDS = 0.25  # of reading that others, who could run at once, are held up by a prompt that waits for it
 NEAR = 32  # prompts whose lengths differ by less go through together, and so do those within a factor of two
 
 
@@ -31,8 +36,10 @@ class Batch:
     The caller admits requests between steps, each with a number of its own, and consumes every step to its end.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, pressing: Callable[[Batch], bool] = lambda _: False) -> None:
+        """`pressing` says whether somebody waits to be admitted who could run at once."""
         self._engine = engine
+        self._pressing = pressing
         self._stack = ExitStack()
         self._arrived: list[Row] = []
         self._joining: Prompts | None = None
@@ -62,10 +69,11 @@ class Batch:
         return not self.full and self._engine.has_room(selection, spare=spare)
 
     def admit(self, number: int, request: GenerationRequest, submitted: float | None = None) -> None:
-        """Lease the request's experts and take it in. It was checked, and fits. Events carry `number`.
+        """Take the request in, and begin to read the experts that it lacks. It was checked, and fits. Events carry
+        `number`.
 
         `submitted` is the time.perf_counter of when it was asked for. Raises MoepagerError, with nothing changed, where
-        its experts could not be paged in.
+        the read can't even begin; where it fails later, the row ends with a FailedEvent.
         """
         row = Row(self._engine, number, request, time.perf_counter() if submitted is None else submitted)
         if not self.fits(request.selection):
@@ -74,13 +82,19 @@ class Batch:
                 f"{self._engine.plan.max_batch} rows and {self._engine.plan.slots} slots. Wait for one to end."
             )
         if not request.cancelled.is_set():  # one that is cancelled ends at the next step and costs nothing
-            row.lease()
+            try:
+                row.lease()
+            except BaseException:
+                row.close()
+                raise
         self._arrived.append(row)
 
     def step(self) -> Iterator[Event | FailedEvent]:
         """One token boundary: a chunk of the prompts that join, and a token of every row that runs."""
         yield from self._drop_cancelled()
         yield from self._prefill()
+        yield from self._look_after()
+        yield from self._join()
         yield from self._decode()
 
     def _rows(self) -> list[Row]:
@@ -88,38 +102,81 @@ class Batch:
         return [*self._running.rows, *joining, *self._arrived]
 
     def _drop_cancelled(self) -> list[Event]:
-        gone = [row for row in self._arrived if row.request.cancelled.is_set()]
-        events: list[Event] = []
-        for row in gone:
-            self._arrived.remove(row)
-            row.close()
-            events.append(row.finished("cancelled", 1.0))
+        gone = [row for row in self._rows() if row.request.cancelled.is_set()]
+        if not gone:
+            return []
+        events: list[Event] = [row.finished("cancelled", 1.0) for row in gone if row in self._arrived]
         for group in (self._joining, self._running):
-            if group is None or not any(row.request.cancelled.is_set() for row in group.rows):
-                continue
-            coverage = group.routing.coverage()
-            left = [place for place, row in enumerate(group.rows) if not row.request.cancelled.is_set()]
-            events += [
-                row.finished("cancelled", coverage[place]) for place, row in enumerate(group.rows) if place not in left
-            ]
-            group.keep(left)
-        if self._joining is not None and not self._joining.rows:
-            self._joining = None
+            if group is not None and any(row in gone for row in group.rows):
+                shares = zip(group.rows, group.routing.coverage(), strict=True)
+                events += [row.finished("cancelled", coverage) for row, coverage in shares if row in gone]
+        self._leave(gone)
         return events
 
-    def _prefill(self) -> Sequence[Event | FailedEvent]:
+    def _leave(self, gone: Sequence[Row]) -> None:
+        """Those rows end, wherever they are."""
+        for row in gone:
+            if row in self._arrived:
+                self._arrived.remove(row)
+                row.close()
+        for group in (self._joining, self._running):
+            if group is not None:
+                group.keep([place for place, row in enumerate(group.rows) if row not in gone])
+        if self._joining is not None and not self._joining.rows:
+            self._joining = None
+
+    def _prefill(self) -> Sequence[FailedEvent]:
         group = self._joining = self._joining or self._gather()
-        if group is None:
+        if group is None or group.logits is not None:
             return []
+        bank = self._engine.bank
+        if not all(row.there for row in group.rows):
+            bank.interrupted = partial(self._gives_way, group)
         try:
-            logits = group.advance(self._chunk(group))
+            group.advance(self._chunk(group))
+        except Interrupted:
+            self._joining = None
+            self._arrived = [*group.rows, *self._arrived]
+            for row in group.rows:
+                row.begin_anew()
         except MoepagerError as error:
             self._joining = None
             return _failed(group, range(len(group.rows)), error)
-        if logits is None:
+        finally:
+            bank.interrupted = None
+        return []
+
+    def _gives_way(self, group: Group) -> bool:
+        """Whether prompts that wait for their experts are broken off: nobody wants them, or others could run."""
+        if all(row.request.cancelled.is_set() for row in group.rows):
+            return True
+        return self._pressing(self) and max(row.missing_seconds for row in group.rows) > PATIENT_SECONDS
+
+    def _look_after(self) -> Sequence[FailedEvent]:
+        """See what was read; rows whose experts can't be read end, all that wait for the same with one error.
+
+        Where nothing is left to compute until experts come, wait for them, but not for long.
+        """
+        computes = self._running.rows or (self._joining is not None and self._joining.logits is None)
+        errors: dict[Selection | None, MoepagerError] = {}
+        for row in self._rows():
+            if row.request.selection not in errors:
+                try:
+                    row.poll(0.0 if computes else GLANCE_SECONDS)
+                except MoepagerError as error:
+                    errors[row.request.selection] = error
+        failed = [row for row in self._rows() if not row.there and row.request.selection in errors]
+        if failed:
+            self._leave(failed)
+        return [FailedEvent(row.number, errors[row.request.selection]) for row in failed]
+
+    def _join(self) -> Sequence[Event | FailedEvent]:
+        """Prompts that went through go on with the rows that run, once nothing is read for them any more."""
+        group = self._joining
+        if group is None or group.logits is None or not all(row.there for row in group.rows):
             return []
         self._joining = None
-        events, left = group.take(logits)
+        events, left = group.take(group.logits)
         group.keep(left)
         self._running.absorb(group)
         return events
@@ -138,11 +195,18 @@ class Batch:
         return events
 
     def _gather(self) -> Prompts | None:
-        """The oldest arrival, with all others of its mode whose prompts are about as long."""
-        if not self._arrived:
+        """The oldest arrival, with all others of its mode whose prompts are about as long.
+
+        Those whose experts are there go first. Others only where nothing runs, and then with their like alone: a pass
+        waits for the experts of all its rows.
+        """
+        there = [row for row in self._arrived if row.there]
+        reading = [] if self._running.rows else [row for row in self._arrived if not (row.there or row.gave_way)]
+        ready = there or [row for row in reading if row.request.selection == reading[0].request.selection]
+        if not ready:
             return None
-        first = self._arrived[0].request
-        rows = [row for row in self._arrived if row.request.mode == first.mode and _near(row.request, first)]
+        first = ready[0].request
+        rows = [row for row in ready if row.request.mode == first.mode and _near(row.request, first)]
         self._arrived = [row for row in self._arrived if row not in rows]
         return Prompts(self._engine, rows, self._pool.window(len(self._running.rows), len(rows)))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from engine.bank import Interrupted
 from engine.requests import Event, FailedEvent, Reason, Score
 from engine.routing import Routing
 from engine.row import Paging, Row
@@ -105,7 +106,7 @@ class Group:
         try:
             with Paging(self._engine, self.rows):
                 return self._engine.step(ids, mask, self.cache, self.routing)
-        except MoepagerError:
+        except (MoepagerError, Interrupted):
             self.cache.rewind(length)
             raise
 
@@ -141,6 +142,7 @@ class Prompts(Group):
 
     def __init__(self, engine: Engine, rows: Sequence[Row], cache: KvCache) -> None:
         super().__init__(engine, rows, cache)
+        self.logits: Tensor | None = None  # [B, V], of the prompts' last tokens
         lengths = torch.tensor([len(row.request.prompt) for row in rows], device=engine.device)  # [B]
         width = int(lengths.max())
         self._full = (torch.arange(width, device=engine.device) >= width - lengths.unsqueeze(1)).long()  # [B, width]
@@ -148,8 +150,8 @@ class Prompts(Group):
         for place, row in enumerate(rows):
             self._ids[place, width - len(row.request.prompt) :] = torch.tensor(row.request.prompt, device=engine.device)
 
-    def advance(self, tokens: int) -> Tensor | None:
-        """Send the next columns of about `tokens` tokens through. Logits [B, V] of the last one, None before it."""
+    def advance(self, tokens: int) -> None:
+        """Send the next columns of about `tokens` tokens through. After the last one there are `logits`."""
         start, width = self.cache.length, self._ids.shape[1]
         end = min(width, start + max(1, tokens // len(self.rows)))
         with ExitStack() as stack:
@@ -159,7 +161,7 @@ class Prompts(Group):
         for hidden in heard:
             self._score(hidden, start, end)
         self.mask = self._full[:, :end]  # [B, S]
-        return logits if end == width else None
+        self.logits = logits if end == width else None
 
     def _score(self, hidden: Tensor, start: int, end: int) -> None:
         """The prompts' own tokens, by what `hidden` [B, end - start, H] says of the next column."""
@@ -181,6 +183,7 @@ class Prompts(Group):
         super().keep(places)
         at = [order.index(row) for row in self.rows]
         self._ids, self._full = self._ids[at], self._full[at]
+        self.logits = None if self.logits is None else self.logits[at]
 
     def _narrow(self) -> None:
         """Columns are counted from the prompts' common start: they stay as long as prompts are on their way."""

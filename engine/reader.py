@@ -11,7 +11,9 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,7 @@ from store.errors import CheckpointError
 ALIGN = 4096  # offset, length and address of a direct read
 GAP = 64 * 1024  # reading over a hole this small is cheaper than a second request
 PATIENCE = 30.0  # seconds that one request may take
+WINDOW = 4 * 2**30  # bytes; see Meter
 JOIN_SECONDS = 5.0
 
 
@@ -36,6 +39,43 @@ class ReadReport:
     seconds: float
 
 
+class Meter:
+    """How fast the files give what is asked of them: bytes over the seconds in which anything was being read.
+
+    What was long ago counts less: once `WINDOW` bytes were read, all that came before counts half.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes, self._seconds = 0.0, 0.0
+        self._reading, self._since = 0, 0.0
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """None until something was read. Callable from any thread."""
+        with self._lock:
+            return self._bytes / self._seconds if self._bytes and self._seconds else None
+
+    @contextmanager
+    def reading(self, run: Run) -> Iterator[None]:
+        """Around one thread's work on a run; one that fails counts as no bytes."""
+        with self._lock:
+            self._since = self._since if self._reading else time.monotonic()
+            self._reading += 1
+        read = 0
+        try:
+            yield
+            read = sum(extent.nbytes for extent in run.extents)
+        finally:
+            with self._lock:
+                now = time.monotonic()
+                self._reading -= 1
+                self._bytes, self._seconds = self._bytes + read, self._seconds + (now - self._since) * (read > 0)
+                self._since = now
+                if self._bytes > WINDOW:
+                    self._bytes, self._seconds = self._bytes / 2, self._seconds / 2
+
+
 class Reader:
     """Keeps one descriptor per file open, so a file that is replaced later is never mixed in. One owner's."""
 
@@ -45,6 +85,7 @@ class Reader:
         self._longest = size - 2 * ALIGN  # room for the alignment at both ends
         self._direct = direct and hasattr(os, "O_DIRECT")
         self._patience, self._pulse = patience, Pulse()
+        self.meter = Meter()
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
         self._transfers: list[Transfer] = []  # the most urgent first
@@ -97,6 +138,13 @@ class Reader:
             self._work.notify_all()
         return transfer
 
+    def hurry(self, transfer: Transfer) -> None:
+        """It overtakes all others that still wait for a thread."""
+        with self._work:
+            if transfer in self._transfers:
+                self._transfers.remove(transfer)
+                self._transfers.insert(0, transfer)
+
     def _begin_threads(self) -> None:
         """At the first read: a reader that is never used costs no thread."""
         if not self._threads:
@@ -111,11 +159,10 @@ class Reader:
         while (job := self._next()) is not None:
             transfer, group, run = job
             try:
-                fetched = self._file(run.file).fetch(run, staging)
+                with self.meter.reading(run):
+                    transfer.land(group, run, self._file(run.file).fetch(run, staging))
             except BaseException as error:  # handed to whoever waits, as a future would; the thread lives on
                 transfer.fail(error)
-            else:
-                transfer.land(group, run, fetched)
 
     def _next(self) -> tuple[Transfer, int, Run] | None:
         with self._work:

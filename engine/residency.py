@@ -51,6 +51,10 @@ class Residency:
     def is_leased(self, slot: int) -> bool:
         return self._pins[slot] > 0
 
+    def is_last(self, key: ExpertKey) -> bool:
+        """Whether a single lease holds the key's slot."""
+        return self._pins[self.slot(key)] == 1
+
     def room_beside(self, keys: Collection[ExpertKey]) -> int:
         """Slots that new experts could take while `keys`, all resident, are pinned."""
         return self.available - sum(self.slot(key) in self._idle for key in keys)

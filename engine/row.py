@@ -12,6 +12,7 @@ from engine.sampling import Sampler
 from engine.text import Detokenizer, StopFilter
 
 if TYPE_CHECKING:
+    from engine.bank import Lease
     from engine.engine import Engine
 
 
@@ -24,17 +25,21 @@ class Row:
         self.tokens = 0
         self.last = -1  # the newest token: sampled, not yet sent through the model
         self.experts_paged = self.bytes_paged = 0
-        self.swap_seconds = self._ttft_seconds = 0.0
+        self.paging_seconds = self._ttft_seconds = 0.0
+        self.there = request.selection is None  # whether all experts that it leased are in memory
+        self.gave_way = False  # its prompt was on its way before its experts were there, and made room for others
         self._engine = engine
-        self._detokenizer, self._stops = Detokenizer(engine.tokenizer), StopFilter(
-            request.sampling.stop, include=request.sampling.include_stop
+        self._detokenizer, self._stops = (
+            Detokenizer(engine.tokenizer),
+            StopFilter(request.sampling.stop, include=request.sampling.include_stop),
         )
         self._text = ""
         self.prompt_scores: list[Score] = []
         self._scores: list[Score] = []
         self._submitted = submitted
         self._queued_seconds = time.perf_counter() - submitted
-        self._lease = ExitStack()
+        self._stack = ExitStack()
+        self._lease: Lease | None = None
 
     @property
     def columns(self) -> int:
@@ -42,19 +47,40 @@ class Row:
         return len(self.request.prompt) + max(0, self.tokens - 1)
 
     def lease(self) -> None:
-        """Page in and hold the row's experts, if it has a selection. Rows that share one share its cost: the first
-        pays."""
+        """Hold the row's experts, if it has a selection, and begin to read those that are missing.
+
+        Rows that share experts share their cost: the first pays.
+        """
         if self.request.selection is None:
             return
-        lease = self._lease.enter_context(self._engine.lease(self.request.selection))
-        self.experts_paged, self.bytes_paged, self.swap_seconds = (
-            lease.experts_paged,
-            lease.bytes_paged,
-            lease.seconds,
-        )
+        self._lease = self._stack.enter_context(self._engine.lease(self.request.selection, ahead=True))
+        self.experts_paged, self.bytes_paged = self._lease.experts_paged, self._lease.bytes_paged
+        self.poll()
+
+    def poll(self, seconds: float = 0.0) -> bool:
+        """Whether its experts are there, after waiting for at most `seconds`. Raises what made their read fail."""
+        if not self.there and self._lease is not None:
+            self.there = self._engine.bank.poll(self._lease, seconds)
+        return self.there
+
+    @property
+    def missing_seconds(self) -> float:
+        """How long its experts still need to come, at the disk's usual speed."""
+        missing = 0 if self.there or self._lease is None else self._engine.bank.missing_bytes(self._lease)
+        return missing / self._engine.bytes_per_second
+
+    @property
+    def swap_seconds(self) -> float:
+        """How long the reads took that it paid for."""
+        return self.paging_seconds + (0.0 if self._lease is None else self._lease.seconds)
+
+    def begin_anew(self) -> None:
+        """Its prompt gave way to others and will go through once more."""
+        self.gave_way = True
+        self.prompt_scores.clear()
 
     def close(self) -> None:
-        self._lease.close()
+        self._stack.close()
 
     def take(self, token: int, score: Score | None) -> tuple[TokenEvent, Reason | None]:
         """Account for a sampled token; a reason where it is the row's last."""
@@ -125,7 +151,7 @@ class Paging:
         for place, row in enumerate(self._rows):
             row.experts_paged += _share(self._paged.experts - experts, place, len(self._rows))
             row.bytes_paged += _share(self._paged.bytes_needed - needed, place, len(self._rows))
-            row.swap_seconds += self._paged.seconds - seconds  # all of them waited
+            row.paging_seconds += self._paged.seconds - seconds  # all of them waited
 
 
 def _share(total: int, place: int, rows: int) -> int:

@@ -95,6 +95,12 @@ class Scheduler(Generic[T]):
         """Whether anything waits that arrived before that place."""
         return any(waiting.order < order for waiting in self._queue)
 
+    def has_settled(self, room: Room, before: int | None = None) -> bool:
+        """Whether somebody waits whose experts are resident and who fits; in the background nobody is in a hurry."""
+        queue = [w for w in self._queue if not w.background and (before is None or w.order < before)]
+        wanted = {waiting.selection for waiting in queue}
+        return any(room.swap_seconds(selection) == 0 and room.fits(selection) for selection in wanted)
+
     def next(self, room: Room, now: float, before: int | None = None) -> Waiting[T] | None:
         """Take out what is to be admitted now; None where all shall wait for the next boundary.
 

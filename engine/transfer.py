@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,7 @@ class Transfer:
         self._under_way: dict[int, tuple[float, Run]] = {}  # by thread: since when
         self._copying = 0
         self._error: BaseException | None = None
+        self._given_up = False
         self._pulse, self._patience = pulse, patience
         self._started = time.monotonic()
 
@@ -87,10 +89,20 @@ class Transfer:
     def has(self, group: int) -> bool:
         return not self._left[group]
 
-    def wait(self, group: int) -> None:
-        """Until the group is there. Raises what made the transfer fail; a disk that stalls fails it."""
+    @property
+    def failure(self) -> BaseException | None:
+        """What made it fail, a disk that stalls included; None where it goes on, has landed, or was given up."""
+        with self._changed:
+            if self._error is None and not self.landed and (late := self._stalled()):
+                self._stop(late)
+            return None if self._given_up else self._error
+
+    def wait(self, group: int, seconds: float = inf) -> bool:
+        """Whether the group is there, after at most `seconds`. Raises what made the transfer fail; a disk that stalls
+        fails it."""
         if not self._left[group]:
-            return
+            return True
+        until = time.monotonic() + seconds
         with self._changed:
             while self._left[group]:
                 if self._error is None and (late := self._stalled()):
@@ -98,7 +110,11 @@ class Transfer:
                 if self._error is not None:
                     self._stop(self._error)
                     raise self._error
-                self._changed.wait(self._patience / 4)
+                left = until - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(min(self._patience / 4, left))
+        return True
 
     def wait_all(self) -> None:
         for group in range(len(self._left)):
@@ -108,6 +124,7 @@ class Transfer:
         """Nothing is read or written any more, but for requests that the disk has already: those are dropped."""
         with self._changed:
             if not self.landed:
+                self._given_up = self._error is None
                 given_up = CheckpointError("The read was given up, because nobody waits for it any more.")
                 self._stop(self._error or given_up)
 

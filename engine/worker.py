@@ -152,7 +152,7 @@ class EngineWorker:
     def _loop(self) -> None:
         while self._wait():
             try:
-                with Batch(self._engine) as batch:
+                with Batch(self._engine, self._pressing) as batch:
                     self._serve(batch)
             except Exception as error:  # whatever it is, those who wait must hear of it and the thread must live on
                 for stream in self._running.values():
@@ -201,6 +201,12 @@ class EngineWorker:
                 return None
             before = self._calls[0].order if self._calls else None
             return self._scheduler.next(_Room(self._engine, batch), time.perf_counter(), before)
+
+    def _pressing(self, batch: Batch) -> bool:
+        """Whether a request waits that could run at once, were it not for a prompt that waits for its experts."""
+        with self._changed:
+            before = self._calls[0].order if self._calls else None
+            return not batch.full and self._scheduler.has_settled(_Room(self._engine, batch), before)
 
     def _tell(self, event: Event | FailedEvent) -> None:
         stream = self._running[event.row]

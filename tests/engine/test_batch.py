@@ -107,6 +107,7 @@ def test_random_arrivals_under_a_tight_budget_never_change_a_row(
     selections = [None, *(Selection.of([sorted(rng.sample(range(8), 3))] * 3) for _ in range(4))]
     arrivals = [(rng.randrange(30), _draw(tight, rng, ask, selections)) for _ in range(12)]
     for (_, request), ours in zip(arrivals, _run(tight, arrivals), strict=True):
+        assert ours.error is None, ours.error
         assert ours.tokens == _run(roomy, [(0, request)])[0].tokens
 
 
