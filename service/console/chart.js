@@ -1,0 +1,58 @@
+// A line chart in plain SVG: points with whiskers over a measure of bytes, and marks that stand for one value.
+
+import { h, svg } from "./dom.js";
+import { bytes, percent } from "./format.js";
+
+const [WIDTH, HEIGHT] = [640, 300];
+const [LEFT, RIGHT, TOP, BOTTOM] = [46, 16, 14, 40];
+
+// series: [{ name, points: [{ x, y, low, high, title }] }]; marks: [{ x | y, name }]
+export function chart(label, series, marks = []) {
+  const widest = Math.max(1, ...series.flatMap(({ points }) => points.map(({ x }) => x)), ...marks.map(({ x }) => x ?? 0));
+  const across = (x) => LEFT + (x / widest) * (WIDTH - LEFT - RIGHT);
+  const up = (y) => HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM);
+  const picture = svg("svg", { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label },
+    axes(widest, across, up),
+    marks.map((mark) => line(mark, across, up)),
+    series.map(({ points }, at) => curve(points, at, across, up)));
+  return h("div", {}, picture, legend(series));
+}
+
+function axes(widest, across, up) {
+  const grid = [0, 0.25, 0.5, 0.75, 1].map((y) => [
+    svg("line", { class: y === 0 ? "axis" : "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: up(y), y2: up(y) }),
+    svg("text", { x: LEFT - 8, y: up(y) + 4, "text-anchor": "end" }, percent(y, 0))]);
+  const ticks = [0, 0.25, 0.5, 0.75, 1].map((share) =>
+    svg("text", { x: across(share * widest), y: HEIGHT - BOTTOM + 18, "text-anchor": share === 0 ? "start" : share === 1 ? "end" : "middle" },
+      share === 0 ? "0" : bytes(share * widest)));
+  return [...grid, ...ticks, svg("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" },
+    "memory of the experts")];
+}
+
+function line({ x, y, name }, across, up) {
+  const ends = x === undefined
+    ? { x1: LEFT, x2: WIDTH - RIGHT, y1: up(y), y2: up(y) }
+    : { x1: across(x), x2: across(x), y1: TOP, y2: up(0) };
+  const late = x !== undefined && across(x) > WIDTH / 2;
+  const text = x === undefined
+    ? { x: WIDTH - RIGHT, y: up(y) - 4 > TOP ? up(y) + 14 : TOP + 14, "text-anchor": "end" }
+    : { x: across(x) + (late ? -5 : 5), y: up(0) - 6, "text-anchor": late ? "end" : "start" };
+  return svg("g", {}, svg("line", { class: "mark", ...ends }), svg("text", text, name));
+}
+
+function curve(points, at, across, up) {
+  const sorted = [...points].sort((a, b) => a.x - b.x);
+  const path = sorted.map(({ x, y }) => `${across(x)},${up(y)}`).join(" ");
+  return svg("g", { class: `s${at % 6}` },
+    svg("polyline", { class: "line", points: path }),
+    sorted.filter(({ low }) => low !== undefined).map(({ x, low, high }) =>
+      svg("line", { class: "whisker", x1: across(x), x2: across(x), y1: up(low), y2: up(high) })),
+    sorted.map(({ x, y, title }) =>
+      svg("circle", { class: "point", cx: across(x), cy: up(y), r: 4.5 }, svg("title", {}, title))));
+}
+
+function legend(series) {
+  return h("ul", { class: "legend" }, series.map(({ name }, at) =>
+    h("li", {}, svg("svg", { class: "swatch", viewBox: "0 0 14 14", "aria-hidden": "true" },
+      svg("circle", { class: `s${at % 6}`, cx: 7, cy: 7, r: 5 })), name)));
+}

@@ -1,0 +1,48 @@
+// A receipt as a table that people read: every field that the service sent, those it is asked for most with words of their own.
+
+import { bytes, count, fixed, milliseconds, percent } from "./format.js";
+import { h } from "./dom.js";
+
+const REASONS = {
+  pinned: "named in the request",
+  retrieved: "retrieved by the query",
+  "below-threshold": "no task was near enough",
+  "no-tasks": "no task has a profile yet",
+};
+
+const ROWS = [
+  ["task", "Task", (r) => r.task ?? "none"],
+  ["reason", "Why this task", (r) => REASONS[r.reason] ?? r.reason],
+  ["similarity", "Similarity", (r) => fixed(r.similarity, 3)],
+  ["served_task", "Profile of", (r) => r.served_task ?? "none: every expert was within reach"],
+  ["mode", "Mode", (r) => r.mode],
+  ["escalated", "Escalated", (r) => (r.escalated ? "yes: the guard left the selection" : "no")],
+  ["keep", "Experts kept", (r) => percent(r.keep)],
+  ["scorer", "Scorer", (r) => r.scorer ?? "–"],
+  ["coverage", "Coverage", (r) => percent(r.coverage)],
+  ["experts", "Experts leased", (r) => count(r.experts)],
+  ["experts_paged", "Experts paged in", (r) => count(r.experts_paged)],
+  ["bytes_paged", "Bytes paged in", (r) => bytes(r.bytes_paged)],
+  ["swap_ms", "Swap", (r) => milliseconds(r.swap_ms)],
+  ["queue_ms", "In the queue", (r) => milliseconds(r.queue_ms)],
+  ["ttft_ms", "First token after", (r) => milliseconds(r.ttft_ms)],
+  ["resident_bytes", "Resident", (r) => bytes(r.resident_bytes)],
+  ["prompt_tokens", "Prompt tokens", (r) => count(r.prompt_tokens)],
+  ["completion_tokens", "Answer tokens", (r) => count(r.completion_tokens)],
+  ["model", "Model", (r) => r.model],
+  ["profile_id", "Profile", (r) => r.profile_id ?? "–"],
+  ["selection", "Selection", (r) => r.selection ?? "–"],
+  ["ignored", "Ignored fields", (r) => r.ignored.join(", ") || "none"],
+];
+
+export function receiptList(receipt) {
+  const known = ROWS.filter(([name]) => name in receipt).map(([name, label, show]) => row(name, label, show(receipt)));
+  const names = new Set(ROWS.map(([name]) => name));
+  const others = Object.entries(receipt).filter(([name]) => !names.has(name));
+  return h("dl", {}, known, others.map(([name, value]) =>
+    row(name, name.replaceAll("_", " "), typeof value === "string" ? value : JSON.stringify(value))));
+}
+
+function row(name, label, text) {
+  return h("div", { "data-field": name }, h("dt", {}, label), h("dd", {}, text));
+}
