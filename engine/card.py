@@ -5,7 +5,7 @@ Reads config.json and headers; no weights, no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap
 from store.records import ExpertKey
+from store.shard import TensorSpan
 
 ITEMSIZE: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # How configs call the number of experts a token goes through.
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts", "top_k")
+STATE_SPACE, NO_ATTENTION = "mamba", frozenset({"moe", "mlp"})
 FULL_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
@@ -89,11 +91,17 @@ def _refuse_the_unservable(whole: Mapping[str, Any], config: Mapping[str, Any]) 
             "This checkpoint is quantised (config.json has quantization_config), which can't be served yet. "
             "Use its bfloat16 or float32 version."
         )
-    if other := sorted(set(config.get("layer_types") or ()) - FULL_ATTENTION):
+    if other := sorted(_layer_kinds(config) - FULL_ATTENTION):
         raise UnsupportedFamily(
             f"Layers of kind {', '.join(other)} keep a state that moepager's KV cache does not hold. "
             f"Supported are {', '.join(sorted(FULL_ATTENTION))}."
         )
+
+
+def _layer_kinds(config: Mapping[str, Any]) -> set[str]:
+    """The kinds of attention that the config names. Older hybrids name none, but the sizes of their state spaces."""
+    kinds = set(config.get("layer_types") or ()) | set(config.get("layers_block_type") or ())
+    return kinds - NO_ATTENTION | {STATE_SPACE for name in config if name.startswith(STATE_SPACE)}
 
 
 def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: ExpertMap) -> Geometry:
@@ -106,7 +114,7 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
         )
     heads = _number(config, "num_attention_heads")
     layers = _number(config, "num_hidden_layers")
-    cached, width = _attention_shape(config, heads)
+    cached, width = _attention_shape(config, heads, layers, dense)
     shapes = [span.shape for span in dense] + [part.shape for part in parts]
     return Geometry(
         dtype=_dtype(config, parts[0].dtype),
@@ -114,7 +122,7 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
         dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
         expert=tuple(part.nbytes // itemsize.get(part.dtype, 1) for part in parts),
         expert_width=max(length for part in parts for length in part.shape),
-        kv_per_token=layers * cached,
+        kv_per_token=cached,
         decoder_layers=layers,
         attention_width=width,
         scored_heads=heads if any(name.endswith(".sinks") for name in experts.dense) else 0,
@@ -125,17 +133,27 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
     )
 
 
-def _attention_shape(config: Mapping[str, Any], heads: int) -> tuple[int, int]:
-    """What a decoder layer caches for one token, and the widest of query, key and value over all heads, in elements.
+def _attention_shape(
+    config: Mapping[str, Any], heads: int, layers: int, dense: Sequence[TensorSpan]
+) -> tuple[int, int]:
+    """What all layers cache for one token, and the widest of query, key and value over all heads, in elements.
 
     Latent attention is cached compressed, as transformers does it since version 5.
     """
     if config.get("kv_lora_rank"):
         rope, value = _number(config, "qk_rope_head_dim"), _number(config, "v_head_dim")
         key = _number(config, "qk_nope_head_dim") + rope
-        return _number(config, "kv_lora_rank") + rope, heads * max(key, value)
-    width = int(config.get("head_dim") or _number(config, "hidden_size") // heads)
-    return 2 * width * int(config.get("num_key_value_heads") or heads), heads * width
+        return layers * (_number(config, "kv_lora_rank") + rope), heads * max(key, value)
+    head = int(config.get("head_dim") or _number(config, "hidden_size") // heads)
+    keys, values, width = (_rows(dense, f".{which}_proj.weight") for which in "kvq")
+    if len(keys) == layers and values.keys() <= keys.keys():  # layers may differ; one without values caches its keys
+        return sum(rows + values.get(at, rows) for at, rows in keys.items()), max(heads * head, *width.values())
+    return layers * 2 * head * int(config.get("num_key_value_heads") or heads), heads * head
+
+
+def _rows(dense: Sequence[TensorSpan], ending: str) -> dict[str, int]:
+    """The projections whose names end so, by the rest of the name: how many rows each has."""
+    return {span.name.removesuffix(ending): span.shape[0] for span in dense if span.name.endswith(ending)}
 
 
 def _dtype(config: Mapping[str, Any], stored: str) -> str:

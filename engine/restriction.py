@@ -17,6 +17,8 @@ from engine.kernels import pad_rows
 from store.errors import UnsupportedFamily
 
 Routed = tuple[Tensor, Tensor, Tensor]  # logits [T, E], weights [T, k], index [T, k]
+ADOPTED = "moepager_argument_"  # tensors that a router is called with, kept at the router; see engine.skeleton
+BATCHED = "moepager_batched"  # set where a router wants its hidden states as [1, T, H]
 Route = Callable[[Tensor], Routed]
 
 
@@ -42,10 +44,18 @@ def restrict(router: Any, ids: Sequence[int]) -> Restriction:
     sliced = slice_router(router, kept, experts)
 
     def route(x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        _, weights, index = type(router).forward(sliced, pad_rows(x))
+        _, weights, index = call_router(sliced, pad_rows(x))
         return weights[: len(x)], kept[index[: len(x)]]
 
     return Restriction(allowed, route)
+
+
+def call_router(router: Any, x: Tensor) -> Routed:
+    """The router's own forward of `x` [T, H], with what its block would have given it besides."""
+    extras = [getattr(router, name) for name in sorted([*router._parameters, *router._buffers]) if ADOPTED in name]
+    shaped = x.unsqueeze(0) if getattr(router, BATCHED, False) else x  # [1, T, H] or [T, H]
+    routed: Routed = type(router).forward(router, shaped, *extras)
+    return routed
 
 
 def groups_of(router: Any) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from engine.kernels import pad_rows
 from engine.lookahead import Lookahead
 from engine.observer import Observer
-from engine.restriction import Restriction, Route, Routed, check_router, restrict
+from engine.restriction import Restriction, Route, Routed, call_router, check_router, restrict
 from store.errors import InvalidInput
 from store.records import Selection
 
@@ -86,11 +87,11 @@ class _Router:
     def __init__(self, layer: int, module: Any, board: Switchboard) -> None:
         self.layer = layer
         self.module = module
-        self.inner: Route = module.forward
+        self.inner: Route = partial(call_router, module)
         self._board = board
         module.forward = self
 
-    def __call__(self, hidden: Tensor) -> Routed:
+    def __call__(self, hidden: Tensor, *_: Tensor, **__: Tensor) -> Routed:
         x = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
         logits, weights, index = self.inner(pad_rows(x))
         routed = logits[: len(x)], weights[: len(x)], index[: len(x)]

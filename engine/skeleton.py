@@ -17,9 +17,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from engine import experts as dispatch
 from engine.layout import Renaming, SlotLayout, derive_layout
+from engine.restriction import ADOPTED, BATCHED
 from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
 from store.experts import ExpertMap
+
+Block = tuple[Any, Any, Any]  # the module of one MoE block, its router, its experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,10 @@ def build_skeleton(checkpoint: CheckpointMap, experts: ExpertMap, dtype: str) ->
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     layout, owners = derive_layout(renaming, checkpoint, experts, shapes, getattr(torch, dtype))
     blocks = [_block(model, owner, experts.experts) for owner in owners]
-    decoders = [owner.rsplit(".", 2)[0] for owner in owners]
-    order, cache = _trial(model, decoders, [router for router, _ in blocks])
+    order, cache = _trial(model, [_decoder(owner)[0] for owner in owners], blocks)
     joints = tuple(
         Joint(router, module, _norm_before(model, owner, order))
-        for (router, module), owner in zip(blocks, owners, strict=True)
+        for (_, router, module), owner in zip(blocks, owners, strict=True)
     )
     for joint in joints:
         dispatch.drop_parameters(joint.experts)
@@ -73,10 +75,8 @@ def _on_meta(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _block(model: Any, owner: str, experts: int) -> tuple[Any, Any]:
-    """The router and the experts module of one MoE block: the router is the block's child with a row for each
-    expert.
-    """
+def _block(model: Any, owner: str, experts: int) -> Block:
+    """One MoE block: its router is the child with a row for each expert."""
     block = model.get_submodule(owner.rsplit(".", 1)[0])
     module = model.get_submodule(owner)
     routers = [
@@ -84,20 +84,30 @@ def _block(model: Any, owner: str, experts: int) -> tuple[Any, Any]:
         for child in block.children()
         if child is not module and any(p.dim() == 2 and p.shape[0] == experts for p in child.parameters(recurse=True))
     ]
-    scoring = [child for child in routers if getattr(child, "num_experts", None) == experts]
+    scoring = [child for child in routers if getattr(child, "num_experts", None) == experts] or routers
     if len(scoring) != 1:
         raise UnsupportedFamily(
-            f"{type(block).__name__} has {len(scoring)} router modules with num_experts = {experts}; exactly one that "
-            "returns "
-            "(logits, weights, index) is needed."
+            f"{type(block).__name__} has {len(scoring)} modules that score {experts} experts; exactly one router that "
+            "returns (logits, weights, index) is needed."
         )
-    return scoring[0], module
+    scoring[0].num_experts = experts  # gemma 4's router knows it only by its config
+    return block, scoring[0], module
 
 
-def _trial(model: Any, decoders: Sequence[str], routers: Sequence[Any]) -> tuple[dict[str, list[str]], Any]:
+def _decoder(owner: str) -> tuple[str, str]:
+    """The decoder layer of an experts module, and the name of that layer's child on the way to it."""
+    words = owner.split(".")
+    at = max(place for place, word in enumerate(words) if word.isdecimal())
+    return ".".join(words[: at + 1]), words[at + 1]
+
+
+def _trial(model: Any, decoders: Sequence[str], blocks: Sequence[Block]) -> tuple[dict[str, list[str]], Any]:
     """Send one token through on the meta device: the order of calls in each decoder layer, and the cache's shapes."""
     order: dict[str, list[str]] = {name: [] for name in decoders}
-    handles = [router.register_forward_hook(_check_router_contract) for router in routers]
+    handles = []
+    for block, router, _ in blocks:
+        handles.append(router.register_forward_pre_hook(_adopt_arguments(block), with_kwargs=True))
+        handles.append(router.register_forward_hook(_check_router_contract))
     for name in decoders:
         for child, module in model.get_submodule(name).named_children():
             handles.append(module.register_forward_pre_hook(lambda *_, n=name, c=child: order[n].append(c)))
@@ -106,7 +116,7 @@ def _trial(model: Any, decoders: Sequence[str], routers: Sequence[Any]) -> tuple
         with torch.inference_mode():
             ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
             model(input_ids=ids, past_key_values=cache, use_cache=True)
-    except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError, LookupError, ValueError) as error:
         raise UnsupportedFamily(f"{type(model).__name__} can't be run on shapes alone: {error}") from error
     finally:
         for handle in handles:
@@ -114,10 +124,27 @@ def _trial(model: Any, decoders: Sequence[str], routers: Sequence[Any]) -> tuple
     return order, cache
 
 
-def _check_router_contract(router: Any, args: tuple[Any, ...], routed: Any) -> None:
+def _adopt_arguments(block: Any) -> Any:
+    """A hook that makes what a router is called with besides the hidden states, such as its block's correction bias,
+    tensors of the router itself: they are limited to a set as its own are."""
+    own = {id(tensor) for tensor in (*block.parameters(), *block.buffers())}
+
+    def hook(router: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if not args or any(id(extra) not in own for extra in (*args[1:], *named.values())):
+            raise UnsupportedFamily(
+                f"{type(router).__name__} routes by more than the hidden states and its block's own weights, so it "
+                "can't be limited to a set."
+            )
+        for place, extra in enumerate((*args[1:], *named.values())):
+            keep = router.register_parameter if isinstance(extra, nn.Parameter) else router.register_buffer
+            keep(f"{ADOPTED}{place}", extra)
+        setattr(router, BATCHED, args[0].dim() == 3)
+
+    return hook
+
+
+def _check_router_contract(router: Any, _: tuple[Any, ...], routed: Any) -> None:
     name, experts = type(router).__name__, router.num_experts
-    if len(args) != 1:
-        raise UnsupportedFamily(f"{name} routes by more than the hidden states, so it can't be limited to a set.")
     if not (isinstance(routed, tuple) and len(routed) == 3 and all(isinstance(part, Tensor) for part in routed)):
         raise UnsupportedFamily(f"{name} does not return (logits, weights, index), so routing can't be restricted.")
     logits, weights, index = routed
@@ -129,7 +156,7 @@ def _check_router_contract(router: Any, args: tuple[Any, ...], routed: Any) -> N
 
 def _norm_before(model: Any, owner: str, order: Mapping[str, Sequence[str]]) -> nn.Module | None:
     """The child that the decoder layer called last before its MoE block; its input is the residual stream."""
-    decoder, block = owner.rsplit(".", 2)[:2]
+    decoder, block = _decoder(owner)
     called = order[decoder]
     at = called.index(block) if block in called else 0
     if at == 0 or "norm" not in type(model.get_submodule(f"{decoder}.{called[at - 1]}")).__name__.lower():

@@ -15,6 +15,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from engine.tiny_config import moe_families, tiny_fields
+
+# Those with shapes of their own, which every test of the engine runs on; any other family gets those of `tiny_config`.
 FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3")
 
 PAD, BOS, EOS, END_OF_TURN = "<pad>", "<bos>", "<eos>", "<|end|>"
@@ -26,6 +29,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 
+_TOKENS: Mapping[str, Any] = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
+
 _COMMON: Mapping[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -36,9 +41,7 @@ _COMMON: Mapping[str, Any] = {
     "max_position_embeddings": 512,
     "num_experts_per_tok": 2,
     "tie_word_embeddings": False,
-    "pad_token_id": 256,
-    "bos_token_id": 257,
-    "eos_token_id": 258,
+    **_TOKENS,
 }
 
 _FAMILY: Mapping[str, Mapping[str, Any]] = {
@@ -100,12 +103,13 @@ def write_tiny(
 
     Any field of the family's config may be overridden. The same seed and fields give the same bytes.
     """
-    if family not in _FAMILY:
-        raise ValueError(f"Tiny checkpoints exist for {', '.join(FAMILIES)}; got {family!r}.")
+    if family not in moe_families():
+        others = sorted(moe_families().keys() - set(FAMILIES))
+        raise ValueError(f"Tiny checkpoints exist for {', '.join([*FAMILIES, *others])}; got {family!r}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fields = dict(_COMMON) | dict(_FAMILY[family]) | config_overrides
-    config = AutoConfig.for_model(family, **fields)
+    shapes = dict(_COMMON) | dict(_FAMILY[family]) if family in _FAMILY else tiny_fields(family)
+    config = AutoConfig.for_model(family, **(shapes | dict(_TOKENS) | config_overrides))
     config.dtype = getattr(torch, dtype)
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -118,15 +122,18 @@ def write_tiny(
 
 
 def _randomise(model: torch.nn.Module, seed: int, std: float) -> None:
-    """Weights with enough spread for routing to vary; norms near one, biases (the correction bias too) away from
-    zero.
+    """Weights with enough spread for routing to vary; norms and scales near one, biases (the correction bias too) away
+    from zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    biases = {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    parameters = dict(model.named_parameters())
+    buffers = {name: each for name, each in model.state_dict().items() if each.is_floating_point()}
     with torch.no_grad():
-        for name, tensor in (dict(model.named_parameters()) | biases).items():
+        for name, tensor in (
+            parameters | {name: each for name, each in buffers.items() if name not in parameters}
+        ).items():
             noise = torch.randn(tensor.shape, generator=generator)
-            is_norm = tensor.dim() == 1 and name.endswith("norm.weight")
+            is_norm = tensor.dim() == 1 and (name.endswith("norm.weight") or bool(tensor.eq(1).all()))
             tensor.copy_(1 + 0.1 * noise if is_norm else std * noise)
 
 

@@ -16,6 +16,7 @@ from store.shard import TensorSpan
 
 # How configs call the number of routed experts a layer.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+IDENTITIES = ("zero_expert_num",)
 PREDICTION_HEAD = "mtp"  # multi-token prediction: layers for training or drafting
 
 FIX = "Download the checkpoint again."
@@ -65,6 +66,7 @@ class ExpertMap:
     @classmethod
     def build(cls, checkpoint: CheckpointMap) -> ExpertMap:
         """Raises CheckpointError for holes and unlike experts, UnsupportedFamily where none can be told apart."""
+        _refuse_experts_without_weights(checkpoint.config)
         placed = _place_all(checkpoint.tensors.values())
         if not placed:
             raise UnsupportedFamily(
@@ -176,6 +178,14 @@ def _setting(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:
             if isinstance(scope, Mapping) and type(scope.get(key)) is int:
                 return int(scope[key])
     return None
+
+
+def _refuse_experts_without_weights(config: Mapping[str, Any]) -> None:
+    if identities := _setting(config, IDENTITIES):
+        raise UnsupportedFamily(
+            f"The router also chooses among {identities} experts that have no weights and pass tokens through "
+            f"(config.json: {', '.join(IDENTITIES)}); there is nothing of them to page or to leave out."
+        )
 
 
 def _place_all(tensors: Iterable[TensorSpan]) -> list[Placed]:
