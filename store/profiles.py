@@ -181,12 +181,13 @@ def _put_selection(session: Session, selection: StoredSelection) -> None:
 
 def _put_evaluation(session: Session, evaluation: Evaluation) -> None:
     figures = (evaluation.nll, evaluation.coverage, evaluation.accuracy or 0.0, evaluation.full_accuracy or 0.0)
-    if not all(map(math.isfinite, figures)):
+    if not all(map(math.isfinite, (*figures, *evaluation.levels))):
         raise InvalidInput(
             f"An evaluation of numbers that are not finite is no evidence: {evaluation}. Evaluate again."
         )
     _require_selection(session, evaluation.selection)
     values = {field: getattr(evaluation, field) for field in Evaluation.__slots__}
+    values["levels"] = sorted(evaluation.levels)
     key = ("selection", "evaluation_hash")
     upsert(session, EvaluationRow, values, update=[name for name in values if name not in key], key=key)
 
@@ -211,4 +212,5 @@ def _selection(row: SelectionRow) -> StoredSelection:
 
 
 def _evaluation(row: EvaluationRow) -> Evaluation:
-    return Evaluation(**{field: getattr(row, field) for field in Evaluation.__slots__})
+    values = {field: getattr(row, field) for field in Evaluation.__slots__}
+    return Evaluation(**values | {"levels": tuple(row.levels or ())})

@@ -121,7 +121,11 @@ class StoredSelection:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Evidence: how the model did on held-out items of a task inside a selection. `nll` in nats a response token."""
+    """Evidence: how the model did on held-out items of a task inside a selection. `nll` in nats a response token.
+
+    `levels`, rising, are the lowest level of coverage that the guard saw in each item: mode auto draws its bound from
+    them. Empty where nobody looked.
+    """
 
     selection: str
     evaluation_hash: str
@@ -147,6 +151,7 @@ class Hit:
     text: str
     similarity: float
 
+    levels: tuple[float, ...] = ()
 
 @dataclass(frozen=True, slots=True)
 class Decision:

@@ -144,6 +144,7 @@ class EvaluationRow(Row):
     full_accuracy: Mapped[float | None]
     nll: Mapped[float]
     coverage: Mapped[float]
+    levels: Mapped[list[float] | None] = mapped_column(JSON(none_as_null=True))  # None: made before the guard
 
 
 class JobRow(Row):

@@ -239,3 +239,13 @@ def test_a_process_killed_in_the_middle_of_a_put_leaves_nothing(
         assert again.selections.find("p1") == []
         again.profiles.put(make_profile())
         assert stocked.profiles.list() == [make_profile()]
+
+
+def test_an_evaluation_keeps_the_guards_levels_in_rising_order(
+    stocked: Store, make_profile: MakeProfile, make_selection: MakeSelection, make_evaluation: MakeEvaluation
+) -> None:
+    stocked.profiles.put(make_profile(), [make_selection()], [make_evaluation(levels=(0.9, 0.25, 0.5))])
+    [(_, found)] = stocked.evaluations.list("p1")
+    assert found.levels == (0.25, 0.5, 0.9)
+    with pytest.raises(InvalidInput, match="not finite"):
+        stocked.evaluations.put(make_evaluation(levels=(0.5, float("nan"))))
