@@ -24,7 +24,8 @@ class Jobs:
         """Adds the job. Raises Conflict where the id is taken: a job is changed by `update`."""
         _check_progress(job.progress)
         with self._database.write() as session:
-            if not insert_once(session, JobRow, {field: getattr(job, field) for field in Job.__slots__}):
+            values = {field: getattr(job, field) for field in Job.__slots__} | {"options": dict(job.options)}
+            if not insert_once(session, JobRow, values):
                 raise Conflict(f"Job {job.id} is in the store already. Give the new job an id of its own.")
 
     def get(self, id: str) -> Job:  # noqa: A002
@@ -109,7 +110,9 @@ def _check_progress(progress: float) -> None:
 
 def _job(row: JobRow) -> Job:
     state = cast("JobState", row.state)  # a check constraint holds it to these words
-    return Job(row.id, row.model, row.task, state, row.progress, row.detail, row.created, row.updated)
+    return Job(
+        row.id, row.model, row.task, state, row.progress, row.detail, row.created, row.updated, row.options or {}
+    )
 
 
 def _decision(row: DecisionRow) -> Decision:

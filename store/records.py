@@ -27,10 +27,26 @@ class ExpertKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class StandIn:
+    """Vectors that stand in for experts that are left out, f32 `[L, E, H]`; `id` names model, text and kind."""
+
+    id: str
+    vectors: F32 = field(compare=False, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return self.vectors.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
-    """The experts that a request may be routed to: for each MoE layer a sorted tuple of expert ids."""
+    """The experts that a request may be routed to: for each MoE layer a sorted tuple of expert ids.
+
+    With a `stand_in` the router chooses among all experts, and the vectors of those that are not here take their place.
+    """
 
     experts: tuple[tuple[int, ...], ...]
+    stand_in: StandIn | None = None
 
     def __post_init__(self) -> None:
         for layer, ids in enumerate(self.experts):
@@ -44,8 +60,8 @@ class Selection:
         return cls(tuple(tuple(range(experts)) for _ in range(layers)))
 
     @classmethod
-    def of(cls, layers: Sequence[Sequence[int]]) -> Selection:
-        return cls(tuple(tuple(sorted(int(e) for e in ids)) for ids in layers))
+    def of(cls, layers: Sequence[Sequence[int]], stand_in: StandIn | None = None) -> Selection:
+        return cls(tuple(tuple(sorted(int(e) for e in ids)) for ids in layers), stand_in)
 
     def __iter__(self) -> Iterator[ExpertKey]:
         for layer, ids in enumerate(self.experts):
@@ -57,8 +73,9 @@ class Selection:
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits that name this exact set."""
-        return hashlib.sha256(repr(self.experts).encode()).hexdigest()[:16]
+        """Sixteen hex digits that name this exact set, and what stands in for the others."""
+        named = repr(self.experts) + (f" {self.stand_in.id}" if self.stand_in else "")
+        return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +151,7 @@ class Evaluation:
     full_accuracy: float | None
     nll: float
     coverage: float
+    levels: tuple[float, ...] = ()
 
     @property
     def retention(self) -> float | None:
@@ -151,7 +169,6 @@ class Hit:
     text: str
     similarity: float
 
-    levels: tuple[float, ...] = ()
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -225,7 +242,8 @@ JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A profiling run. `progress` between 0 and 1; `detail` says where it is, or why it failed."""
+    """A profiling run. `progress` between 0 and 1; `detail` says where it is, or why it failed; `options` are those of
+    the profiling that its creator chose, by name."""
 
     id: str
     model: str
@@ -235,3 +253,4 @@ class Job:
     detail: str
     created: datetime
     updated: datetime
+    options: Mapping[str, Any] = field(default_factory=dict)

@@ -164,6 +164,7 @@ class JobRow(Row):
     detail: Mapped[str]
     created: Mapped[datetime] = mapped_column(index=True)
     updated: Mapped[datetime]
+    options: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # None: made before there were any
 
 
 class ChangesRow(Row):

@@ -35,8 +35,10 @@ def decision(number: int = 1, **changes: Any) -> Decision:
 
 
 def test_a_job_comes_back_as_it_was(store: Store) -> None:
-    store.jobs.put(job(progress=0.25, detail="25 of 100 items"))
-    assert store.jobs.get("j1") == job(progress=0.25, detail="25 of 100 items")
+    store.jobs.put(job(progress=0.25, detail="25 of 100 items", options={"scorers": ["peu"], "search": True}))
+    assert store.jobs.get("j1") == job(
+        progress=0.25, detail="25 of 100 items", options={"scorers": ["peu"], "search": True}
+    )
 
 
 def test_an_update_changes_what_is_given_and_notes_the_time(store: Store) -> None:
