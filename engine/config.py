@@ -25,6 +25,9 @@ class EngineConfig:
     `read_ahead` bounds how many experts exact mode reads at a time for the layer after the present one, on the word of
     that layer's router run early; 0 reads none. None takes READ_AHEAD where an expert goes from the file straight
     into its slot, and none where its bytes must be changed on the way (another dtype or device).
+
+    `stand_ins` is how many tasks' stand-ins (one vector for each expert of the model) are on the device at once;
+    0 serves no selection that has them.
     """
 
     model: Path
@@ -36,6 +39,7 @@ class EngineConfig:
     threads: int | None = None
     chunk_tokens: int | None = None
     read_ahead: int | None = None
+    stand_ins: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))
@@ -45,5 +49,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(f"{name} must be at least 1, got {value}.", param=name)
+        if self.stand_ins < 0:
+            raise InvalidInput(f"stand_ins must be at least 0, got {self.stand_ins}.", param="stand_ins")
         if self.read_ahead is not None and self.read_ahead < 0:
             raise InvalidInput(f"read_ahead must be at least 0, got {self.read_ahead}.", param="read_ahead")

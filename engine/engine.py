@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -32,11 +32,13 @@ from engine.requests import Event, FailedEvent, GenerationRequest
 from engine.restriction import restrict
 from engine.routing import Routing, Switchboard
 from engine.skeleton import Skeleton, build_skeleton
+from engine.stand_ins import DeviceStandIns
 from engine.text import Tokenizer
 from store.checkpoint import CheckpointMap
 from store.errors import BudgetError, InvalidInput, UnsupportedFamily
 from store.experts import ExpertMap
 from store.records import Selection
+from store.sizes import show_bytes
 
 GUESSED_BYTES_PER_SECOND = 1e9
 
@@ -79,7 +81,10 @@ class Engine:
         for joint, paged in zip(skeleton.joints, self._experts, strict=True):
             dispatch.bind(joint.experts, paged)
         routers = [joint.router for joint in skeleton.joints]
-        self.board = Switchboard(routers, card.experts, card.top_k, remembered=plan.max_batch)
+        stand_ins = DeviceStandIns(plan.stand_ins, device)
+        self.board = Switchboard(routers, card.experts, card.top_k, remembered=plan.max_batch, stand_ins=stand_ins)
+        for paged in self._experts:
+            paged.added = self.board.added
         with torch.inference_mode():
             self.board.check(card.hidden)
         _check_cache(skeleton, plan)
@@ -148,11 +153,16 @@ class Engine:
         """Forget every expert that no lease holds, so that the next lease reads all of its own. Gives their number."""
         return self.bank.residency.evict_idle()
 
-    def lease(self, selection: Selection, *, ahead: bool = False) -> AbstractContextManager[Lease]:
-        """Page in what is missing of `selection` and hold it until the block ends; `ahead`: see Bank.lease."""
-        self.board.check_selection(selection)
-        self.plan.require(selection)
-        return self.bank.lease(selection, ahead=ahead)
+    @contextmanager
+    def lease(self, selection: Selection, *, ahead: bool = False) -> Iterator[Lease]:
+        """Page in what is missing of `selection` and hold it until the block ends; `ahead`: see Bank.lease.
+
+        What stands in for the other experts is held with it.
+        """
+        self._check_selection(selection)
+        held = self.board.stand_ins.hold(selection.stand_in)
+        with held, self.bank.lease(selection, ahead=ahead) as lease:
+            yield lease
 
     @torch.inference_mode()
     def forward(
@@ -171,12 +181,12 @@ class Engine:
     ) -> tuple[Tensor, list[float]]:
         """As `forward`, and beside the logits each row's coverage."""
         self._check_forward(ids, mask, selections)
-        routing = Routing(self.board, selections, self.device)
         with ExitStack() as stack:
             for selection in dict.fromkeys(selections):
                 if selection is not None:
                     stack.enter_context(self.lease(selection, ahead=True))
             self.require_free_slot(selections)
+            routing = Routing(self.board, selections, self.device)
             if observer is not None:
                 stack.enter_context(self._observed(observer, routing))
             return self._forward(ids.to(self.device), mask.to(self.device), routing), routing.coverage()
@@ -214,6 +224,14 @@ class Engine:
         """What each expert of MoE layer `layer` makes of the router inputs `x` [n, H], unweighted: [n, E, H]."""
         self.require_free_slot([None])
         return self._experts[layer].outputs(x.to(self.device))
+
+    @torch.inference_mode()
+    def expert_weights(self, layer: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Every expert of MoE layer `layer` once, in any order, with its parameters in the layout's order: views of
+        the bank, good until the next pair is asked for.
+        """
+        self.require_free_slot([None])
+        yield from self._experts[layer].weights()
 
     @torch.inference_mode()
     def route_within(self, layer: int, x: Tensor, logits: Tensor, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -286,12 +304,31 @@ class Engine:
         if not all(0 <= token < self.card.vocab for token in request.prompt):
             raise InvalidInput(f"A prompt token is outside the vocabulary of {self.card.vocab}.", param="prompt")
         if request.selection is not None:
-            self.board.check_selection(request.selection)
-            self.plan.require(request.selection)
+            self._check_selection(request.selection)
+
+    def _check_selection(self, selection: Selection) -> None:
+        self.board.check_selection(selection)
+        self.plan.require(selection)
+        if selection.stand_in is None:
+            return
+        wanted, got = (self.card.layers, self.card.experts, self.card.hidden), selection.stand_in.vectors.shape
+        if got != wanted:
+            raise InvalidInput(
+                f"The stand-ins {selection.stand_in.id} are {list(got)}, this model has {list(wanted)} (layers, "
+                "experts, width). They were made for another model: profile this one.",
+                param="selection",
+            )
+        if not self.plan.stand_ins:
+            raise BudgetError(
+                f"The selection has stand-ins of {show_bytes(selection.stand_in.nbytes)}, and the memory plan foresees "
+                "none. Open the engine with stand_ins (MOEPAGER_STAND_INS) of 1 or more."
+            )
 
     def has_room(self, selection: Selection | None, *, spare: bool) -> bool:
         """Whether slots are free, beside all leases, for what `selection` lacks, and `spare` one more to page
         through."""
+        if selection is not None and not self.board.stand_ins.has_room(selection.stand_in):
+            return False
         wanted = self.bank.residency.unpinned(selection or ())
         return wanted + (spare and not self.holds_all) <= self.bank.residency.available
 

@@ -45,13 +45,15 @@ class PagedExperts:
     def __init__(self, layer: int, module: Any, bank: Bank) -> None:
         self.layer = layer
         self.observer: Observer | None = None
+        self.added: dict[int, Tensor] = {}  # by layer, [T, H]: what routing adds in place of experts that are left out
         self._bank = bank
         self._experts = int(module.num_experts)
         self.stages = stages(module, bank.layout)
         self._feed_forward: FeedForward = self.stages
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """`hidden` [T, H], `index` and `weights` [T, k] -> [T, H]. An index of E marks padding: no expert sees it."""
+        """`hidden` [T, H], `index` and `weights` [T, k] -> [T, H]. No expert sees what has an index of E: padding, and
+        choices that something else stands in for."""
         if len(hidden) == 1 and self.observer is None:
             return self._one(hidden, index, weights)
         combined = self._many(hidden, index, weights)  # [T, H]
@@ -76,6 +78,8 @@ class PagedExperts:
     def _one(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A single token, as in decoding one row: nothing to sort, gather or scatter."""
         chosen: list[int] = index[0].tolist()
+        if self._experts in chosen:
+            return self._many(hidden, index, weights)
         outputs: dict[int, Tensor] = {}
         with closing(self._bank.visit(self.layer, chosen)) as visit:
             for expert, slot in visit:
@@ -131,7 +135,10 @@ def paged_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -
     if hidden.is_meta:
         return torch.empty_like(hidden)  # the shape check at open, before any weight is there
     paged: PagedExperts = module.moepager
-    return paged(hidden, index, weights)
+    combined = paged(hidden, index, weights)
+    if not paged.added:
+        return combined
+    return (combined + paged.added.pop(paged.layer)).to(combined.dtype)
 
 
 def register() -> None:

@@ -3,6 +3,7 @@
 dense      every tensor that all tokens need, in the serving dtype
 kv         max_batch rows x max_context tokens x the model's keys and values (sliding windows counted in full)
 staging    the reader's aligned buffers, and an expert's own where bytes need a cast or another device
+stand-ins  one vector of H float32 for each expert, as many sets as the config allows at once
 routers    sliced copies of the routers, for at most max_batch different selections at once
 workspace  activations of chunk_tokens tokens, see `_workspace`
 slots      the rest of the budget, at most one slot for each expert
@@ -33,6 +34,7 @@ class MemoryPlan:
     kv_bytes: int
     staging_bytes: int
     router_bytes: int
+    stand_in_bytes: int
     kernel_bytes: int
     workspace_bytes: int
     slot_bytes: int
@@ -44,12 +46,13 @@ class MemoryPlan:
     max_batch: int
     chunk_tokens: int
     dtype: str
+    stand_ins: int
 
     @property
     def fixed_bytes(self) -> int:
         """Everything but the slots."""
         held = self.dense_bytes + self.kv_bytes + self.staging_bytes + self.router_bytes
-        return held + self.kernel_bytes + self.workspace_bytes
+        return held + self.stand_in_bytes + self.kernel_bytes + self.workspace_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -108,6 +111,7 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
         kv_bytes=config.max_batch * context * card.geometry.kv_per_token * size,
         staging_bytes=_staging(card, config, dtype),
         router_bytes=config.max_batch * card.layers * card.experts * (card.hidden + 2) * size,
+        stand_in_bytes=config.stand_ins * card.layers * card.experts * card.hidden * 4,
         kernel_bytes=_kernels(card, chunk) if config.device == "cpu" and size == 2 else 0,
         workspace_bytes=_workspace(card, chunk, context, config.max_batch, size),
         slot_bytes=slot,
@@ -119,6 +123,7 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
         max_batch=config.max_batch,
         chunk_tokens=chunk,
         dtype=dtype,
+        stand_ins=config.stand_ins,
     )
     return plan if config.memory is None else _within(plan, config.memory)
 

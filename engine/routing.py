@@ -18,20 +18,25 @@ from engine.kernels import pad_rows
 from engine.lookahead import Lookahead
 from engine.observer import Observer
 from engine.restriction import Restriction, Route, Routed, call_router, check_router, restrict
+from engine.stand_ins import DeviceStandIns, Replacement
 from store.errors import InvalidInput
 from store.records import Selection
 
-Restrictions = tuple[Restriction, ...]  # one a layer
+Restrictions = tuple[Restriction | Replacement, ...]  # one a layer
 
 
 class Switchboard:
     """All routers of a model. Calls go through unchanged unless a `Routing` is plugged in for the pass."""
 
-    def __init__(self, routers: Sequence[Any], experts: int, top_k: int, remembered: int) -> None:
+    def __init__(
+        self, routers: Sequence[Any], experts: int, top_k: int, remembered: int, stand_ins: DeviceStandIns
+    ) -> None:
         """`remembered` bounds how many selections keep their sliced routers."""
         self.experts = experts
         self.top_k = top_k
         self.routing: Routing | None = None
+        self.stand_ins = stand_ins
+        self.added: dict[int, Tensor] = {}  # by layer, [T, H]: what the pass adds for experts that are left out
         self.lookahead: Lookahead | None = None  # where exact mode reads ahead
         self._routers = [_Router(layer, module, self) for layer, module in enumerate(routers)]
         self._remembered = remembered
@@ -72,6 +77,8 @@ class Switchboard:
         """The routers limited to `selection`; None where it limits nothing."""
         if all(len(ids) == self.experts for ids in selection.experts):
             return None
+        if selection.stand_in is not None:
+            return self._replacements(selection, self.stand_ins.vectors(selection.stand_in))
         if selection not in self._cache:
             routers = zip(self._routers, selection.experts, strict=True)
             self._cache[selection] = tuple(restrict(router.module, ids) for router, ids in routers)
@@ -79,6 +86,14 @@ class Switchboard:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(selection)
         return self._cache[selection]
+
+    def _replacements(self, selection: Selection, vectors: Tensor) -> Restrictions:
+        """`vectors` [L, E, H]: nothing is copied, so nothing needs to be remembered."""
+        allowed = torch.zeros(vectors.shape[:2], dtype=torch.bool)  # [L, E]
+        for layer, ids in enumerate(selection.experts):
+            allowed[layer, list(ids)] = True
+        rows = allowed.to(vectors.device).unbind(0)
+        return tuple(Replacement(*layer) for layer in zip(rows, vectors.unbind(0), strict=True))
 
 
 class _Router:
@@ -173,6 +188,7 @@ class Routing:
 
     def _unplug(self) -> None:
         self._board.routing = None
+        self._board.added.clear()
         if self._board.lookahead is not None:
             self._board.lookahead.end()
 
@@ -217,13 +233,25 @@ class Routing:
         if len(self._groups) == 1:
             restrictions = self._groups[0].restrictions
             assert restrictions is not None
-            return restrictions[layer].route(x, logits)
+            limit = restrictions[layer]
+            if isinstance(limit, Restriction):
+                return limit.route(x, logits)
+            index, self._board.added[layer] = limit.apply(weights, index)
+            return weights, index
         weights, index = weights.clone(), index.clone()
         for group in self._groups:
-            if group.restrictions is not None and group.tokens is not None:
-                own = group.restrictions[layer].route(x[group.tokens], logits[group.tokens])
-                weights.index_copy_(0, group.tokens, own[0].to(weights.dtype))
-                index.index_copy_(0, group.tokens, own[1])
+            if group.restrictions is None or group.tokens is None:
+                continue
+            limit, tokens = group.restrictions[layer], group.tokens
+            if isinstance(limit, Restriction):
+                own = limit.route(x[tokens], logits[tokens])
+                weights.index_copy_(0, tokens, own[0].to(weights.dtype))
+                index.index_copy_(0, tokens, own[1])
+            else:
+                left, added = limit.apply(weights[tokens], index[tokens])
+                index.index_copy_(0, tokens, left)
+                whole = self._board.added.setdefault(layer, added.new_zeros(len(x), added.shape[1]))  # [T, H]
+                whole.index_copy_(0, tokens, added)
         return weights, index
 
     def _inside_table(self) -> Tensor:

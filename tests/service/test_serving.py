@@ -35,6 +35,7 @@ def plan(slots: int) -> MemoryPlan:
         "max_context": 64,
         "max_batch": 2,
         "chunk_tokens": 64,
+        "stand_ins": 1,
     }
     return MemoryPlan(budget=10_000, slots=slots, dtype="float32", **sizes, **shape)
 
