@@ -30,7 +30,7 @@ GLANCE_SECONDS = 0.02  # between two looks whether a wait shall be broken off
 SLICE_SECONDS = 0.02  # of reading in one `poll`, where it can't be done beside
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - not an error
     """A pass that waited for experts was broken off, because there is something to do that needs none of them."""
 
 
@@ -58,20 +58,17 @@ class Lease:
 class Paged:
     """Running totals since open. `bytes_read` counts alignment and holes too, `bytes_needed` the experts alone.
 
-    A read ahead counts as needed once it proved right, and only then. `seconds` are those of the other reads, which
-    brought `timed_bytes`.
+    A guess counts as needed once it proved right, and only then; `seconds` are those of reads that were no guess.
     """
 
     experts: int = 0
     bytes_needed: int = 0
     bytes_read: int = 0
-    timed_bytes: int = 0
     seconds: float = 0.0
 
     def count(self, experts: int, needed: int) -> None:
         self.experts += experts
         self.bytes_needed += needed
-        self.timed_bytes += needed
 
 
 class Bank:
@@ -142,14 +139,20 @@ class Bank:
             self._look_at(delivery)
         if lost := [Load(key, self.residency.slot(key)) for key in missing if self._is_lost(key)]:
             self._start(lost, urgent=False)
-        until = time.perf_counter() + SLICE_SECONDS
-        while self._queued and time.perf_counter() < until:
-            self._read_staged([self._queued.pop(next(iter(self._queued)))])
+        self._read_slice()
         missing = self._missing(lease)
         if seconds and missing and missing[-1] in self._arriving:
             self._await(missing[-1], seconds)
             missing = self._missing(lease)
         return not missing
+
+    def _read_slice(self) -> None:
+        """Some of what only the owner can read, one expert at least."""
+        until = time.perf_counter() + SLICE_SECONDS
+        while self._queued:
+            self._read_staged([self._queued.pop(next(iter(self._queued)))])
+            if time.perf_counter() >= until:
+                return
 
     def missing_bytes(self, lease: Lease) -> int:
         """What has still to come of a lease that was taken ahead."""
@@ -166,9 +169,11 @@ class Bank:
         try:
             yield from self._visit(layer, experts)
         finally:
-            for delivery in self.guesses.close(layer):
-                self.paged.experts += 1
-                self.paged.bytes_needed += delivery.needed
+            self._close_guesses(layer)
+
+    def _close_guesses(self, layer: int) -> None:
+        for delivery in self.guesses.close(layer):
+            self.paged.count(1, delivery.needed)
 
     def _visit(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         row, residency = self.residency.table[layer], self.residency
@@ -183,6 +188,7 @@ class Bank:
             yield from self._page(layer, wave, last=not missing)
         else:
             yield from self._ready(layer, present)
+        self._close_guesses(layer)  # their slots may be the only ones left
         while missing:
             wave, missing = missing[: residency.available], missing[residency.available :]
             if not wave:
@@ -240,8 +246,9 @@ class Bank:
         return loads, delivery
 
     def _let_go(self, keys: Collection[ExpertKey]) -> None:
-        """Unpin. Reads under way that bring a key which nobody else leases are given up; whoever leases another of their
-        keys reads it again."""
+        """Unpin. A read under way that brings a key which nobody else leases is given up: whoever leases another of its
+        keys reads that again.
+        """
         if self._arriving or self._queued:
             going = [key for key in keys if self.residency.is_last(key)]
             for key in going:

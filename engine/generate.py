@@ -125,7 +125,7 @@ class Batch:
         if self._joining is not None and not self._joining.rows:
             self._joining = None
 
-    def _prefill(self) -> Sequence[FailedEvent]:
+    def _prefill(self) -> Sequence[Event | FailedEvent]:
         group = self._joining = self._joining or self._gather()
         if group is None or group.logits is not None:
             return []
