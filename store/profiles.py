@@ -168,11 +168,12 @@ def _put_selection(session: Session, selection: StoredSelection) -> None:
         "layers": len(selection.selection.experts),
         "width": width,
         "bitmap": bitmap,
+        "stand_in": selection.stand_in,
     }
     if insert_once(session, SelectionRow, values):
         return
     row = _require_selection(session, selection.id)
-    if (row.profile, row.layers, row.width, row.bitmap) != (selection.profile, values["layers"], width, bitmap):
+    if any(getattr(row, name) != values[name] for name in ("profile", "layers", "width", "bitmap", "stand_in")):
         raise Conflict(
             f"Selection {selection.id} is stored already with other experts or of another profile ({row.profile}). "
             "An id stands for one set of experts: give the new one its own."
@@ -208,7 +209,7 @@ def _profile(row: ProfileRow) -> Profile:
 
 def _selection(row: SelectionRow) -> StoredSelection:
     selection = unpack_selection(row.layers, row.width, row.bitmap, row.id)
-    return StoredSelection(row.id, row.profile, row.scorer, row.allocator, row.keep, selection)
+    return StoredSelection(row.id, row.profile, row.scorer, row.allocator, row.keep, selection, row.stand_in)
 
 
 def _evaluation(row: EvaluationRow) -> Evaluation:

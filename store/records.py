@@ -126,7 +126,11 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class StoredSelection:
-    """What a scorer keeps of a profile at a size. `keep` is the share of experts, 1.0 being all of them."""
+    """What a scorer keeps of a profile at a size. `keep` is the share of experts, 1.0 being all of them; with stand-ins
+    it is the share whose bytes experts and vectors take together.
+
+    `stand_in` is one of store/stand_ins.py's kinds; a selection as read from the store has no vectors yet.
+    """
 
     id: str
     profile: str
@@ -134,6 +138,7 @@ class StoredSelection:
     allocator: str
     keep: float
     selection: Selection
+    stand_in: str = "nothing"
 
 
 @dataclass(frozen=True, slots=True)

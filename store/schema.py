@@ -117,7 +117,9 @@ class ProfileRow(Row):
 
 
 class SelectionRow(Row):
-    """`bitmap` has one row of `width` bits for each of `layers` layers, rows padded to whole bytes."""
+    """`bitmap` has one row of `width` bits for each of `layers` layers, rows padded to whole bytes; `stand_in` is a
+    kind of store.stand_ins, whose vectors are in the profile's statistics.
+    """
 
     __tablename__ = "selections"
     __table_args__ = (CheckConstraint("keep > 0 AND keep <= 1", name="keep_is_a_share"),)
@@ -130,6 +132,7 @@ class SelectionRow(Row):
     layers: Mapped[int]
     width: Mapped[int]
     bitmap: Mapped[bytes]
+    stand_in: Mapped[str] = mapped_column(server_default="nothing")
 
 
 class EvaluationRow(Row):
