@@ -4,7 +4,8 @@ import { h, svg } from "./dom.js";
 import { bytes, percent } from "./format.js";
 
 const [WIDTH, HEIGHT] = [640, 300];
-const [LEFT, RIGHT, TOP, BOTTOM] = [46, 16, 14, 40];
+const [LEFT, RIGHT, TOP, BOTTOM] = [46, 22, 14, 40];
+const APART = 5;  // pixels between the points of two series at one size, so that equal ones don't hide each other
 
 // series: [{ name, points: [{ x, y, low, high, title }] }]; marks: [{ x | y, name }]
 export function chart(label, series, marks = []) {
@@ -14,8 +15,9 @@ export function chart(label, series, marks = []) {
   const picture = svg("svg", { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label },
     axes(widest, across, up),
     marks.map((mark) => line(mark, across, up)),
-    series.map(({ points }, at) => curve(points, at, across, up)));
-  return h("div", {}, picture, legend(series));
+    series.map(({ points }, at) => curve(points, at, (x) => across(x) + APART * (at - (series.length - 1) / 2), up)));
+  return h("div", {}, h("div", { class: "scroll", role: "region", "aria-label": "Chart", tabindex: "0" }, picture),
+    legend(series, marks));
 }
 
 function axes(widest, across, up) {
@@ -29,15 +31,10 @@ function axes(widest, across, up) {
     "memory of the experts")];
 }
 
-function line({ x, y, name }, across, up) {
-  const ends = x === undefined
-    ? { x1: LEFT, x2: WIDTH - RIGHT, y1: up(y), y2: up(y) }
-    : { x1: across(x), x2: across(x), y1: TOP, y2: up(0) };
-  const late = x !== undefined && across(x) > WIDTH / 2;
-  const text = x === undefined
-    ? { x: WIDTH - RIGHT, y: up(y) - 4 > TOP ? up(y) + 14 : TOP + 14, "text-anchor": "end" }
-    : { x: across(x) + (late ? -5 : 5), y: up(0) - 6, "text-anchor": late ? "end" : "start" };
-  return svg("g", {}, svg("line", { class: "mark", ...ends }), svg("text", text, name));
+function line({ x, y }, across, up) {
+  return svg("line", x === undefined
+    ? { class: "mark", x1: LEFT, x2: WIDTH - RIGHT, y1: up(y), y2: up(y) }
+    : { class: "mark", x1: across(x), x2: across(x), y1: TOP, y2: up(0) });
 }
 
 function curve(points, at, across, up) {
@@ -51,8 +48,11 @@ function curve(points, at, across, up) {
       svg("circle", { class: "point", cx: across(x), cy: up(y), r: 4.5 }, svg("title", {}, title))));
 }
 
-function legend(series) {
-  return h("ul", { class: "legend" }, series.map(({ name }, at) =>
-    h("li", {}, svg("svg", { class: "swatch", viewBox: "0 0 14 14", "aria-hidden": "true" },
-      svg("circle", { class: `s${at % 6}`, cx: 7, cy: 7, r: 5 })), name)));
+function legend(series, marks) {
+  const dots = series.map(({ name }, at) => [name, svg("circle", { class: `s${at % 6}`, cx: 7, cy: 7, r: 5 })]);
+  const dashes = marks.map(({ x, name }) => [name, x === undefined
+    ? svg("line", { class: "mark", x1: 0, x2: 14, y1: 7, y2: 7 })
+    : svg("line", { class: "mark", x1: 7, x2: 7, y1: 0, y2: 14 })]);
+  return h("ul", { class: "legend" }, [...dots, ...dashes].map(([name, sign]) =>
+    h("li", {}, svg("svg", { class: "swatch", viewBox: "0 0 14 14", "aria-hidden": "true" }, sign), name)));
 }

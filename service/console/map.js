@@ -68,8 +68,9 @@ export function cellText({ layer, expert, slot }, found, tasks) {
 }
 
 const GAP = 2;
-const LEAST = 6, MOST = 18;  // pixels of a cell
-const GUTTER = 34;  // for the numbers of the rows
+const LEAST = 6, MOST = 18;  // pixels of a cell's width
+const TALLEST = 26, TALL_ENOUGH = 200;  // and of its height, where there are few rows
+const GUTTER = 34, HEAD = 18;  // for the numbers of rows and columns
 
 export class ExpertMap {
   constructor(chosen) {
@@ -123,11 +124,12 @@ export class ExpertMap {
     this.size = size;
     const columns = Math.max(...this.rows.map((row) => row.length));
     this.cell = Math.max(LEAST, Math.min(MOST, Math.floor((width - GUTTER) / columns) - GAP));
-    const [w, hgt] = [GUTTER + columns * (this.cell + GAP), this.rows.length * (this.cell + GAP) + 18];
-    this.canvas.width = w * devicePixelRatio;
-    this.canvas.height = hgt * devicePixelRatio;
-    this.canvas.style.width = `${w}px`;
-    this.canvas.style.height = `${hgt}px`;
+    this.tall = Math.max(this.cell, Math.min(TALLEST, Math.floor(TALL_ENOUGH / this.rows.length) - GAP));
+    const [across, down] = [GUTTER + columns * (this.cell + GAP), HEAD + this.rows.length * (this.tall + GAP)];
+    this.canvas.width = across * devicePixelRatio;
+    this.canvas.height = down * devicePixelRatio;
+    this.canvas.style.width = `${across}px`;
+    this.canvas.style.height = `${down}px`;
     this.context = this.canvas.getContext("2d");
     this.context.scale(devicePixelRatio, devicePixelRatio);
     this.drawn.clear();
@@ -139,12 +141,20 @@ export class ExpertMap {
     this.context.font = "11px system-ui, sans-serif";
     this.context.textBaseline = "middle";
     this.context.textAlign = "right";
-    const step = this.cell + GAP, every = Math.ceil(12 / step);
+    const every = Math.ceil(12 / (this.tall + GAP));
     this.rows.forEach((row, y) => {
-      if (y % every === 0) this.context.fillText(row.label ?? y, GUTTER - 8, 18 + y * step + this.cell / 2);
+      if (y % every === 0) this.context.fillText(row.label ?? y, GUTTER - 8, this.top(y) + this.tall / 2);
     });
     this.context.textAlign = "left";
-    for (let x = 0; x < this.rows[0].length; x += 8) this.context.fillText(x, GUTTER + x * step, 8);
+    for (let x = 0; x < this.rows[0].length; x += 8) this.context.fillText(x, this.left(x), 8);
+  }
+
+  left(x) {
+    return GUTTER + x * (this.cell + GAP);
+  }
+
+  top(y) {
+    return HEAD + y * (this.tall + GAP);
   }
 
   paint(cell, x, y) {
@@ -152,13 +162,13 @@ export class ExpertMap {
     const key = `${cell.kind} ${marked}`, place = y * 65536 + x;
     if (this.drawn.get(place) === key) return;
     this.drawn.set(place, key);
-    const step = this.cell + GAP, [left, top] = [GUTTER + x * step, 18 + y * step];
-    this.context.clearRect(left - 1, top - 1, this.cell + GAP, this.cell + GAP);
-    stamp(this.context, KINDS[cell.kind], left, top, this.cell, (name) => this.colour(name));
+    const [left, top] = [this.left(x), this.top(y)];
+    this.context.clearRect(left - 1, top - 1, this.cell + GAP, this.tall + GAP);
+    stamp(this.context, KINDS[cell.kind], left, top, this.cell, this.tall, (name) => this.colour(name));
     if (!marked) return;
     this.context.strokeStyle = this.colour("--text");
     this.context.lineWidth = 2;
-    this.context.strokeRect(left, top, this.cell, this.cell);
+    this.context.strokeRect(left, top, this.cell, this.tall);
   }
 
   // A CSS colour as the canvas takes it: a pair of light and dark is resolved by an element that wears it.
@@ -181,13 +191,13 @@ export class ExpertMap {
     canvas.setAttribute("aria-hidden", "true");
     const context = canvas.getContext("2d");
     context.scale(devicePixelRatio, devicePixelRatio);
-    stamp(context, kind, 0, 0, 14, (name) => this.colour(name));
+    stamp(context, kind, 0, 0, 14, 14, (name) => this.colour(name));
     return canvas;
   }
 
   point(event) {
-    const step = this.cell + GAP;
-    const [x, y] = [Math.floor((event.offsetX - GUTTER) / step), Math.floor((event.offsetY - 18) / step)];
+    const x = Math.floor((event.offsetX - GUTTER) / (this.cell + GAP));
+    const y = Math.floor((event.offsetY - HEAD) / (this.tall + GAP));
     this.move(this.rows?.[y]?.[x] ? { x, y } : null);
   }
 
@@ -241,17 +251,18 @@ function slotRows(found, kinds) {
   return rows;
 }
 
-function stamp(context, kind, left, top, size, colour) {
+function stamp(context, kind, left, top, wide, tall, colour) {
   context.globalAlpha = kind.alpha ?? 1;
   context.fillStyle = colour(kind.fill);
-  context.fillRect(left, top, size, size);
+  context.fillRect(left, top, wide, tall);
   context.globalAlpha = 1;
   if (kind.edge) {
     context.strokeStyle = colour(kind.edge);
     context.lineWidth = 1.5;
-    context.strokeRect(left + 1, top + 1, size - 2, size - 2);
+    context.strokeRect(left + 1, top + 1, wide - 2, tall - 2);
   }
   context.fillStyle = colour("--surface");
-  if (kind.dot) context.fillRect(left + size / 2 - size / 7, top + size / 2 - size / 7, size / 3.5, size / 3.5);
-  if (kind.cross) context.fillRect(left, top + size / 2 - size / 12, size, size / 6);
+  const dot = Math.min(wide, tall) / 3;
+  if (kind.dot) context.fillRect(left + (wide - dot) / 2, top + (tall - dot) / 2, dot, dot);
+  if (kind.cross) context.fillRect(left, top + tall * 0.42, wide, tall * 0.16);
 }

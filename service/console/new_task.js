@@ -23,7 +23,7 @@ export class NewTask {
       h("div", { class: "fields" },
         field("Calibration file", this.calibration, `${ITEM} Without a file the exemplars are the calibration text.`),
         field("Evaluation file", this.evaluation, `${ITEM} Without evidence only exact mode serves the task.`)),
-      h("label", { class: "choice", for: "profile-now" }, this.now, " Start the profiling job at once"),
+      h("label", { class: "choice", for: "profile-now" }, this.now, "Start the profiling job at once"),
       this.error,
       h("div", { class: "buttons" }, this.submit, h("a", { href: "#/tasks" }, "Cancel")));
   }

@@ -40,6 +40,7 @@ export class Playground {
     this.limit = h("input", { type: "number", min: "1", step: "1", inputmode: "numeric" });
     this.temperature = h("input", { type: "number", min: "0", max: "2", step: "0.1", value: "0", inputmode: "decimal" });
     this.system = h("textarea", { rows: "2" });
+    this.along = h("input", { type: "checkbox", checked: true });
     const modes = MODES.map(([value, name, hint]) =>
       h("label", { title: hint }, h("input", { type: "radio", name: "mode", value, checked: value === "" }), name));
     this.modes = h("fieldset", {}, h("legend", {}, "Mode"), h("div", { class: "choices" }, modes));
@@ -47,7 +48,8 @@ export class Playground {
       h("h2", {}, "How to serve it"),
       field("Task", this.task), this.modes, field("Experts kept", this.keep),
       field("Most tokens", this.limit), field("Temperature", this.temperature, "0 takes the likeliest token each time."),
-      field("System message", this.system));
+      field("System message", this.system),
+      h("label", { class: "choice" }, this.along, "Send the earlier turns along"));
   }
 
   buildComposer() {
@@ -62,7 +64,7 @@ export class Playground {
 
   async show(_rest, session) {
     this.model = session.model;
-    this.limit.setAttribute("placeholder", `up to ${session.answer_tokens}`);
+    this.limit.setAttribute("placeholder", `up to ${Math.min(session.answer_tokens, session.max_context)}`);
     this.limit.setAttribute("max", session.max_context);
     try {
       this.tasks = (await call("GET", "/v1/tasks")).tasks;
@@ -120,7 +122,7 @@ export class Playground {
     if (!text || this.abort) return;
     const turn = new Turn(text);
     const system = this.system.value.trim();
-    const messages = [...this.messages, { role: "user", content: text }];
+    const messages = [...(this.along.checked ? this.messages : []), { role: "user", content: text }];
     const body = this.body(system ? [{ role: "system", content: system }, ...messages] : messages);
     for (const other of this.log.querySelectorAll("details[open]")) other.open = false;
     this.log.append(turn.element);

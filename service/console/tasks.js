@@ -102,7 +102,7 @@ export class Tasks {
     return [
       task.refusal && h("p", { class: "error" }, task.refusal),
       served && h("p", {}, `Served from ${served.experts} experts, ${bytes(served.bytes)}, chosen by ${served.scorer}.`),
-      doubts.length > 0 && h("div", {}, h("h3", { class: "unseen" }, "Doubts"),
+      doubts.length > 0 && h("div", {}, h("h3", {}, "Doubts"),
         h("ul", { class: "doubts" }, doubts.map((text) => h("li", {}, text)))),
       served && doubts.length === 0 && h("p", { class: "good" }, "Nothing in its evidence speaks against it."),
     ].flat().filter(Boolean);
