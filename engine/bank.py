@@ -101,6 +101,11 @@ class Bank:
         return self.layout.slot_bytes
 
     @property
+    def expert_bytes(self) -> Sequence[int]:
+        """Of one expert in the file, per layer."""
+        return self._experts.expert_bytes
+
+    @property
     def reaches_all(self) -> bool:
         """Whether any expert can be visited now: all are here, or there is a slot to page through."""
         return self.residency.available > 0 or self.residency.resident == self._total

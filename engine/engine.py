@@ -28,7 +28,8 @@ from engine.layerwise import Reached, decoder_layers, only
 from engine.observer import Observer
 from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
 from engine.reader import Reader
-from engine.requests import Event, FailedEvent, GenerationRequest
+from engine.requests import Event, FailedEvent, GenerationRequest, Submission, SwapCost
+from engine.residency import ABSENT
 from engine.restriction import restrict
 from engine.routing import Routing, Switchboard
 from engine.skeleton import Skeleton, build_skeleton
@@ -277,11 +278,12 @@ class Engine:
 
     def _run(self, waiting: list[tuple[int, GenerationRequest]]) -> Generator[Event, None, None]:
         submitted = time.perf_counter()
+        predicted = [self.predict(request) for _, request in waiting]
         with Batch(self) as batch:
             while waiting or len(batch):
                 for number, request in list(waiting):
                     if batch.fits(request.selection):
-                        batch.admit(number, request, submitted)
+                        batch.admit(number, request, Submission(submitted, predicted[number]))
                         waiting.remove((number, request))
                 for event in batch.step():
                     if isinstance(event, FailedEvent):
@@ -334,16 +336,22 @@ class Engine:
 
     def missing_bytes(self, selection: Selection | None) -> int:
         """What would have to be read for the selection; None: for every expert there is."""
+        table, sizes = self.bank.residency.table, self.bank.expert_bytes
         if selection is None:
-            return (self.card.layers * self.card.experts - self.bank.residency.resident) * self.bank.slot_bytes
-        table = self.bank.residency.table
-        return sum(table[key.layer][key.expert] < 0 for key in selection) * self.bank.slot_bytes
+            return sum(row.count(ABSENT) * size for row, size in zip(table, sizes, strict=True))
+        return sum((table[key.layer][key.expert] == ABSENT) * sizes[key.layer] for key in selection)
+
+    def predict(self, request: GenerationRequest) -> SwapCost | None:
+        """What the request would wait for if it began now; None where its routing decides. Callable from any thread."""
+        missing = self.missing_bytes(request.selection)
+        if request.selection is None and missing:
+            return None
+        return SwapCost(missing, missing / self.bytes_per_second)
 
     @property
     def bytes_per_second(self) -> float:
-        """Measured since open; a guess before the first read."""
-        paged = self.bank.paged
-        return paged.bytes_needed / paged.seconds if paged.seconds else GUESSED_BYTES_PER_SECOND
+        """Of experts that are read: measured, the model's other weights at open included. Callable from any thread."""
+        return self._reader.meter.bytes_per_second or GUESSED_BYTES_PER_SECOND
 
     @property
     def holds_all(self) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from engine.bank import GLANCE_SECONDS, Interrupted
 from engine.group import Group, Prompts
-from engine.requests import Event, FailedEvent, GenerationRequest
+from engine.requests import Event, FailedEvent, GenerationRequest, Submission
 from engine.row import Row
 from store.errors import BudgetError, MoepagerError
 from store.records import Selection
@@ -68,14 +68,15 @@ class Batch:
         spare = selection is None or any(row.request.mode == "exact" for row in self._rows())
         return not self.full and self._engine.has_room(selection, spare=spare)
 
-    def admit(self, number: int, request: GenerationRequest, submitted: float | None = None) -> None:
+    def admit(self, number: int, request: GenerationRequest, submission: Submission | None = None) -> None:
         """Take the request in, and begin to read the experts that it lacks. It was checked, and fits. Events carry
         `number`.
 
-        `submitted` is the time.perf_counter of when it was asked for. Raises MoepagerError, with nothing changed, where
-        the read can't even begin; where it fails later, the row ends with a FailedEvent.
+        Without a `submission` it is made now. Raises MoepagerError, with nothing changed, where the read can't even
+        begin; where it fails later, the row ends with a FailedEvent.
         """
-        row = Row(self._engine, number, request, time.perf_counter() if submitted is None else submitted)
+        submission = submission or Submission(time.perf_counter(), self._engine.predict(request))
+        row = Row(self._engine, number, request, submission)
         if not self.fits(request.selection):
             raise BudgetError(
                 f"The request does not fit beside the {len(self)} that run and what is leased: at most "

@@ -113,11 +113,28 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class SwapCost:
+    """What a request would wait for: bytes to read, and how long that takes on a disk that reads nothing else."""
+
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """When a request was submitted, by time.perf_counter, and what it would have cost then."""
+
+    at: float
+    predicted: SwapCost | None
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
     """What a request was really served from.
 
     `experts` it could be routed to; paged ones are those it had to wait for. `ttft_ms` counts from when it was
-    submitted, `queue_ms` up to when it was admitted to a batch, its experts paged in from then on.
+    submitted, `queue_ms` up to when it was admitted to a batch, its experts paged in from then on. `predicted` is what
+    they would have cost as things stood when it was submitted; None where only the routing will tell (exact mode).
     """
 
     mode: Mode
@@ -129,6 +146,7 @@ class Served:
     ttft_ms: float
     resident_bytes: int
     queue_ms: float = 0.0
+    predicted: SwapCost | None = None
 
 
 @dataclass(frozen=True, slots=True)

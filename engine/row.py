@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from engine.requests import FinishedEvent, GenerationRequest, Reason, Score, Served, TokenEvent
+from engine.requests import FinishedEvent, GenerationRequest, Reason, Score, Served, Submission, TokenEvent
 from engine.sampling import Sampler
 from engine.text import Detokenizer, StopFilter
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Row:
     """Admitted when it is made. `close` gives its lease back."""
 
-    def __init__(self, engine: Engine, number: int, request: GenerationRequest, submitted: float) -> None:
+    def __init__(self, engine: Engine, number: int, request: GenerationRequest, submission: Submission) -> None:
         self.number, self.request = number, request
         self.sampler = Sampler(request.sampling, request.prompt, engine.tokenizer.eos)
         self.tokens = 0
@@ -36,8 +36,8 @@ class Row:
         self._text = ""
         self.prompt_scores: list[Score] = []
         self._scores: list[Score] = []
-        self._submitted = submitted
-        self._queued_seconds = time.perf_counter() - submitted
+        self._submission = submission
+        self._queued_seconds = time.perf_counter() - submission.at
         self._stack = ExitStack()
         self._lease: Lease | None = None
 
@@ -86,7 +86,7 @@ class Row:
         """Account for a sampled token; a reason where it is the row's last."""
         prompt_scores = () if self.tokens else tuple(self.prompt_scores)
         if not self.tokens:
-            self._ttft_seconds = time.perf_counter() - self._submitted
+            self._ttft_seconds = time.perf_counter() - self._submission.at
         self.tokens += 1
         self.last = token
         text, reason = self._read(token)
@@ -129,6 +129,7 @@ class Row:
             ttft_ms=1000 * self._ttft_seconds,
             resident_bytes=self._engine.resident_bytes,
             queue_ms=1000 * self._queued_seconds,
+            predicted=self._submission.predicted,
         )
         scores, prompt_scores = tuple(self._scores), tuple(self.prompt_scores)
         return FinishedEvent(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import TracebackType
 
-from engine.requests import Event, FinishedEvent, GenerationRequest
+from engine.requests import Event, FinishedEvent, GenerationRequest, SwapCost
 
 
 class TokenStream:
@@ -18,8 +18,10 @@ class TokenStream:
     The last event is a FinishedEvent; an error of the engine is raised in its place. Leaving a `with` block closes it.
     """
 
-    def __init__(self, request: GenerationRequest) -> None:
+    def __init__(self, request: GenerationRequest, predicted: SwapCost | None = None) -> None:
+        """`predicted` is what the request would wait for as things stood when it was submitted."""
         self.request = request
+        self.predicted = predicted
         self._items: deque[Event | BaseException] = deque()
         self._ready = threading.Condition()
         self._wake: Callable[[], None] | None = None

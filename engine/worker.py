@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from engine.engine import Engine
 from engine.generate import Batch
-from engine.requests import Event, FailedEvent, FinishedEvent, GenerationRequest, Served
+from engine.requests import Event, FailedEvent, FinishedEvent, GenerationRequest, Served, Submission
 from engine.scheduler import Rules, Scheduler, Waiting
 from engine.stream import TokenStream
 from store.errors import Busy, MoepagerError
@@ -94,7 +94,7 @@ class EngineWorker:
         Raises at once: InvalidInput or BudgetError if it can't ever be served, Busy if the queue is full.
         """
         self._engine.check(request)
-        stream = TokenStream(request)
+        stream = TokenStream(request, self._engine.predict(request))
         with self._changed:
             self._require_place()
             self._scheduler.add(
@@ -186,7 +186,8 @@ class EngineWorker:
         while (waiting := self._next(batch)) is not None:
             number = waiting.order
             try:
-                batch.admit(number, waiting.job.request, waiting.submitted)
+                submission = Submission(waiting.submitted, waiting.job.predicted)
+                batch.admit(number, waiting.job.request, submission)
             except MoepagerError as error:  # its experts could not be paged in; the others go on
                 waiting.job.put(error)
                 continue
@@ -219,5 +220,6 @@ def _never_begun(waiting: Waiting[TokenStream], engine: Engine) -> FinishedEvent
     request = waiting.job.request
     queued = 1000 * (time.perf_counter() - waiting.submitted)
     experts = engine.card.layers * engine.card.experts if request.selection is None else len(request.selection)
-    served = Served(request.mode, 1.0, experts, 0, 0, 0.0, 0.0, engine.resident_bytes, queued)
+    predicted = waiting.job.predicted
+    served = Served(request.mode, 1.0, experts, 0, 0, 0.0, 0.0, engine.resident_bytes, queued, predicted)
     return FinishedEvent(0, "cancelled", "", len(request.prompt), 0, served)

@@ -257,3 +257,19 @@ def test_a_reader_whose_loop_has_gone_does_no_harm(worker: EngineWorker, ask: As
     stream = asyncio.run(abandon())
     stream.close()
     assert len(list(worker.submit(ask((1,), max_tokens=2)))) == 3
+
+
+def test_what_a_swap_will_cost_is_said_when_it_is_submitted_and_in_the_receipt(
+    engine: Engine, worker: EngineWorker, ask: Ask
+) -> None:
+    wider = Selection.of([range(6)] * 3)
+    for selection, missing in ((HALF, 12), (HALF, 0), (wider, 6)):
+        stream = worker.submit(ask((1, 2, 3), selection, max_tokens=2))
+        assert stream.predicted is not None
+        assert stream.predicted.bytes == missing * engine.card.expert_bytes
+        assert (stream.predicted.seconds > 0) == (missing > 0)
+        [*_, done] = stream
+        assert isinstance(done, FinishedEvent)
+        assert done.served.predicted == stream.predicted
+        assert done.served.bytes_paged == stream.predicted.bytes
+    assert worker.submit(ask((1, 2, 3), max_tokens=2)).predicted is None  # which of the others, its routing will tell
