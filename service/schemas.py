@@ -1,12 +1,13 @@
-"""Bodies of requests: what a client may send, checked before anything else. Answers are built in `replies`."""
+"""Bodies of the service's own routes, checked before anything else; OpenAI's are in `bodies`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from service.messages import Message
 from service.serving import Wish
 from store.errors import InvalidInput
 from store.records import Mode
@@ -18,6 +19,13 @@ MODES: Mapping[str, Mode] = {"mask": "mask", "exact": "exact"}
 Tokens = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[Count], Field(max_length=64)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Keep = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -29,16 +37,28 @@ class Body(BaseModel):
 
 
 class SamplingFields(BaseModel):
-    """What both `/v1/query` and the OpenAI routes say about sampling. None: the engine's default."""
+    """What both `/v1/query` and the OpenAI routes say about sampling. None: the engine's default.
+
+    `top_k` 0 and -1 keep all. `logit_bias` names tokens by their ids.
+    """
 
     model_config = ConfigDict(strict=True)
 
     max_tokens: Tokens | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: Share | None = None
     seed: Seed | None = None
     stop: Text | Stops | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    min_tokens: Count | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
+    logit_bias: dict[str, Bias] | None = None
     stream: bool = False
 
     @property
@@ -71,10 +91,20 @@ class RetrieveBody(Body):
 
 
 class TokenizeBody(Body):
-    """`POST /tokenize`."""
+    """`POST /tokenize`: a text, or messages in the model's chat template."""
 
     model: str | None = None
-    prompt: str
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True  # of a text; a template writes its own
+    add_generation_prompt: Literal[True] = True
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("send either `prompt` or `messages`")
+        return self
 
 
 class DetokenizeBody(Body):
@@ -90,6 +120,7 @@ class EmbeddingsBody(Body):
     model: str | None = None
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=256)]
     encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
     user: str | None = None
 
 
@@ -145,132 +176,3 @@ def checked_mode(mode: str | None) -> Mode | None:
         f"{why}: ask for mask (route only inside the task's selection) or exact (route freely, page in what misses).",
         param="mode",
     )
-
-
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One turn. Tool messages are refused, as tools are."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-
-
-class OpenAIBody(SamplingFields):
-    """Fields that both OpenAI routes share.
-
-    A field that we can't honour is refused unless its value asks for nothing (`NEUTRAL`); labels are accepted
-    (`HARMLESS`); a field nobody here has heard of is accepted for the clients' sake and named in the receipt.
-    """
-
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
-
-    NEUTRAL: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        "n": (1,),
-        "best_of": (1,),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
-        "logit_bias": ({},),
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "repetition_penalty": (1,),
-        "top_k": (-1, 0),
-        "min_p": (0,),
-        "min_tokens": (0,),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
-        "reasoning_effort": ("none",),
-        "chat_template_kwargs": ({},),
-        "modalities": (["text"],),
-        "audio": (),
-        "echo": (False,),
-        "suffix": ("",),
-    }
-    HARMLESS: ClassVar[frozenset[str]] = frozenset(
-        {"user", "metadata", "parallel_tool_calls", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-    )
-
-    model: Text
-    stream_options: StreamOptions | None = None
-    expert: ExpertOptions | None = None
-
-    @field_validator("stream", mode="before")
-    @classmethod
-    def _no_stream(cls, value: object) -> object:
-        return False if value is None else value
-
-    def ignored(self) -> tuple[str, ...]:
-        """Names of the fields that had no effect; refuses those that would have needed one."""
-        extra = self.model_extra or {}
-        for name, neutral in self.NEUTRAL.items():
-            if name in extra and extra[name] is not None and not any(_same(extra[name], value) for value in neutral):
-                allowed = " or ".join(repr(value) for value in neutral) or "null"
-                raise InvalidInput(
-                    f"`{name}` is not supported here: leave it out, or send {allowed}. Got {_short(extra[name])}.",
-                    param=name,
-                    code="unsupported_parameter",
-                )
-        known = self.NEUTRAL.keys() | self.HARMLESS
-        return tuple(sorted(name for name in extra if name not in known))
-
-
-class ChatBody(OpenAIBody):
-    """`POST /v1/chat/completions`."""
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Tokens | None = None
-
-    def limit(self) -> int | None:
-        both = (self.max_completion_tokens, self.max_tokens)
-        if None not in both and both[0] != both[1]:
-            raise InvalidInput(
-                f"`max_completion_tokens` ({both[0]}) and its old name `max_tokens` ({both[1]}) differ. Send one.",
-                param="max_tokens",
-            )
-        return both[0] if both[0] is not None else both[1]
-
-
-class CompletionBody(OpenAIBody):
-    """`POST /v1/completions`. A prompt is a text or token ids; several prompts are a list of either."""
-
-    prompt: str | list[str] | list[int] | list[list[int]]
-
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt:
-            raise InvalidInput("`prompt` is an empty list. Send at least one text or token id.", param="prompt")
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
-
-
-def _same(value: object, neutral: object) -> bool:
-    """Equality in which true is not 1: `logprobs: 0` of a completion asks for something, `false` for nothing."""
-    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
