@@ -6,19 +6,24 @@ No tensors.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from jinja2.meta import find_undeclared_variables
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
 from engine.constraints import Words
+from engine.tool_form import ToolForm, form_of
 from store.errors import CheckpointError, InvalidInput
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 INCOMPLETE = "\ufffd"  # what a tokenizer shows for bytes that are no character yet
 
 
@@ -53,19 +58,76 @@ class Tokenizer:
         """
         return tuple(self._tokenizer.encode(text, add_special_tokens=special_tokens))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Messages of `role` and `content` in the model's chat template, up to where the assistant begins to answer."""
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
+        """Messages in the model's chat template, up to where the assistant begins to answer. `options` are variables of
+        the template's own.
+        """
         if not self.has_chat_template:
             raise InvalidInput(
                 "This model has no chat template, so it can't answer messages. Use plain completion.", param="messages"
             )
+        text = self._rendered(messages, tools, True, options)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    @cached_property
+    def template_variables(self) -> frozenset[str]:
+        """What the chat template reads."""
+        template = self._tokenizer.chat_template
+        sources = template.values() if isinstance(template, dict) else [template or ""]
+        parse = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse
+        plain = (GENERATION.sub("", source) for source in sources)  # a tag of transformers' own
+        return frozenset[str]().union(*(find_undeclared_variables(parse(source)) for source in plain))
+
+    @cached_property
+    def tool_form(self) -> ToolForm | None:
+        """How the chat template writes calls of tools; None where it knows no tools or marks calls by special tokens,
+        which are no text.
+        """
+        if "tools" not in self.template_variables:
+            return None
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # templates refuse what they have no form for, such as a system message
+            form = form_of(self._rendered)
+        except InvalidInput:
+            return None
+        marks = form.begin + form.middle + form.end if form else ""
+        special = frozenset(self._tokenizer.all_special_ids)
+        return None if special & set(self._tokenizer.encode(marks, add_special_tokens=False)) else form
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        open_end: bool,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=open_end,
+                **(options or {}),
+            )
+        except (TemplateError, TypeError) as error:  # templates refuse what they have no form for, as a system message
             raise InvalidInput(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return text
+
+    def spell(self, token: int) -> tuple[str, bytes]:
+        """A token's text and bytes; a special one has its name and no bytes, a piece of a character `bytes:\\x..`."""
+        raw = self.words.bytes_of(token)
+        if not raw:
+            return str(self._tokenizer.convert_ids_to_tokens(token)), b""
+        try:
+            return raw.decode(), raw
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{code:02x}" for code in raw), raw
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Special tokens left out."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from threading import Event
 
 from engine.requests import FinishedEvent, GenerationRequest, Sampling
 from service.parts import Parts
 from service.receipt import Receipt
 from service.retrieval import Retrieval, pinned
-from service.schemas import SamplingFields
+from service.sampling import seed_of
 from service.serving import Serving, Wish, choose_serving
 from store.errors import InvalidInput
 from store.records import Decision, Mode
@@ -87,20 +88,26 @@ def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode) -
     )
 
 
-def sampling_for(fields: SamplingFields, prompt: Sequence[int], limit: int | None, parts: Parts) -> Sampling:
-    """The engine's sampling. Where a request names no limit, the settings' one, as far as the context has room.
+def spread(questions: Sequence[Question], count: int, parts: Parts) -> list[Prepared]:
+    """`count` rows of each question, which is retrieved once; each row has a seed and an end of its own."""
+    rows, places = len(questions) * count, parts.settings.queue_size
+    if rows > places:
+        raise InvalidInput(
+            f"{len(questions)} prompts with {count} answers each are {rows} rows; the queue holds {places}. Send "
+            "fewer, or serve with a larger MOEPAGER_QUEUE_SIZE.",
+            param="n" if count > 1 else questions[0].field,
+        )
+    return [
+        _row(one, number) for one in [prepare(question, parts) for question in questions] for number in range(count)
+    ]
 
-    Greedy unless a temperature is asked for: the evidence of a profile was measured so.
-    """
-    room = parts.engine.plan.max_context - len(prompt)
-    return Sampling(
-        max_tokens=limit if limit is not None else max(1, min(room, parts.settings.answer_tokens)),
-        temperature=fields.temperature if fields.temperature is not None else 0.0,
-        top_p=fields.top_p if fields.top_p is not None else 1.0,
-        seed=fields.seed,
-        stop=fields.stops,
-        ignore_eos=fields.ignore_eos or False,
-    )
+
+def _row(prepared: Prepared, number: int) -> Prepared:
+    if not number:
+        return prepared
+    sampling = prepared.request.sampling
+    sampling = replace(sampling, seed=seed_of(sampling.seed, number))
+    return replace(prepared, request=replace(prepared.request, sampling=sampling, cancelled=Event()))
 
 
 def make_receipt(prepared: Prepared, finished: FinishedEvent) -> Receipt:

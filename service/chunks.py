@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from engine.requests import Event, FinishedEvent
-from service.replies import Reply, delta_choice, text_choice, token_usage, usage
+from engine.requests import Event, FinishedEvent, Score, TokenEvent
+from engine.text import Tokenizer
+from engine.tool_form import ToolForm
+from service.bodies import StreamOptions
+from service.replies import Reply, delta_choice, prompt_tokens, text_choice, token_usage, usage
 from service.running import Running, merged
-from service.schemas import StreamOptions
+from service.scores import chat_scores, completion_scores
 from service.sse import DONE, PING, data_frame
+from service.tools import Arguments, Begun, CallReader, Piece, call_object
 
-Choices = Callable[[int, Event], list[dict[str, Any]]]  # of one event of one prompt; none: nothing to show yet
+Choices = Callable[[Event], list[dict[str, Any]]]  # of one event of one answer; none: nothing to show yet
 
 
 async def stream_frames(
-    reply: Reply, running: Sequence[Running], options: StreamOptions | None, choices: Choices
+    reply: Reply, running: Sequence[Running], options: StreamOptions | None, choices: Sequence[Choices]
 ) -> AsyncIterator[bytes]:
     """The chunk that ends a choice also carries its receipt, for usage comes only where it is asked for."""
     options = options or StreamOptions()
@@ -34,7 +38,7 @@ async def stream_frames(
             counts[place] += 1
         if options.include_usage:
             more["usage"] = _running_usage(running, counts) if options.continuous_usage_stats else None
-        shown = choices(place, event)
+        shown = choices[place](event)
         if shown:
             yield data_frame(reply.chunk(shown, **more))
     if options.include_usage:
@@ -44,27 +48,90 @@ async def stream_frames(
 
 
 def _running_usage(running: Sequence[Running], counts: Sequence[int]) -> dict[str, Any]:
-    return token_usage(sum(len(one.prepared.request.prompt) for one in running), sum(counts))
+    return token_usage(prompt_tokens(running), sum(counts))
 
 
-def chat_choices() -> Choices:
-    """The role comes with the first text, or with the end of an answer that has none."""
-    opened = False
+class ChatChoices:
+    """The chunks of one answer. The role comes with the first text, or with the end of an answer that has none."""
 
-    def choices(_place: int, event: Event) -> list[dict[str, Any]]:
-        nonlocal opened
-        role = {} if opened else {"role": "assistant"}
+    def __init__(self, index: int, tokenizer: Tokenizer, form: ToolForm | None = None, named: bool = False) -> None:
+        self._index = index
+        self._tokenizer = tokenizer
+        self._reader = None if form is None else CallReader(form)
+        self._named = named
+        self._opened = False
+        self._scores: list[Score] = []  # of tokens whose text is still to come
+
+    def __call__(self, event: Event) -> list[dict[str, Any]]:
+        if isinstance(event, TokenEvent):
+            if event.score is not None:
+                self._scores.append(event.score)
+            return [self._choice(delta) for delta in self._deltas(self._read(event.text))]
+        rest = self._deltas([] if self._reader is None else self._reader.flush())
+        last: dict[str, Any] = {} if self._opened else {"role": "assistant", "content": ""}
+        return [*(self._choice(delta) for delta in rest), self._choice(last, self._reason(event))]
+
+    def _read(self, text: str) -> list[Piece]:
+        if self._reader is not None:
+            return self._reader.push(text)
+        return [text] if text else []
+
+    def _deltas(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        deltas = []
+        for piece in pieces:
+            delta = {} if self._opened else {"role": "assistant"}
+            self._opened = True
+            deltas.append({**delta, **_delta(piece)})
+        return deltas
+
+    def _choice(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        logprobs = chat_scores(self._scores, self._tokenizer) if self._scores else None
+        self._scores = []
+        return delta_choice(self._index, delta, reason, logprobs)
+
+    def _reason(self, finished: FinishedEvent) -> str:
+        return finish_reason(finished, 0 if self._reader is None else self._reader.calls, self._named)
+
+
+def finish_reason(finished: FinishedEvent, calls: int, named: bool) -> str:
+    """OpenAI says "stop" where the one tool was named by the client."""
+    return "tool_calls" if calls and finished.reason == "stop" and not named else finished.reason
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    if isinstance(piece, Begun):
+        return {"tool_calls": [{"index": piece.index, **call_object(piece)}]}
+    if isinstance(piece, Arguments):
+        return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
+    return {"content": piece}
+
+
+class CompletionChoices:
+    """The chunks of one answer; the first one shows the prompt where it is to be echoed."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, echo: str = "") -> None:
+        self._index = index
+        self._tokenizer = tokenizer
+        self._echo = echo
+        self._scores: list[Score] = []
+        self._told = b""  # the text of the scores that were given
+
+    def __call__(self, event: Event) -> list[dict[str, Any]]:
+        echo, self._echo = self._echo, ""
         if isinstance(event, FinishedEvent):
-            return [delta_choice(role if opened else {**role, "content": ""}, event.reason)]
-        if not event.text:
-            return []
-        opened = True
-        return [delta_choice({**role, "content": event.text})]
+            if not event.completion_tokens:
+                self._scores += event.prompt_scores
+            return [self._choice(echo, event.reason)]
+        self._scores += event.prompt_scores
+        if event.score is not None:
+            self._scores.append(event.score)
+        text = echo + event.text
+        return [self._choice(text)] if text else []
 
-    return choices
-
-
-def completion_choices(place: int, event: Event) -> list[dict[str, Any]]:
-    if isinstance(event, FinishedEvent):
-        return [text_choice(place, "", event.reason)]
-    return [text_choice(place, event.text, None)] if event.text else []
+    def _choice(self, text: str, reason: str | None = None) -> dict[str, Any]:
+        if not self._scores:
+            return text_choice(self._index, text, reason)
+        logprobs = completion_scores(self._scores, self._tokenizer, self._told)
+        self._told += b"".join(self._tokenizer.spell(score.token)[1] for score in self._scores)
+        self._scores = []
+        return text_choice(self._index, text, reason, logprobs)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from engine.card import ModelCard
 from engine.text import Tokenizer
-from service.schemas import Message
+from engine.tool_form import GENERIC
+from service.bodies import ChatBody
+from service.messages import Message, Tool, ToolCall
+from service.tools import instructions
 from store.errors import InvalidInput
+
+OURS = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"})
 
 
 def encode_query(query: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -17,10 +24,31 @@ def encode_query(query: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tokenizer.encode(query)
 
 
-def encode_messages(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """OpenAI's `developer` is the `system` of the templates."""
-    turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
-    return tokenizer.encode_chat(turns)
+def encode_chat(body: ChatBody, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The tokens of a conversation, and the names of fields about the template that this template does not read."""
+    options = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        options["reasoning_effort"] = body.reasoning_effort
+    readable = (tokenizer.template_variables if options else frozenset()) - OURS
+    known = {name: value for name, value in options.items() if name in readable}
+    unread = ("reasoning_effort" if body.reasoning_effort is not None and name == "reasoning_effort" else
+              f"chat_template_kwargs.{name}" for name in options if name not in readable)  # fmt: skip
+    return encode_messages(body.messages, tokenizer, body.offered, known), tuple(unread)
+
+
+def encode_messages(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    tools: Sequence[Tool] = (),
+    options: Mapping[str, Any] | None = None,
+) -> tuple[int, ...]:
+    """By the model's chat template; where that knows no tools, tools and their calls are told in plain words."""
+    if not tools and not any(message.role == "tool" or message.tool_calls for message in messages):
+        return tokenizer.encode_chat([_turn(message) for message in messages], options=options)
+    if tokenizer.tool_form is None:
+        return tokenizer.encode_chat(_in_words(messages, tools), options=options)
+    turns = [_turn_with_calls(message) for message in messages]
+    return tokenizer.encode_chat(turns, [tool.spec() for tool in tools], options)
 
 
 def last_user_text(messages: Sequence[Message]) -> str | None:
@@ -37,3 +65,42 @@ def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, card: Model
             param="prompt",
         )
     return tuple(prompt), tokenizer.decode(prompt)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """OpenAI's `developer` is the `system` of the templates."""
+    return {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+
+
+def _turn_with_calls(message: Message) -> dict[str, Any]:
+    turn = _turn(message)
+    if message.role == "tool":
+        name = {"name": message.model_extra["name"]} if message.model_extra and "name" in message.model_extra else {}
+        return {**turn, "tool_call_id": message.tool_call_id, **name}
+    if message.tool_calls:
+        turn["tool_calls"] = [{"id": c.id, "type": "function", "function": _function(c)} for c in message.tool_calls]
+    return turn
+
+
+def _function(call: ToolCall) -> dict[str, Any]:
+    """Templates want the arguments as an object."""
+    try:
+        return {"name": call.function.name, "arguments": json.loads(call.function.arguments or "{}")}
+    except ValueError as error:
+        raise InvalidInput(f"The arguments of a tool call are no JSON: {error}.", param="messages") from None
+
+
+def _in_words(messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tools as a part of the system's message, calls as what the assistant said, results as what the user says."""
+    turns: list[dict[str, Any]] = [{"role": "system", "content": instructions(tools)}] if tools else []
+    for message in messages:
+        turn = _turn(message)
+        if message.role == "tool":
+            turn = {"role": "user", "content": f"<tool_response>\n{message.text}\n</tool_response>"}
+        calls = [GENERIC.write(c.function.name, c.function.arguments) for c in message.tool_calls or ()]
+        turn["content"] += GENERIC.between.join(calls)
+        if turns and turns[-1]["role"] == turn["role"] != "assistant":
+            turns[-1]["content"] += "\n" + turn["content"]  # templates want roles to alternate
+        else:
+            turns.append(turn)
+    return turns

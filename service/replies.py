@@ -59,21 +59,30 @@ def token_usage(prompt: int, completion: int) -> dict[str, Any]:
     }
 
 
+def prompt_tokens(running: Sequence[Running]) -> int:
+    """Several answers to one prompt share it, so it counts once."""
+    prompts = {id(one.prepared.question): len(one.prepared.question.prompt) for one in running}
+    return sum(prompts.values())
+
+
 def usage(running: Sequence[Running], finished: Sequence[FinishedEvent]) -> dict[str, Any]:
-    """`expert` is the receipt; a list of receipts, in the order of the prompts, where there were several."""
+    """`expert` is the receipt; a list of receipts, one an answer in their order, where there were several."""
     receipts = [one.receipt(event).json() for one, event in zip(running, finished, strict=True)]
-    tokens = token_usage(sum(f.prompt_tokens for f in finished), sum(f.completion_tokens for f in finished))
+    tokens = token_usage(prompt_tokens(running), sum(event.completion_tokens for event in finished))
     return {**tokens, "expert": receipts[0] if len(receipts) == 1 else receipts}
 
 
-def message_choice(finished: FinishedEvent) -> dict[str, Any]:
-    message = {"role": "assistant", "content": finished.text}
-    return {"index": 0, "message": message, "logprobs": None, "finish_reason": finished.reason}
+def message_choice(
+    index: int, message: dict[str, Any], reason: str, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
-def delta_choice(delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+def delta_choice(
+    index: int, delta: dict[str, Any], reason: str | None = None, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def text_choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+def text_choice(index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

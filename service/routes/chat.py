@@ -3,46 +3,77 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from service.answer import Prepared, Question, prepare, sampling_for
-from service.chunks import chat_choices, stream_frames
+from engine.requests import FinishedEvent
+from engine.tool_form import ToolForm
+from service.answer import Prepared, Question, spread
+from service.bodies import ChatBody
+from service.chunks import ChatChoices, finish_reason, stream_frames
+from service.constrain import compiled, wanted_of
 from service.context import PartsDep, RequestId
-from service.described import EVENTS
 from service.headers import expert_headers
+from service.messages import NamedTool
 from service.names import wish_for
 from service.parts import Parts
-from service.prompts import encode_messages, last_user_text
+from service.prompts import encode_chat, last_user_text
 from service.refusals import with_error_frame
 from service.replies import Reply, message_choice, usage
 from service.running import cancel_all, finish_all, submit
-from service.schemas import ChatBody
+from service.sampling import Asked, sampling_for
+from service.scores import chat_scores
 from service.serving import Wish
 from service.sse import EventStream, data_frame
+from service.tools import form_for, message_of, with_tools
 
 router = APIRouter(tags=["openai"])
 
 
-@router.post("/v1/chat/completions", responses=EVENTS)
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """`form` is how the model writes calls of tools, None where it was offered none."""
+
+    rows: list[Prepared]
+    form: ToolForm | None
+
+
+@router.post("/v1/chat/completions")
 async def chat(body: ChatBody, request: Request, name: RequestId, parts: PartsDep) -> Response:
-    prepared = [await asyncio.to_thread(prepare_chat, body, name, parts)]
-    running = submit(prepared, parts)
+    asked = await asyncio.to_thread(prepare_chat, body, name, parts)
+    running = submit(asked.rows, parts)
     reply = Reply.to_chat(body.model, parts)
     if body.stream:
-        frames = stream_frames(reply, running, body.stream_options, chat_choices())
+        named, tokenizer = isinstance(body.tool_choice, NamedTool), parts.engine.tokenizer
+        choices = [ChatChoices(index, tokenizer, asked.form, named) for index in range(len(running))]
+        frames = stream_frames(reply, running, body.stream_options, choices)
         guarded = with_error_frame(name, frames, data_frame)
-        return EventStream(guarded, expert_headers(prepared), partial(cancel_all, running))
+        return EventStream(guarded, expert_headers(asked.rows), partial(cancel_all, running))
     finished = await finish_all(request, running)
-    answer = reply.body([message_choice(finished[0])], usage=usage(running, finished))
-    return JSONResponse(answer, headers=expert_headers(prepared, finished))
+    choices_of = [choice(index, event, body, asked.form, parts) for index, event in enumerate(finished)]
+    answer = reply.body(choices_of, usage=usage(running, finished))
+    return JSONResponse(answer, headers=expert_headers(asked.rows, finished))
 
 
-def prepare_chat(body: ChatBody, name: str, parts: Parts) -> Prepared:
-    ignored = body.ignored()
+def prepare_chat(body: ChatBody, name: str, parts: Parts) -> Conversation:
+    ignored, tokenizer = body.ignored(), parts.engine.tokenizer
     wish = wish_for(body.model, body.expert.wish() if body.expert else Wish(), parts)
-    prompt = encode_messages(body.messages, parts.engine.tokenizer)
-    sampling = sampling_for(body, prompt, body.limit(), parts)
-    return prepare(Question(name, "messages", last_user_text(body.messages), prompt, wish, sampling, ignored), parts)
+    form = form_for(tokenizer) if body.offered else None
+    prompt, unread = encode_chat(body, tokenizer)
+    wanted = wanted_of(body) if form is None else with_tools(body, wanted_of(body), form)
+    constraint = None if wanted is None else compiled(wanted, tokenizer)
+    sampling = sampling_for(body, prompt, body.limit(), parts, Asked(body.scores, constraint=constraint))
+    text = last_user_text(body.messages)
+    question = Question(name, "messages", text, prompt, wish, sampling, tuple(sorted((*ignored, *unread))))
+    return Conversation(spread([question], body.choices, parts), form)
+
+
+def choice(index: int, finished: FinishedEvent, body: ChatBody, form: ToolForm | None, parts: Parts) -> dict[str, Any]:
+    message = message_of(finished.text, form)
+    reason = finish_reason(finished, len(message.get("tool_calls", ())), isinstance(body.tool_choice, NamedTool))
+    logprobs = chat_scores(finished.scores, parts.engine.tokenizer) if body.logprobs else None
+    return message_choice(index, message, reason, logprobs)

@@ -3,54 +3,97 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from service.answer import Prepared, Question, prepare, sampling_for
-from service.chunks import completion_choices, stream_frames
+from engine.requests import FinishedEvent
+from service.answer import Prepared, Question, spread
+from service.bodies import CompletionBody
+from service.chunks import CompletionChoices, stream_frames
+from service.constrain import compiled, wanted_of
 from service.context import PartsDep, RequestId
-from service.described import EVENTS
 from service.headers import expert_headers
 from service.names import wish_for
 from service.parts import Parts
 from service.prompts import encode_prompt
 from service.refusals import with_error_frame
 from service.replies import Reply, text_choice, usage
-from service.running import cancel_all, finish_all, submit
-from service.schemas import CompletionBody
+from service.running import Running, cancel_all, finish_all, submit
+from service.sampling import Asked, sampling_for
+from service.scores import completion_scores
 from service.serving import Wish
 from service.sse import EventStream, data_frame
+from store.errors import InvalidInput
 
 router = APIRouter(tags=["openai"])
 
 OPENAI_LIMIT = 16  # tokens of a completion that names no limit, as OpenAI's clients expect
 
 
-@router.post("/v1/completions", responses=EVENTS)
+@router.post("/v1/completions")
 async def complete(body: CompletionBody, request: Request, name: RequestId, parts: PartsDep) -> Response:
     prepared = await asyncio.to_thread(prepare_completions, body, name, parts)
     running = submit(prepared, parts)
     reply = Reply.to_completion(body.model, parts)
     if body.stream:
-        frames = stream_frames(reply, running, body.stream_options, completion_choices)
+        tokenizer = parts.engine.tokenizer
+        choices = [CompletionChoices(place, tokenizer, echo_of(body, one)) for place, one in enumerate(prepared)]
+        frames = stream_frames(reply, running, body.stream_options, choices)
         guarded = with_error_frame(name, frames, data_frame)
         return EventStream(guarded, expert_headers(prepared), partial(cancel_all, running))
     finished = await finish_all(request, running)
-    choices = [text_choice(place, each.text, each.reason) for place, each in enumerate(finished)]
-    answer = reply.body(choices, usage=usage(running, finished))
+    answer = reply.body(given(body, running, finished, parts), usage=usage(running, finished))
     return JSONResponse(answer, headers=expert_headers(prepared, finished))
 
 
 def prepare_completions(body: CompletionBody, name: str, parts: Parts) -> list[Prepared]:
-    ignored = body.ignored()
+    ignored, tries, prompts = body.ignored(), body.tries, body.prompts()
     wish = wish_for(body.model, body.expert.wish() if body.expert else Wish(), parts)
-    prompts = body.prompts()
-    prepared = []
+    wanted = wanted_of(body)
+    constraint = None if wanted is None else compiled(wanted, parts.engine.tokenizer)
+    limit = OPENAI_LIMIT if body.max_tokens is None else body.max_tokens
+    if not limit and not body.echo:
+        raise InvalidInput("`max_tokens: 0` asks for no answer, which needs `echo: true`.", param="max_tokens")
+    scores = 0 if body.scores is None and (tries > body.choices or not limit) else body.scores
+    asked = Asked(scores, scores is not None and bool(body.echo), constraint)
+    questions = []
     for place, written in enumerate(prompts):
         prompt, text = encode_prompt(written, parts.engine.tokenizer, parts.engine.card)
-        sampling = sampling_for(body, prompt, body.max_tokens or OPENAI_LIMIT, parts)
+        sampling = sampling_for(body, prompt, limit, parts, asked)
         own = name if len(prompts) == 1 else f"{name}/{place}"
-        prepared.append(prepare(Question(own, "prompt", text, prompt, wish, sampling, ignored), parts))
-    return prepared
+        questions.append(Question(own, "prompt", text, prompt, wish, sampling, ignored))
+    return spread(questions, tries, parts)
+
+
+def echo_of(body: CompletionBody, prepared: Prepared) -> str:
+    return prepared.question.text or "" if body.echo else ""
+
+
+def given(
+    body: CompletionBody, running: Sequence[Running], finished: Sequence[FinishedEvent], parts: Parts
+) -> list[dict[str, Any]]:
+    """The `n` likeliest of each prompt's answers, by the mean log-probability of a token where there are more."""
+    choices: list[dict[str, Any]] = []
+    for start in range(0, len(finished), body.tries):
+        places = list(range(start, start + body.tries))
+        if body.tries > body.choices:
+            places.sort(key=lambda place: _mean(finished[place]), reverse=True)
+        for place in places[: body.choices]:
+            choices.append(_choice(len(choices), body, running[place].prepared, finished[place], parts))
+    return choices
+
+
+def _mean(finished: FinishedEvent) -> float:
+    return sum(score.logprob or 0.0 for score in finished.scores) / max(1, len(finished.scores))
+
+
+def _choice(
+    index: int, body: CompletionBody, prepared: Prepared, finished: FinishedEvent, parts: Parts
+) -> dict[str, Any]:
+    scores = (*finished.prompt_scores, *finished.scores)
+    logprobs = None if body.scores is None else completion_scores(scores, parts.engine.tokenizer)
+    return text_choice(index, echo_of(body, prepared) + finished.text, finished.reason, logprobs)

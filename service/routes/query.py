@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from engine.requests import FinishedEvent
-from service.answer import Prepared, Question, prepare, sampling_for
+from service.answer import Prepared, Question, prepare
 from service.context import PartsDep, RequestId
 from service.described import EVENTS
 from service.headers import expert_headers
@@ -19,6 +19,7 @@ from service.parts import Parts
 from service.prompts import encode_query
 from service.refusals import with_error_frame
 from service.running import Running, cancel_all, finish_all, merged, submit
+from service.sampling import sampling_for
 from service.schemas import QueryBody
 from service.sse import PING, EventStream, named_frame
 

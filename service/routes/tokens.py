@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.context import PartsDep
-from service.prompts import encode_prompt
+from service.prompts import encode_messages, encode_prompt
 from service.schemas import DetokenizeBody, EmbeddingsBody, TokenizeBody
+from store.errors import InvalidInput
 from store.records import F32
 
 router = APIRouter(tags=["openai"])
@@ -18,8 +19,15 @@ router = APIRouter(tags=["openai"])
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, parts: PartsDep) -> dict[str, Any]:
-    tokens, _ = encode_prompt(body.prompt, parts.engine.tokenizer, parts.engine.card)
-    return {"count": len(tokens), "max_model_len": parts.max_context, "tokens": list(tokens)}
+    tokenizer = parts.engine.tokenizer
+    if body.messages is not None:
+        tokens = encode_messages(body.messages, tokenizer)
+    else:
+        tokens = tokenizer.encode(body.prompt or "", special_tokens=body.add_special_tokens)
+    found = {"count": len(tokens), "max_model_len": parts.max_context, "tokens": list(tokens)}
+    if not body.return_token_strs:
+        return found
+    return {**found, "token_strs": await asyncio.to_thread(lambda: [tokenizer.spell(token)[0] for token in tokens])}
 
 
 @router.post("/detokenize")
@@ -32,6 +40,11 @@ async def detokenize(body: DetokenizeBody, parts: PartsDep) -> dict[str, Any]:
 async def embeddings(body: EmbeddingsBody, parts: PartsDep) -> dict[str, Any]:
     """Unit vectors, whatever `model` is called: the service has one embedder, and its id is in the answer."""
     embedder = parts.retriever.embedder
+    if body.dimensions not in (None, embedder.dimension):
+        raise InvalidInput(
+            f"Embeddings of {embedder.id} have {embedder.dimension} dimensions, not {body.dimensions}. Leave it out.",
+            param="dimensions",
+        )
     texts = [body.input] if isinstance(body.input, str) else body.input
     vectors = await asyncio.to_thread(embedder.embed, texts)  # [n, d]
     data = [

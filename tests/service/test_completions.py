@@ -97,11 +97,7 @@ def test_what_benchmarks_send_is_accepted(client: TestClient) -> None:
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": {"text": EGG}}, "prompt"),
         ({"prompt": [True, False]}, "prompt[0]"),
-        ({"prompt": EGG, "echo": True}, "echo"),
-        ({"prompt": EGG, "logprobs": 0}, "logprobs"),
         ({"prompt": EGG, "suffix": "x"}, "suffix"),
-        ({"prompt": EGG, "best_of": 3}, "best_of"),
-        ({"prompt": EGG, "n": 2}, "n"),
         ({"prompt": "egg " * 200, "model": "tiny:sql"}, "prompt"),
     ],
 )

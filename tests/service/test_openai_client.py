@@ -92,7 +92,7 @@ def test_errors_are_the_clients_own(api: openai.OpenAI) -> None:
         api.chat.completions.create(model="gpt-4o", messages=messages)  # type: ignore[arg-type]
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        api.chat.completions.create(model="tiny", messages=messages, n=2)  # type: ignore[arg-type]
+        api.chat.completions.create(model="tiny", messages=messages, n=200)  # type: ignore[arg-type]
     assert refused.value.param == "n"
     with pytest.raises(openai.BadRequestError) as long:
         api.chat.completions.create(model="tiny", messages=messages, max_tokens=9999, stream=True)  # type: ignore[arg-type]

@@ -1,0 +1,211 @@
+"""Tools: what the model is told of them, the grammar of its calls, and calls read back from its text."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.constraints import ONE_LINE, lark_grammar
+from engine.text import Tokenizer
+from engine.tool_form import GENERIC, ToolForm
+from service.bodies import ChatBody
+from service.constrain import Schema, Wanted
+from service.messages import NamedTool, Tool
+from store.errors import InvalidInput
+
+MOST_CALLS = 16  # in one answer
+
+INSTRUCTIONS = (
+    "You can call functions. These are their names, purposes and parameters, one in a line:\n{tools}\n"
+    "To call one, write this and nothing after it, with the arguments as a JSON object:\n{example}"
+)
+
+
+def form_for(tokenizer: Tokenizer) -> ToolForm:
+    """The chat template's own, or the one that `instructions` tell the model."""
+    return tokenizer.tool_form or GENERIC
+
+
+def instructions(tools: Sequence[Tool]) -> str:
+    """For models whose template knows no tools."""
+    lines = "\n".join(json.dumps(tool.spec()["function"], ensure_ascii=False) for tool in tools)
+    return INSTRUCTIONS.format(tools=lines, example=GENERIC.write("NAME", "{...}"))
+
+
+def with_tools(body: ChatBody, answer: Wanted | None, form: ToolForm) -> Wanted | None:
+    """The grammar of an answer to `body`, which may be calls, or what it wanted anyway."""
+    if not body.offered:
+        return answer
+    if answer is not None and not answer.is_json:
+        raise InvalidInput(f"`{answer.param}` can't go with tools: only JSON can. Leave out one.", param=answer.param)
+    tools = [tool for tool in body.offered if not _other(body, tool)]
+    forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+    single = body.parallel_tool_calls is False or isinstance(body.tool_choice, NamedTool)
+    lines = ["%llguidance {}", *_calls(tools, form)]
+    if forced:
+        lines += _only(form, single)
+    elif answer is None:
+        lines += _text_or(form, single)
+    else:
+        lines += [*_only(form, single, rule="calls"), "start: calls | answer", f"answer: {_json_rule(answer.schema)}"]
+    is_json = forced or answer is not None
+    return Wanted("tools", lark_grammar("\n".join(lines)), True if is_json else None)
+
+
+def _other(body: ChatBody, tool: Tool) -> bool:
+    return isinstance(body.tool_choice, NamedTool) and tool.function.name != body.tool_choice.function.name
+
+
+def _calls(tools: Sequence[Tool], form: ToolForm) -> Iterator[str]:
+    """Rules of what follows the trigger, a tool each."""
+    yield "rest: " + " | ".join(f"call_{place}" for place in range(len(tools)))
+    after = form.begin.removeprefix(form.trigger)
+    for place, tool in enumerate(tools):
+        head = json.dumps(after + tool.function.name + form.middle)
+        schema = _json_rule(tool.function.schema_of_arguments)
+        yield f"call_{place}: {head} {schema} {json.dumps(form.end)}"
+
+
+def _only(form: ToolForm, single: bool, rule: str = "start") -> list[str]:
+    more = "" if single else f" further{{0,{MOST_CALLS - 1}}}"
+    between = json.dumps(form.between) if form.between else ""
+    return [f"{rule}: one{more}", f"one: {json.dumps(form.trigger)} rest", f"further: {between} one"]
+
+
+def _text_or(form: ToolForm, single: bool) -> list[str]:
+    many = "?" if single else f"{{0,{MOST_CALLS}}}"
+    return [
+        f"start: one{many} tail",
+        "one: head rest",
+        f"head[lazy]: TEXT {json.dumps(form.trigger)}",
+        "tail: TEXT",
+        r"TEXT: /(.|\n)*/",
+    ]
+
+
+def _json_rule(schema: Schema | None) -> str:
+    whole = dict(schema) if isinstance(schema, dict) else {}
+    return "%json " + json.dumps({**whole, "x-guidance": ONE_LINE})
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The model began to call a tool."""
+
+    index: int
+    name: str
+    id: str
+
+    @classmethod
+    def new(cls, index: int, name: str) -> Begun:
+        return cls(index, name, f"call_{uuid.uuid4().hex[:24]}")
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A piece of the JSON of a call's arguments."""
+
+    index: int
+    text: str
+
+
+Piece = str | Begun | Arguments  # a str is text that is no call
+
+
+class CallReader:
+    """Text in, pieces out as soon as they are certain. Reads what the grammar of `with_tools` lets through."""
+
+    def __init__(self, form: ToolForm) -> None:
+        self._form = form
+        self._head = form.begin.removeprefix(form.trigger)
+        self._held = ""
+        self._state = self._text
+        self._skip = ""  # what may stand before the next text and is none
+        self._depth, self._quoted, self._escaped = 0, False, False
+        self.calls = 0
+
+    def push(self, text: str) -> list[Piece]:
+        self._held += text
+        pieces: list[Piece] = []
+        while (found := self._state()) is not None:
+            pieces += found
+        return pieces
+
+    def flush(self) -> list[Piece]:
+        """The answer has ended: what looked like the beginning of a call is text; one that began stays unfinished."""
+        held, self._held = self._held, ""
+        if self._state == self._text:
+            return [held] if held.strip() or (held and not self.calls) else []
+        return [Arguments(self.calls - 1, held)] if self._state == self._arguments and held else []
+
+    def _text(self) -> list[Piece] | None:
+        """None: nothing more is certain."""
+        trigger = self._form.trigger
+        at = self._held.find(trigger)
+        if at >= 0:
+            said, self._held, self._state = self._held[:at], self._held[at + len(trigger) :], self._name
+            return [said] if said.strip() else []
+        if self.calls and not self._held.strip():
+            return None  # blanks between calls
+        keep = next((n for n in range(len(trigger) - 1, 0, -1) if self._held.endswith(trigger[:n])), 0)
+        said, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return [said] if said else None
+
+    def _name(self) -> list[Piece] | None:
+        at = self._held.find(self._form.middle, len(self._head))
+        if at < 0:
+            return None
+        begun = Begun.new(self.calls, self._held[len(self._head) : at])
+        self._held, self._state = self._held[at + len(self._form.middle) :], self._arguments
+        self._depth, self._quoted, self._escaped = 0, False, False
+        self.calls += 1
+        return [begun]
+
+    def _arguments(self) -> list[Piece] | None:
+        if not self._held:
+            return None
+        length = next((place for place, c in enumerate(self._held, 1) if self._closes(c)), None)
+        said, self._held = self._held[:length], self._held[len(self._held) if length is None else length :]
+        if length is not None:
+            self._state = self._end
+        return [Arguments(self.calls - 1, said)]
+
+    def _closes(self, character: str) -> bool:
+        """Whether the JSON object is complete with this character."""
+        if self._quoted:
+            escaped, self._escaped = self._escaped, character == "\\" and not self._escaped
+            self._quoted = escaped or character != '"'
+            return False
+        self._quoted = character == '"'
+        self._depth += (character in "{[") - (character in "}]")
+        return character in "}]" and self._depth == 0
+
+    def _end(self) -> list[Piece] | None:
+        if len(self._held) < len(self._form.end):
+            return None
+        self._held, self._state = self._held[len(self._form.end) :], self._text
+        return []
+
+
+def message_of(text: str, form: ToolForm | None) -> dict[str, Any]:
+    """The assistant's message of a whole answer. Without tools it is the text; with calls, text may be none."""
+    if form is None:
+        return {"role": "assistant", "content": text}
+    reader = CallReader(form)
+    said, calls = "", dict[int, dict[str, Any]]()
+    for piece in [*reader.push(text), *reader.flush()]:
+        if isinstance(piece, Begun):
+            calls[piece.index] = call_object(piece)
+        elif isinstance(piece, Arguments):
+            calls[piece.index]["function"]["arguments"] += piece.text
+        else:
+            said += piece
+    message: dict[str, Any] = {"role": "assistant", "content": said if said or not calls else None}
+    return {**message, "tool_calls": list(calls.values())} if calls else message
+
+
+def call_object(begun: Begun) -> dict[str, Any]:
+    return {"id": begun.id, "type": "function", "function": {"name": begun.name, "arguments": ""}}
