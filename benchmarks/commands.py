@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from benchmarks.quality_grid import Row
+    from benchmarks.quality_means import Mean
     from benchmarks.retrieve import Vectorise
 
 app = typer.Typer(
@@ -65,30 +67,46 @@ def profile_command(
 @app.command("quality")
 def quality_command(
     items: Annotated[int, typer.Option(min=1, help="Test items a task, at most 100.")] = 100,
+    task: Annotated[list[str] | None, typer.Option(help="Repeatable; all of the demo's tasks if none.")] = None,
     scorer: Annotated[
-        list[str] | None, typer.Option(help="Repeatable; the seven defaults of `profile` if none.")
+        list[str] | None, typer.Option(help="Repeatable, or `all`; the seven defaults of `profile` if none.")
     ] = None,
-    allocator: Annotated[list[str] | None, typer.Option(help="Repeatable: uniform (default), global, ...")] = None,
+    allocator: Annotated[list[str] | None, typer.Option(help="Repeatable, or `all`; uniform if none.")] = None,
+    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws of the calibration text.")] = 0,
+    few_shot: Annotated[
+        str, typer.Option(help="Numbers of calibration items, such as 5,10,25, each drawn as often as --draws says.")
+    ] = "",
+    automatic: Annotated[bool, typer.Option(help="Also what `profile --search` would choose.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A folder that keeps what is measured: a killed run goes on from it.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the accuracy-against-memory picture here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every scorer at every size on the demo model's held-out test items."""
-    from benchmarks.quality import bench_quality, means
-    from demo.commands import memory_for
+    """Every scorer and allocator at every size on the demo model's held-out test items."""
+    from benchmarks.quality import bench_quality
+    from benchmarks.quality_grid import grid_of
+    from benchmarks.quality_means import means
     from profiler.bar import bar
-    from store.home import bundled_model
 
+    grid = grid_of(items, task, scorer, allocator, draws, few_shot, automatic)
     with bar() as report:
-        rows = bench_quality(items, scorer, report, allocator or ["uniform"])
+        rows = bench_quality(grid, report, checkpoint)
     averages = means(rows)
     _table("mean over the tasks", [asdict(mean) for mean in averages])
     if plot is not None:
-        from benchmarks.quality_plot import draw
-
-        budgets = {keep: memory_for(bundled_model(), keep) / 2**20 for keep in {row.keep for row in rows}}
-        draw(rows, averages, budgets, plot)
+        _plot_quality(rows, averages, plot)
     if as_json:
         _answer({"rows": [asdict(row) for row in rows], "means": [asdict(mean) for mean in averages]}, as_json)
+
+
+def _plot_quality(rows: Sequence[Row], averages: Sequence[Mean], plot: Path) -> None:
+    from benchmarks.quality_plot import draw
+    from demo.commands import memory_for
+    from store.home import bundled_model
+
+    budgets = {keep: memory_for(bundled_model(), keep) / 2**20 for keep in {row.keep for row in rows}}
+    draw([row for row in rows if row.shots is None], [mean for mean in averages if mean.shots is None], budgets, plot)
 
 
 @app.command("retrieve")

@@ -1,113 +1,151 @@
 """Every scorer and allocator at every size on the demo's held-out test items: what accuracy a memory budget keeps.
 
 The test items are in phrasings that neither training nor calibration has seen, with held-out content where content can
-be held out, and they are not the items by which the service chooses a selection.
+be held out, and they are not the items by which the service, or the automatic choice here, chooses a selection.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from statistics import fmean
 
-from demo.prepare import prepare
-from engine.embedder import open_embedder
-from profiler.allocation import UNIFORM
-from profiler.progress import Report
-from profiler.scorers.registry import DEFAULTS
-from store.database import Store, open_store
+from benchmarks.quality_grid import Grid, Row
+from benchmarks.quality_runs import Runs
+from demo.prepare import DTYPE, THREADS, corpus
+from engine.config import EngineConfig
+from engine.engine import Engine
+from profiler.allocation import UNIFORM, allocate, needs_of_allocators
+from profiler.allocators import PLAIN
+from profiler.batches import Encoded, encode_corpus
+from profiler.draws import draw
+from profiler.evaluate import Measured, judged_role
+from profiler.forced import evaluate_forced
+from profiler.gather import gather_statistics
+from profiler.progress import Progress, Report, ignore
+from profiler.router_rows import of_router
+from profiler.run import Run
+from profiler.scorers.registry import BASELINES, SCORERS, choose, needs_of
+from profiler.search import contest
+from profiler.second_looks import second_looks
+from profiler.statistics import Statistics
 from store.home import bundled_model
+from store.records import Selection, StoredSelection
+
+AUTOMATIC = "automatic"  # what `moepager profile --search` would choose on the evaluation split
+FEW_SHOT_ALLOCATOR = "coverage"
+ROWS = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    scorer: str
-    allocator: str
-    task: str
-    keep: float
-    accuracy: float
-    retention: float
-    nll: float
-    coverage: float
-    items: int
-
-
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """A scorer and allocator at a size, averaged over the tasks. `worst` is the lowest retention of a task."""
-
-    scorer: str
-    allocator: str
-    keep: float
-    accuracy: float
-    retention: float
-    worst: float
-    nll: float
-    coverage: float
+class _Text:
+    draw: int
+    shots: int | None
+    items: Sequence[Encoded]
 
     @property
-    def way(self) -> str:
-        return self.scorer if self.allocator == UNIFORM else f"{self.scorer}, {self.allocator}"
+    def name(self) -> str:
+        return f"draw{self.draw}" if self.shots is None else f"draw{self.draw}of{self.shots}"
 
 
-def bench_quality(
-    items: int | None, scorers: Sequence[str] | None, report: Report, allocators: Sequence[str] = (UNIFORM,)
-) -> list[Row]:
-    """Profiles the demo's tasks into a store of its own and reads the evidence back."""
-    with (
-        tempfile.TemporaryDirectory(prefix="moepager-quality-") as folder,
-        open_store(f"sqlite:///{folder}/store.db") as store,
-    ):
-        profiles = prepare(
-            store,
-            open_embedder("hash"),  # retrieval takes no part in this
-            bundled_model(),
-            scorers=scorers or list(DEFAULTS),
-            allocators=allocators,
-            split="test",
-            items=items,
-            generalist=False,
-            runs=Path(folder) / "runs",
-            report=report,
+def bench_quality(grid: Grid, report: Report, folder: Path | None = None) -> list[Row]:
+    """All rows of the grid. What `folder` holds of it already is not measured again; without one nothing is kept."""
+    config = EngineConfig(bundled_model(), max_context=256, max_batch=ROWS, dtype=DTYPE, threads=THREADS)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="moepager-quality-") as beside, Engine.open(config) as engine:
+        for task in grid.tasks:
+            bench = _Bench(engine, grid, task, Runs(folder or Path(beside), engine.card.fingerprint, task))
+            for text in bench.texts():
+                report(Progress(f"{task}, {text.name}", "evaluate", len(rows), len(rows)))
+                rows += bench.rows(text)
+    return rows
+
+
+class _Bench:
+    """One task."""
+
+    def __init__(self, engine: Engine, grid: Grid, task: str, runs: Runs) -> None:
+        self.engine, self.grid, self.task, self.runs = engine, grid, task, runs
+        self._calibration = encode_corpus(engine, corpus(task, "calibration"))
+        self._test = _in_order(encode_corpus(engine, corpus(task, "test", grid.items)))
+        self._evaluation = _in_order(encode_corpus(engine, corpus(task, "evaluation")))
+
+    def texts(self) -> Iterator[_Text]:
+        for number in range(self.grid.draws + 1):
+            yield _Text(number, None, draw(self._calibration, number) if number else self._calibration)
+        for shots, number in product(self.grid.few_shot, range(1, self.grid.draws + 1)):
+            yield _Text(number, shots, draw(self._calibration, number, shots))
+
+    def rows(self, text: _Text) -> list[Row]:
+        few = text.shots is not None
+        scorers = [one for one in self.grid.scorers if not (few and choose([one])[0].needs)]
+        allocators = (FEW_SHOT_ALLOCATOR,) if few else self.grid.allocators
+        candidates = self._candidates(text, scorers, allocators, self.grid.keeps)
+        rows = [self._row(text, one, self._measure(self._test, one.selection)) for one in candidates]
+        if self.grid.automatic and not few:
+            rows += [self._row(text, one, self._measure(self._test, one.selection)) for one in self._chosen(text)]
+        return rows
+
+    def _candidates(
+        self, text: _Text, scorers: Sequence[str], allocators: Sequence[str], keeps: Sequence[float]
+    ) -> list[StoredSelection]:
+        wanted = choose(scorers)
+        needs = needs_of(wanted) | needs_of_allocators(allocators)
+        statistics = self._statistics(text, needs)
+        found = []
+        for scorer in wanted:
+            scores = scorer.score(statistics)
+            for allocator, keep in product(allocators, keeps):
+                kept = allocate(allocator, scores, float(keep), statistics.top_k, None, statistics)
+                found.append(StoredSelection("", "", scorer.name, allocator, keep, kept))
+        return found
+
+    def _chosen(self, text: _Text) -> Iterator[StoredSelection]:
+        """What the search finds at each size on the evaluation split, by the scorers and allocators it tries."""
+        plain = [one.name for one in SCORERS.values() if not one.needs and one.name not in BASELINES]
+        for keep in self.grid.keeps:
+            candidates = self._candidates(text, plain, PLAIN, [keep])
+            candidates += self._candidates(text, BASELINES, [UNIFORM], [keep])
+            ranking = contest(candidates, self._evaluation, lambda kept, part: self._measure(part, kept)).ranking
+            best = next(stored for stored, _ in ranking if stored.scorer not in BASELINES)
+            yield StoredSelection("", "", AUTOMATIC, "searched", keep, best.selection)
+
+    def _statistics(self, text: _Text, needs: frozenset[str]) -> Statistics:
+        name = "-".join([text.name, *sorted(needs)])
+
+        def make() -> Statistics:
+            with tempfile.TemporaryDirectory(prefix="moepager-quality-") as folder:
+                run = Run(Path(folder), "pass", plan="")
+                found = gather_statistics(self.engine, text.items, run, self.task, ROWS, ignore, needs)
+            looks = second_looks(self.engine, text.items, ROWS, needs)
+            return found.with_extras(of_router(self.engine.card.folder, needs, None) | looks)
+
+        return self.runs.statistics(name, make)
+
+    def _measure(self, items: Sequence[Encoded], selection: Selection | None) -> Measured:
+        complete = selection is not None and len(selection) == self.engine.card.layers * self.engine.card.experts
+        kept = None if complete else selection
+        role = judged_role(items)
+        return self.runs.measured(items, kept, lambda part: evaluate_forced(self.engine, part, kept, ROWS, role))
+
+    def _row(self, text: _Text, one: StoredSelection, measured: Measured) -> Row:
+        whole = self._measure(self._test, None)
+        return Row(
+            scorer=one.scorer,
+            allocator=one.allocator,
+            task=self.task,
+            keep=one.keep,
+            draw=text.draw,
+            shots=text.shots,
+            accuracy=measured.accuracy or 0.0,
+            retention=(measured.accuracy or 0.0) / (whole.accuracy or 1.0),
+            nll=measured.nll,
+            coverage=measured.coverage,
+            items=measured.items,
         )
-        return [row for profile in profiles for row in _rows(store, profile.task, profile.id)]
 
 
-def _rows(store: Store, task: str, profile: str) -> list[Row]:
-    return [
-        Row(
-            scorer=stored.scorer,
-            allocator=stored.allocator,
-            task=task,
-            keep=stored.keep,
-            accuracy=evidence.accuracy or 0.0,
-            retention=evidence.retention or 0.0,
-            nll=evidence.nll,
-            coverage=evidence.coverage,
-            items=evidence.items,
-        )
-        for stored, evidence in store.evaluations.list(profile)
-    ]
-
-
-def means(rows: Sequence[Row]) -> list[Mean]:
-    """Over tasks, best first at each size, the largest size first."""
-    groups: dict[tuple[float, str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.keep, row.scorer, row.allocator), []).append(row)
-    found = [
-        Mean(
-            scorer=scorer,
-            allocator=allocator,
-            keep=keep,
-            accuracy=fmean(row.accuracy for row in group),
-            retention=fmean(row.retention for row in group),
-            worst=min(row.retention for row in group),
-            nll=fmean(row.nll for row in group),
-            coverage=fmean(row.coverage for row in group),
-        )
-        for (keep, scorer, allocator), group in groups.items()
-    ]
-    return sorted(found, key=lambda mean: (-mean.keep, -mean.accuracy, mean.nll, mean.way))
+def _in_order(text: Sequence[Encoded]) -> list[Encoded]:
+    return sorted(text, key=lambda one: one.number)

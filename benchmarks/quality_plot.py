@@ -12,7 +12,8 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.quality import Mean, Row
+from benchmarks.quality_grid import Row
+from benchmarks.quality_means import Mean
 
 BASELINES = {"random": "#aaaaaa", "frequency": "#444444"}
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from profiler.allocators import ALLOCATORS, Rule
+from profiler.allocators import ALLOCATORS, Allocator, Layers
+from profiler.extras import NOTHING, Needs
+from profiler.statistics import Statistics
 from store.errors import BudgetError, InvalidInput
 from store.records import F64, Selection
 from store.sizes import show_bytes
@@ -31,13 +33,33 @@ def uniform(scores: F64, keep: float, top_k: int) -> Selection:
 
 
 def allocate(
-    allocator: str, scores: F64, budget: float | int, top_k: int, expert_bytes: Sequence[int] | None = None
+    allocator: str,
+    scores: F64,
+    budget: float | int,
+    top_k: int,
+    expert_bytes: Sequence[int] | None = None,
+    statistics: Statistics | None = None,
 ) -> Selection:
     """The experts that the allocator keeps, each layer's best by score, at least `top_k` in each.
 
     `budget` is a share in (0, 1] (a float: the bytes that `uniform` takes for it) or bytes (an int). `expert_bytes` is
-    the size of an expert in each layer; without it all are alike, and a budget in bytes counts experts.
+    the size of an expert in each layer; without it all are alike, and a budget in bytes counts experts. `statistics`
+    are for the allocators that need more than scores; InvalidInput without.
     """
+    counts = layer_counts(allocator, scores, budget, top_k, expert_bytes, statistics)
+    order = np.argsort(-scores, axis=1, kind="stable")  # [L, E]  stable: the lower id wins a tie
+    return Selection.of([row[:count].tolist() for row, count in zip(order, counts, strict=True)])
+
+
+def layer_counts(
+    allocator: str,
+    scores: F64,
+    budget: float | int,
+    top_k: int,
+    expert_bytes: Sequence[int] | None = None,
+    statistics: Statistics | None = None,
+) -> list[int]:
+    """How many experts each layer keeps, of the arguments of `allocate`."""
     _check(scores)
     layers, experts = scores.shape
     costs = [1] * layers if expert_bytes is None else [int(size) for size in expert_bytes]
@@ -47,18 +69,31 @@ def allocate(
             f"{show_bytes(size)} can't hold {top_k} experts, what one token needs, in each of {layers} layers: that "
             f"takes {show_bytes(top_k * sum(costs))}. Give more, or a share."
         )
-    order = np.argsort(-scores, axis=1, kind="stable")  # [L, E]  stable: the lower id wins a tie
-    counts = choose_allocators([allocator])[allocator](_shares(scores), costs, size, top_k)
-    return Selection.of([row[:count].tolist() for row, count in zip(order, counts, strict=True)])
+    chosen = choose_allocators([allocator])[allocator]
+    return chosen.rule(Layers(_shares(scores), costs, top_k, _guide(allocator, chosen, statistics)), size)
 
 
-def choose_allocators(names: Sequence[str]) -> dict[str, Rule]:
-    """The named rules, in the registry's order. Raises InvalidInput for an unknown name."""
+def choose_allocators(names: Sequence[str]) -> dict[str, Allocator]:
+    """The named allocators, in the registry's order. Raises InvalidInput for an unknown name."""
     unknown = [name for name in names if name not in ALLOCATORS]
     if unknown or not names:
         known, wanted = ", ".join(ALLOCATORS), f"no allocator {unknown[0]!r}" if unknown else "nothing to allocate by"
         raise InvalidInput(f"There is {wanted}. Choose from: {known}.", param="allocator")
-    return {name: rule for name, rule in ALLOCATORS.items() if name in names}
+    return {name: one for name, one in ALLOCATORS.items() if name in names}
+
+
+def needs_of_allocators(names: Sequence[str]) -> Needs:
+    """The extras that have to be collected for these."""
+    return NOTHING.union(*(one.needs for one in choose_allocators(names).values()))
+
+
+def _guide(name: str, allocator: Allocator, statistics: Statistics | None) -> F64 | None:
+    if not allocator.needs:
+        return None
+    [extra] = allocator.needs
+    if statistics is None:
+        raise InvalidInput(f"The allocator {name} needs the statistic {extra} beside scores.", param="allocator")
+    return statistics.total(extra)
 
 
 def _shares(scores: F64) -> F64:

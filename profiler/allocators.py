@@ -1,6 +1,6 @@
 """How many experts each layer gets out of a budget of bytes. Pure numpy; which ones they are is the ranking's business.
 
-L layers, E experts. A rule gets `shares` f64 `[L, E]`: what each layer's experts are worth as shares of their layer's
+L layers, E experts. A rule sees `shares` f64 `[L, E]`: what each layer's experts are worth as shares of their layer's
 sum, best first. A layer's coverage is the sum of the shares that it keeps. Every rule starts from `floor` experts in
 each layer and never spends more than the budget; a larger budget never makes its own aim worse.
 """
@@ -10,77 +10,131 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from profiler.extras import NOTHING, Needs
 from store.records import F64
 
-Rule = Callable[[F64, Sequence[int], int, int], list[int]]  # shares, bytes of an expert [L], budget, floor -> [L]
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """What is shared out. `costs` [L] are bytes of one expert; `guide` is the extra that the rule needs, if it does."""
+
+    shares: F64  # [L, E]
+    costs: Sequence[int]
+    floor: int
+    guide: F64 | None = None
+
+    @property
+    def count(self) -> int:
+        return int(self.shares.shape[0])
+
+    @property
+    def experts(self) -> int:
+        return int(self.shares.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Allocator:
+    """`needs` names at most one extra (extras.py) that the rule reads beside the scores."""
+
+    rule: Callable[[Layers, int], list[int]]  # what is shared out, the budget in bytes -> experts of each layer [L]
+    needs: Needs = NOTHING
+
 
 CELLS = 1 << 16  # of the knapsack's table, at most: above that, bytes are counted in coarser units, rounded up
-NOTHING = 1e-300  # what a coverage of none counts as in a logarithm
+NONE = 1e-300  # what a coverage of none counts as in a logarithm
 
 
-def uniform(shares: F64, costs: Sequence[int], budget: int, floor: int) -> list[int]:
+STEEPNESS, MIDDLE = 0.8, 0.3  # of SEAP's curve over depth
+
+
+def uniform(layers: Layers, budget: int) -> list[int]:
     """The same number everywhere."""
-    count = min(shares.shape[1], budget // sum(costs))
-    return [max(floor, count)] * len(shares)
+    count = min(layers.experts, budget // sum(layers.costs))
+    return [max(layers.floor, count)] * layers.count
 
 
-def one_threshold(shares: F64, costs: Sequence[int], budget: int, floor: int) -> list[int]:
+def one_threshold(layers: Layers, budget: int) -> list[int]:
     """The experts with the largest shares of all layers together (PreMoE v3's global variant, on shares)."""
-    layers, experts = shares.shape
-    rank, layer = (axis.ravel() for axis in np.meshgrid(np.arange(experts), np.arange(layers)))
-    order = np.lexsort((layer, rank, -shares.ravel()))  # among equal shares the better rank, then the lower layer
-    return _spend((int(layer[i]) for i in order if rank[i] >= floor), costs, budget, [floor] * layers)
+    return _best_first(layers, layers.shares, budget)
 
 
-def equal_coverage(shares: F64, costs: Sequence[int], budget: int, floor: int) -> list[int]:
+def equal_coverage(layers: Layers, budget: int) -> list[int]:
     """The lowest coverage of a layer as high as possible (CBA of arXiv 2606.18304 with equal targets).
 
     The next expert always goes to the layer that is covered least, which is where bisecting a common target ends.
     """
-    return _spend(_least_covered_first(shares, floor), costs, budget, [floor] * len(shares))
+    return _spend(_least_covered_first(layers.shares, layers.floor), layers, budget)
 
 
-def knapsack(shares: F64, costs: Sequence[int], budget: int, floor: int) -> list[int]:
+def logistic(layers: Layers, budget: int) -> list[int]:
+    """Early layers keep more, along a logistic curve over depth (SEAP, arXiv 2503.07605), whatever the scores say.
+
+    Layer l loses `a / (1 + exp(-0.8 (x_l - 0.3)))` of its experts, x_l from 0 to 1. An expert stays as long as `a` is
+    below the value at which its layer loses it, so a larger budget, a smaller `a`, keeps what a smaller one kept.
+    """
+    depth = np.linspace(0.0, 1.0, layers.count)  # [L]
+    lost = 1.0 / (1.0 + np.exp(-STEEPNESS * (depth - MIDDLE)))  # [L], times a
+    stays_until = (1.0 - (np.arange(layers.experts) + 0.5) / layers.experts)[None, :] / lost[:, None]  # [L, E]
+    return _best_first(layers, stays_until, budget)
+
+
+def knapsack(layers: Layers, budget: int) -> list[int]:
     """The product of the layers' coverages as large as possible, exactly: a token passes all layers (ours)."""
-    layers, experts = shares.shape
-    value = np.log(np.maximum(np.cumsum(shares, axis=1)[:, floor - 1 :], NOTHING))  # [L, E - floor + 1]
-    spare = budget - floor * sum(costs)
-    unit = max(math.gcd(*costs), -(-spare // CELLS), 1)
-    cells = min(spare // unit, sum((experts - floor) * -(-cost // unit) for cost in costs))
-    best = np.zeros(cells + 1)
-    chosen = np.zeros((layers, cells + 1), np.int64)
-    for layer, cost in enumerate(costs):
-        before, best = best, np.full(cells + 1, -np.inf)
-        for more in range(experts - floor + 1):
-            step = -(-more * cost // unit)
-            if step > cells:
-                break
-            gained = before[: cells + 1 - step] + value[layer, more]
-            better = gained >= best[step:]  # among equals more experts: the memory is there
-            best[step:][better] = gained[better]
-            chosen[layer, step:][better] = more
-    return _trace(chosen, costs, unit, floor)
+    covered = np.cumsum(layers.shares, axis=1)[:, layers.floor - 1 :]  # [L, E - floor + 1]
+    return _largest_sum(np.log(np.maximum(covered, NONE)), layers, budget)
 
 
-ALLOCATORS: Mapping[str, Rule] = {
-    "uniform": uniform,
-    "global": one_threshold,
-    "coverage": equal_coverage,
-    "knapsack": knapsack,
+def least_error(layers: Layers, budget: int) -> list[int]:
+    """The sum of the layers' measured errors as small as possible, exactly (LExI's program, arXiv 2509.02753).
+
+    LExI shares out how many experts run, which frees no memory; here its dynamic program shares out how many stay. The
+    error of a layer that keeps m experts is what NAEE's elimination measured when m were left.
+    """
+    assert layers.guide is not None, "the caller sees to the needs"
+    dropped_at = np.sort(layers.guide, axis=1)[:, ::-1]  # [L, E], the m-th: the error once the m-th last is gone too
+    left = np.concatenate([dropped_at[:, 1:], np.zeros((layers.count, 1))], axis=1)  # [L, E], with m = 1 ... E left
+    return _largest_sum(-left[:, layers.floor - 1 :], layers, budget)
+
+
+def learned(layers: Layers, budget: int) -> list[int]:
+    """One threshold on shares times a weight of the layer that was learned by gradients (DiEP, arXiv 2509.16105)."""
+    assert layers.guide is not None, "the caller sees to the needs"
+    return _best_first(layers, layers.shares * layers.guide[:, None], budget)
+
+
+ALLOCATORS: Mapping[str, Allocator] = {
+    "uniform": Allocator(uniform),
+    "global": Allocator(one_threshold),
+    "coverage": Allocator(equal_coverage),
+    "knapsack": Allocator(knapsack),
+    "logistic": Allocator(logistic),
+    "lexi": Allocator(least_error, frozenset({"elimination"})),
 }
 
+PLAIN: tuple[str, ...] = tuple(name for name, one in ALLOCATORS.items() if not one.needs)
 
-def _spend(layers: Iterable[int], costs: Sequence[int], budget: int, counts: list[int]) -> list[int]:
-    """One more expert for each of `layers` in turn, until the first that the budget does not hold: so that a larger
 
-    budget keeps everything that a smaller one keeps.
+def _best_first(layers: Layers, worth: F64, budget: int) -> list[int]:
+    """The experts of the largest `worth` [L, E] of all layers; within a layer it falls from rank to rank."""
+    count, experts = worth.shape
+    rank, layer = (axis.ravel() for axis in np.meshgrid(np.arange(experts), np.arange(count)))
+    order = np.lexsort((layer, rank, -worth.ravel()))  # among equals the better rank, then the lower layer
+    return _spend((int(layer[i]) for i in order if rank[i] >= layers.floor), layers, budget)
+
+
+def _spend(order: Iterable[int], layers: Layers, budget: int) -> list[int]:
+    """One more expert for each layer of `order` in turn, until the first that the budget does not hold: so that a
+
+    larger budget keeps everything that a smaller one keeps.
     """
-    left = budget - sum(count * cost for count, cost in zip(counts, costs, strict=True))
-    for layer in layers:
-        left -= costs[layer]
+    counts = [layers.floor] * layers.count
+    left = budget - layers.floor * sum(layers.costs)
+    for layer in order:
+        left -= layers.costs[layer]
         if left < 0:
             break
         counts[layer] += 1
@@ -96,6 +150,27 @@ def _least_covered_first(shares: F64, floor: int) -> Iterator[int]:
         if count < shares.shape[1]:
             yield layer
             heapq.heappush(queue, (float(covered[layer, count]), count + 1, layer))
+
+
+def _largest_sum(value: F64, layers: Layers, budget: int) -> list[int]:
+    """The counts whose `value` [L, E - floor + 1] adds up to most, by dynamic programming over bytes."""
+    spare = budget - layers.floor * sum(layers.costs)
+    room = layers.experts - layers.floor
+    unit = max(math.gcd(*layers.costs), -(-spare // CELLS), 1)
+    cells = min(spare // unit, sum(room * -(-cost // unit) for cost in layers.costs))
+    best = np.zeros(cells + 1)
+    chosen = np.zeros((layers.count, cells + 1), np.int64)
+    for layer, cost in enumerate(layers.costs):
+        before, best = best, np.full(cells + 1, -np.inf)
+        for more in range(room + 1):
+            step = -(-more * cost // unit)
+            if step > cells:
+                break
+            gained = before[: cells + 1 - step] + value[layer, more]
+            better = gained >= best[step:]  # among equals more experts: the memory is there
+            best[step:][better] = gained[better]
+            chosen[layer, step:][better] = more
+    return _trace(chosen, layers.costs, unit, layers.floor)
 
 
 def _trace(

@@ -187,11 +187,11 @@ def _answer(engine: Engine, corpus: Corpus | None, tokens: int, task: str, repor
 
 def _summary(store: Store, made: Profile) -> dict[str, Any]:
     from profiler.doubts import gates
-    from store.intervals import wilson
     from profiler.scorers.registry import computable
     from profiler.search import reasons_of
     from profiler.stability import split_half_overlap
     from profiler.statistics import Statistics
+    from store.intervals import wilson
 
     statistics = Statistics.from_arrays(made.statistics)
     judged = gates(statistics, made.tokens)

@@ -73,7 +73,7 @@ def make_selections(
     for scorer in scorers:
         scores = scorer.score(statistics)
         for keep, allocator in product(keeps, allocators):
-            selection = allocate(allocator, scores, float(keep), engine.card.top_k, sizes)
+            selection = allocate(allocator, scores, float(keep), engine.card.top_k, sizes, statistics)
             name = f"{profile.id}-{scorer.name}.{scorer.version}-{allocator}-{keep:g}"
             made.append(StoredSelection(name, profile.id, scorer.name, allocator, keep, selection))
     return made

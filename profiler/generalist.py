@@ -23,7 +23,7 @@ from profiler.job import (
 )
 from profiler.progress import Report, ignore
 from profiler.run import hold
-from profiler.scorers.registry import choose, computable, needs_of, versions
+from profiler.scorers.registry import choose, computable, versions
 from profiler.statistics import Statistics, balanced
 from store.database import Store
 from store.errors import InvalidInput, NotFound
@@ -45,7 +45,7 @@ def profile_generalist(
     scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
     allocators = list(choose_allocators(options.allocators))
     parts = task_profiles(store, engine.card.fingerprint)
-    _require(parts, needs_of(scorers))
+    _require(parts, options.needs)
     held_out: HeldOut | None = None
     if evaluation is not None:
         _refuse_seen(parts, evaluation)

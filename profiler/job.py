@@ -15,10 +15,9 @@ from pathlib import Path
 from engine.card import ModelCard
 from engine.embedder import Embedder
 from engine.engine import Engine
-from profiler.allocation import UNIFORM, choose_allocators
+from profiler.allocation import UNIFORM, choose_allocators, needs_of_allocators
 from profiler.batches import Encoded, encode_corpus, token_limit
 from profiler.corpus import Corpus, refuse_overlap
-from profiler.elimination import eliminations
 from profiler.evidence import KEEPS, HeldOut, check_keeps, make_selections, put_evaluations, put_selections
 from profiler.extras import EXTRAS, NOTHING, Needs, formulas
 from profiler.gather import ROWS, gather_statistics
@@ -28,6 +27,7 @@ from profiler.run import Run, hold
 from profiler.scorers.base import Scorer
 from profiler.scorers.registry import BASELINES, choose, computable, needs_of, versions
 from profiler.search import search
+from profiler.second_looks import second_looks
 from profiler.statistics import VERSION
 from profiler.stream import pays, stream_statistics
 from store.checkpoint import CheckpointMap
@@ -62,6 +62,11 @@ class Options:
     @property
     def folder(self) -> Path:
         return self.runs or data_folder() / "runs"
+
+    @property
+    def needs(self) -> Needs:
+        """The extras that its scorers and allocators read."""
+        return needs_of(choose(self.scorers)) | needs_of_allocators(self.allocators)
 
 
 DEFAULTS = Options()
@@ -190,7 +195,7 @@ def _gather(
     report: Report,
 ) -> Profile:
     """The stored profile of exactly this text that has what is needed, or a new one, which is not stored yet."""
-    model, needs = engine.card.fingerprint, needs_of(choose(options.scorers))
+    model, needs = engine.card.fingerprint, options.needs
     static = of_router(engine.card.folder, needs, options.base)
     found = sorted(_profiles_of(store, model, task, calibration.content_hash, options.base), key=lambda p: p.created)
     if enough := [profile for profile in found if needs <= profile.statistics.keys()]:
@@ -204,8 +209,7 @@ def _gather(
     run = Run(options.folder, identity, plan=f"{sizes},{'layers' if stream else 'shards'}")
     collect = stream_statistics if stream else gather_statistics
     statistics = collect(engine, text, run, task, options.rows, report, needs).with_extras(static)
-    if "elimination" in needs:
-        statistics = statistics.with_extras({"elimination": eliminations(engine, text, options.rows)})
+    statistics = statistics.with_extras(second_looks(engine, text, options.rows, needs))
     return Profile(
         id=identity,
         model=model,

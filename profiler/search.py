@@ -7,18 +7,19 @@ of them was chosen is stored as a finished job of the task. The same text and ca
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from engine.engine import Engine
+from profiler.batches import Encoded
 from profiler.evaluate import Measured, evaluate, judged_role
 from profiler.evidence import HeldOut, as_evaluation
 from profiler.halving import Outcome, halve, slices
-from store.intervals import wilson
 from profiler.progress import Progress, Report
 from profiler.scorers.registry import BASELINES
 from store.database import Store
 from store.errors import NotFound
+from store.intervals import wilson
 from store.records import Job, Profile, Selection, StoredSelection
 
 PREFIX = "search"
@@ -35,6 +36,11 @@ def search(
     """Searches each size, the largest first, and gives the reasons. What is searched already is not searched again."""
     reasons, sizes = [], sorted({one.keep for one in candidates}, reverse=True)
     whole: Measured | None = None
+    role = judged_role(held_out.items)
+
+    def measure(selection: Selection, part: Sequence[Encoded]) -> Measured:
+        return evaluate(engine, part, selection, held_out.rows, role)
+
     for done, keep in enumerate(sizes):
         report(Progress(profile.task, "evaluate", done, len(sizes)))
         here = [one for one in candidates if one.keep == keep]
@@ -44,7 +50,7 @@ def search(
             continue
         except NotFound:
             whole = whole or evaluate(engine, held_out.items, None, held_out.rows)
-        outcome = _search(engine, here, held_out)
+        outcome = contest(here, held_out.items, measure)
         for stored, measured in outcome.ranking:
             store.selections.put(stored)
             store.evaluations.put(as_evaluation(stored, held_out, measured, whole))
@@ -60,23 +66,29 @@ def reasons_of(store: Store, profile: str) -> list[str]:
     return [job.detail for job in store.jobs.list() if job.id.startswith(f"{profile}-{PREFIX}-")]
 
 
-def _search(engine: Engine, candidates: Sequence[StoredSelection], held_out: HeldOut) -> Outcome[StoredSelection]:
-    """Of rivals that chose equal sets of experts the first stands for all: no set fills the places of others."""
+def contest(
+    candidates: Sequence[StoredSelection],
+    items: Sequence[Encoded],
+    measure: Callable[[Selection, Sequence[Encoded]], Measured],
+) -> Outcome[StoredSelection]:
+    """Successive halving over the items in an order as good as shuffled.
+
+    Of rivals that chose equal sets of experts the first stands for all: no set fills the places of others.
+    """
     always = [one for one in candidates if one.scorer in BASELINES]
     rivals = {one.selection: one for one in reversed(candidates) if one.scorer not in BASELINES}
     distinct = [one for one in candidates if one in always or rivals[one.selection] is one]
-    order = sorted(held_out.items, key=lambda one: (one.item.content_hash, one.number))  # as good as shuffled
-    role = judged_role(order)
+    order = sorted(items, key=lambda one: (one.item.content_hash, one.number))
     known: dict[tuple[Selection, int], Measured] = {}
 
-    def measure(stored: StoredSelection, start: int, end: int) -> Measured:
+    def once(stored: StoredSelection, start: int, end: int) -> Measured:
         key = stored.selection, start
         if key not in known:
             part = sorted(order[start:end], key=lambda one: (len(one.tokens), one.number))  # batches waste little
-            known[key] = evaluate(engine, part, stored.selection, held_out.rows, role)
+            known[key] = measure(stored.selection, part)
         return known[key]
 
-    return halve(distinct, always, slices(len(order)), measure)
+    return halve(distinct, always, slices(len(order)), once)
 
 
 def describe(keep: float, outcome: Outcome[StoredSelection]) -> str:
