@@ -36,6 +36,29 @@ def make_model_command(
     _answer({"path": str(out), "bytes": make_model(shape, out, seed)}, as_json)
 
 
+@app.command("families")
+def families_command(
+    family: Annotated[list[str] | None, typer.Option(help="Repeatable: a model_type; all if none.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Rewrite the tables of this page (docs/families.md).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which architectures of transformers can be served: each rule on a tiny checkpoint, beside plain transformers."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from benchmarks.families import bench_families, write_table
+
+    disable_progress_bar()
+    if family and out:
+        raise typer.BadParameter("--out needs all families: leave --family out.")
+    rows = []
+    for row in bench_families(family or ()):
+        rows.append(row)
+        print(row.line)
+    if out is not None:
+        write_table(rows, out)
+    _answer({"rows": [asdict(row) for row in rows]}, as_json)
+
+
 @app.command("load")
 def load_command(
     model: Model = None,

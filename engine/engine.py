@@ -223,6 +223,11 @@ class Engine:
     @torch.inference_mode()
     def expert_outputs(self, layer: int, x: Tensor) -> Tensor:
         """What each expert of MoE layer `layer` makes of the router inputs `x` [n, H], unweighted: [n, E, H]."""
+        if not self._joints[layer].same_states:
+            raise UnsupportedFamily(
+                f"The experts of {self.card.family} read other states than its router, so what they make of the "
+                "router's inputs means nothing."
+            )
         self.require_free_slot([None])
         return self._experts[layer].outputs(x.to(self.device))
 
@@ -393,11 +398,7 @@ class Engine:
         routing.observer = observer
         handles = []
         for layer, (joint, paged) in enumerate(zip(self._joints, self._experts, strict=True)):
-            if joint.norm is None:
-                raise UnsupportedFamily(
-                    f"{self.card.family} has no norm before its MoE block, so its residual can't be observed."
-                )
-            handles.append(joint.norm.register_forward_pre_hook(_residual_hook(observer, layer)))
+            handles.append(joint.residual.register_forward_pre_hook(_residual_hook(observer, layer), with_kwargs=True))
             paged.observer = observer
         try:
             yield
@@ -421,7 +422,8 @@ def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:
 
 
 def _residual_hook(observer: Observer, layer: int) -> Any:
-    def hook(_: object, args: tuple[Tensor, ...]) -> None:
-        observer.residual(layer, args[0].reshape(-1, args[0].shape[-1]))
+    def hook(_: object, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        states = (*args, *named.values())[0]  # [B, S, H] or [T, H]
+        observer.residual(layer, states.reshape(-1, states.shape[-1]))
 
     return hook

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from engine.tiny_config import moe_families, tiny_fields
+from engine.tiny_config import TOKENS, moe_families, tiny_fields
 
 # Those with shapes of their own, which every test of the engine runs on; any other family gets those of `tiny_config`.
 FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3")
@@ -29,8 +29,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 
-_TOKENS: Mapping[str, Any] = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
-
 _COMMON: Mapping[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -41,7 +39,7 @@ _COMMON: Mapping[str, Any] = {
     "max_position_embeddings": 512,
     "num_experts_per_tok": 2,
     "tie_word_embeddings": False,
-    **_TOKENS,
+    **TOKENS,
 }
 
 _FAMILY: Mapping[str, Mapping[str, Any]] = {
@@ -109,7 +107,7 @@ def write_tiny(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shapes = dict(_COMMON) | dict(_FAMILY[family]) if family in _FAMILY else tiny_fields(family)
-    config = AutoConfig.for_model(family, **(shapes | dict(_TOKENS) | config_overrides))
+    config = AutoConfig.for_model(family, **(shapes | config_overrides))
     config.dtype = getattr(torch, dtype)
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

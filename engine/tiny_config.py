@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
+TOKENS: Mapping[str, Any] = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
 
 # Names of sizes as configs call them, by the small number that stands for them.
 _SIZES: Mapping[int, tuple[str, ...]] = {
@@ -78,6 +79,7 @@ SWITCHES: Mapping[str, Any] = {"enable_moe_block": True, "is_moe": True, "tie_wo
 FAMILY: Mapping[str, Mapping[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dots3_note": {"vision_config": {"adapter_out_dim": 32}, "audio_config": {"adapter_out_dim": 32}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "qwen4_exp": {"text_config": QSA},
     "qwen4_exp_text": QSA,
@@ -99,7 +101,7 @@ def tiny_fields(family: str) -> dict[str, Any]:
     """The sizes of a tiny `family`, as keywords for its config class."""
     small = _small(CONFIG_MAPPING[family])
     for name, value in FAMILY.get(family, {}).items():
-        small[name] = small[name] | value if isinstance(value, Mapping) else value
+        small[name] = small.get(name, {}) | dict(value) if isinstance(value, Mapping) else value
     return small
 
 
@@ -108,7 +110,7 @@ def _small(kind: Any) -> dict[str, Any]:
     small = {name: value for name, value in (SIZES | dict(SWITCHES)).items() if name in names}
     if "kv_lora_rank" in names:  # latent attention has as many key as query heads; head_dim is its rotary part's width
         small |= {"num_key_value_heads": 4, "head_dim": 4}
-    return small | {name: _small(inner) for name, inner in _inner(kind)}
+    return small | dict(TOKENS) | {name: _small(inner) for name, inner in _inner(kind)}
 
 
 def _deep_names(kind: Any) -> Iterator[str]:
