@@ -19,7 +19,7 @@ from engine.delivery import Delivery
 from engine.guesses import Guesses
 from engine.layout import SlotLayout
 from engine.reader import Reader
-from engine.residency import ABSENT, Load, Residency
+from engine.residency import ABSENT, NOBODY, Load, Residency
 from engine.transfer import Bytes, Extent
 from store.errors import BudgetError
 from store.experts import ExpertMap
@@ -88,10 +88,10 @@ class Bank:
         self._arriving: dict[ExpertKey, Delivery] = {}
         self._queued: dict[ExpertKey, Load] = {}  # leased ahead, to be read by us when it suits
         self.interrupted: Callable[[], bool] | None = None  # asked while a pass waits for experts
-        self._memory = torch.zeros(slots, layout.slot_bytes, dtype=torch.uint8, device=device)  # [S, slot_bytes]
-        self.views = layout.views(self._memory)
+        self.memory = torch.zeros(slots, layout.slot_bytes, dtype=torch.uint8, device=device)  # [S, slot_bytes]
+        self.views = layout.views(self.memory)
         self._direct = layout.direct and device.type == "cpu"
-        self._host: Bytes | None = self._memory.numpy() if self._direct else None
+        self._host: Bytes | None = self.memory.numpy() if self._direct else None
         assert self._direct or not read_ahead, read_ahead
         self.guesses = Guesses(self.residency, read_ahead, self._begin_guess, lambda key, _: self._let_go([key]))
         self._staging = None if self._direct else _host_buffer(max(experts.expert_bytes), device)
@@ -162,6 +162,18 @@ class Bank:
     def missing_bytes(self, lease: Lease) -> int:
         """What has still to come of a lease that was taken ahead."""
         return sum(self._experts.span(key).nbytes for key in self._missing(lease))
+
+    def at_hand(self, layer: int, experts: Sequence[int]) -> list[int] | None:
+        """The slots of `experts`, NOBODY for what is no expert, good until another is read in; None where a byte of
+        theirs is missing or a guess has to be settled: then they have to be visited."""
+        residency = self.residency
+        row = [*residency.table[layer], NOBODY]
+        slots = [row[expert] for expert in experts]
+        if residency.unfilled or self.guesses.open or ABSENT in slots:
+            return None
+        for slot in slots:
+            residency.touch(slot)
+        return slots
 
     def visit(self, layer: int, experts: Sequence[int]) -> Generator[tuple[int, int], None, None]:
         """Each of `experts` once, with its slot: what is there first, while the others are read.

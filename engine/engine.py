@@ -18,13 +18,17 @@ from torch import Tensor
 from engine import experts as dispatch
 from engine.bank import Bank, Lease
 from engine.card import ModelCard
-from engine.config import EngineConfig
+from engine.channels import Channels
+from engine.config import READ_AHEAD, EngineConfig
 from engine.dense import load_dense
 from engine.experts import PagedExperts
 from engine.generate import Batch
-from engine.kernels import bound_shapes
+from engine.head import Head
+from engine.kernels import Kernels
 from engine.kvcache import KvCache, KvPool
 from engine.layerwise import Reached, decoder_layers, only
+from engine.layout import SlotLayout
+from engine.lookahead import Lookahead
 from engine.observer import Observer
 from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
 from engine.reader import Reader
@@ -46,7 +50,11 @@ GUESSED_BYTES_PER_SECOND = 1e9
 
 @dataclass(frozen=True, slots=True)
 class ResidencySnapshot:
-    """What is in the bank now, and what was paged in since open."""
+    """What is in the bank now, and what was paged in since open.
+
+    Of what exact mode read ahead (`experts_guessed`), the rest of `guessed_right` was not wanted by the pass that
+    guessed it: `bytes_wasted` were read for it, which `bytes_paged` leaves out and `bytes_read` counts.
+    """
 
     slots: int
     resident: int
@@ -57,6 +65,9 @@ class ResidencySnapshot:
     bytes_paged: int
     bytes_read: int
     paging_seconds: float
+    experts_guessed: int
+    guessed_right: int
+    bytes_wasted: int
     per_layer: tuple[int, ...]
 
 
@@ -74,11 +85,12 @@ class Engine:
 
     def __init__(
         self, card: ModelCard, plan: MemoryPlan, tokenizer: Tokenizer, skeleton: Skeleton, bank: Bank, reader: Reader,
-        device: torch.device,
+        device: torch.device, kernels: Kernels,
     ) -> None:  # fmt: skip
         self.card, self.plan, self.tokenizer, self.bank, self.device = card, plan, tokenizer, bank, device
         self._model, self._joints, self._reader = skeleton.model, skeleton.joints, reader
-        self._experts = [PagedExperts(layer, joint.experts, bank) for layer, joint in enumerate(skeleton.joints)]
+        self.kernel = kernels.name
+        self._experts = [PagedExperts(at, joint.experts, bank, kernels) for at, joint in enumerate(skeleton.joints)]
         for joint, paged in zip(skeleton.joints, self._experts, strict=True):
             dispatch.bind(joint.experts, paged)
         routers = [joint.router for joint in skeleton.joints]
@@ -86,8 +98,12 @@ class Engine:
         self.board = Switchboard(routers, card.experts, card.top_k, remembered=plan.max_batch, stand_ins=stand_ins)
         for paged in self._experts:
             paged.added = self.board.added
+        if bank.guesses.most:
+            guesses = bank.guesses
+            self.board.lookahead = Lookahead(self.board.routes, card.experts, guesses.expect, guesses.drop_all)
         with torch.inference_mode():
             self.board.check(card.hidden)
+        self.head = Head(self._model, max(plan.max_batch, 64 if plan.budget is None else 1))
         _check_cache(skeleton, plan)
         self.kv = KvPool(skeleton.kv_shapes, plan.max_batch, plan.max_context, getattr(torch, plan.dtype), device)
 
@@ -103,13 +119,15 @@ class Engine:
         device = torch.device(config.device)
         tokenizer = Tokenizer(config.model)
         skeleton, renaming = build_skeleton(checkpoint, experts, plan.dtype)
+        kernels = Kernels.choose(config.kernel, skeleton.layout.dtype, device)
         assert skeleton.layout.slot_bytes <= plan.slot_bytes, (skeleton.layout.slot_bytes, plan.slot_bytes)
         reader = Reader(reader_bytes(card), READER_THREADS)
         try:
             load_dense(skeleton.model, renaming, checkpoint, experts, reader, device)
-            bound_shapes(skeleton.model, skeleton.layout.dtype, device)
-            bank = Bank(skeleton.layout, experts, plan.slots, device, reader)
-            return cls(card, plan, tokenizer, skeleton, bank, reader, device)
+            kernels.adopt(skeleton.model, skeleton.layout.dtype, device)
+            ahead = _read_ahead(config, plan, skeleton.layout)
+            bank = Bank(skeleton.layout, experts, plan.slots, device, reader, ahead)
+            return cls(card, plan, tokenizer, skeleton, bank, reader, device, kernels)
         except BaseException:
             reader.close()
             raise
@@ -130,7 +148,7 @@ class Engine:
 
     def residency(self) -> ResidencySnapshot:
         """A snapshot; callable from any thread, exact only between tokens."""
-        residency, paged = self.bank.residency, self.bank.paged
+        residency, paged, guessed = self.bank.residency, self.bank.paged, self.bank.guesses.totals
         return ResidencySnapshot(
             slots=residency.slots,
             resident=residency.resident,
@@ -141,6 +159,9 @@ class Engine:
             bytes_paged=paged.bytes_needed,
             bytes_read=paged.bytes_read,
             paging_seconds=paged.seconds,
+            experts_guessed=guessed.experts,
+            guessed_right=guessed.right,
+            bytes_wasted=guessed.wasted_bytes,
             per_layer=tuple(sum(slot >= 0 for slot in row) for row in residency.table),
         )
 
@@ -230,6 +251,11 @@ class Engine:
             )
         self.require_free_slot([None])
         return self._experts[layer].outputs(x.to(self.device))
+
+    @property
+    def channels(self) -> Channels:
+        """How the channels of an expert lie in its parameters."""
+        return Channels.of(self._joints[0].experts, self.bank.layout)
 
     @torch.inference_mode()
     def expert_weights(self, layer: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
@@ -407,6 +433,21 @@ class Engine:
                 handle.remove()
             for paged in self._experts:
                 paged.observer = None
+
+
+def _read_ahead(config: EngineConfig, plan: MemoryPlan, layout: SlotLayout) -> int:
+    """How many experts exact mode may read on a guess at a time. Raises InvalidInput where it was asked for in vain."""
+    direct = layout.direct and config.device == "cpu"
+    if config.read_ahead and not direct:
+        raise InvalidInput(
+            f"read_ahead ({config.read_ahead}) needs experts that go from the file straight into their slots; here "
+            f"their bytes change on the way (dtype {plan.dtype}, device {config.device}). Leave it out, or serve in "
+            "the checkpoint's own dtype on the CPU.",
+            param="read_ahead",
+        )
+    if not direct or plan.slots >= plan.layers * plan.experts:  # nothing is ever paged twice
+        return 0
+    return READ_AHEAD if config.read_ahead is None else config.read_ahead
 
 
 def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:

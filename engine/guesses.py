@@ -54,8 +54,13 @@ class Guesses:
         """Whether anything that is expected has to be read."""
         return any(self._residency.slot(key) == ABSENT for key in self.expected)
 
+    @property
+    def open(self) -> bool:
+        """Whether a visit has something to settle or to begin."""
+        return bool(self._under_way) or self.useful
+
     def begin(self) -> None:
-        """Read what is missing of the expected, into slots that are free now; none of the expected is evicted for it."""
+        """Read what is missing of the expected, into slots that are free now. None of the expected is evicted."""
         keys, self.expected = self.expected, ()
         for key in keys:
             if (slot := self._residency.slot(key)) != ABSENT:
