@@ -64,17 +64,21 @@ export function table(caption, columns, rows, { hideCaption = false } = {}) {
 // A question before something that can't be undone. Resolves to whether it was answered with yes.
 export function confirm(question, yes) {
   return new Promise((resolve) => {
+    let answer = false;
     const ok = h("button", { type: "submit", class: "danger" }, yes);
     const no = h("button", { type: "button", onclick: () => end(false) }, "Keep it");
     const text = h("p", { id: "question" }, question);
     const form = h("form", { onsubmit: (event) => { event.preventDefault(); end(true); } }, text,
       h("div", { class: "buttons" }, ok, no));
     const dialog = h("dialog", { "aria-labelledby": "question" }, form);
-    function end(answer) {
+    function end(given) {
+      answer = given;
+      dialog.close();
+    }
+    dialog.addEventListener("close", () => {  // by then the focus is back where it was
       dialog.remove();
       resolve(answer);
-    }
-    dialog.addEventListener("cancel", () => end(false));
+    });
     document.body.append(dialog);
     dialog.showModal();
     no.focus();

@@ -14,19 +14,15 @@ export function askForKey(changed) {
     h("div", { class: "buttons" },
       h("button", { type: "submit", class: "primary" }, "Use this key"),
       storedKey() && h("button", { type: "button", class: "danger", onclick: () => end("") }, "Forget the key"),
-      h("button", { type: "button", onclick: () => close() }, "Cancel")));
+      h("button", { type: "button", onclick: () => dialog.close() }, "Cancel")));
   const dialog = h("dialog", { id: "key-dialog", "aria-labelledby": "key-title" }, form);
 
-  function close() {
-    dialog.close();
-    dialog.remove();
-  }
   function end(key) {
-    close();
+    dialog.close();
     storeKey(key);
     changed();
   }
-  dialog.addEventListener("cancel", () => dialog.remove());
+  dialog.addEventListener("close", () => dialog.remove());  // by then the focus is back where it was
   document.body.append(dialog);
   dialog.showModal();
   input.focus();

@@ -19,7 +19,7 @@ export class Playground {
     this.abort = null;
     this.buildSide();
     this.buildComposer();
-    this.log = h("ol", { class: "log", role: "log", "aria-label": "Conversation" });
+    this.log = h("div", { class: "log", role: "log", "aria-label": "Conversation" });
     this.empty = h("p", { class: "empty" }, "Ask something. The task is retrieved from the words of your question unless you name one.");
     this.element = h("section", { "aria-labelledby": "playground-title" },
       h("div", { class: "head" },
@@ -181,7 +181,7 @@ class Turn {
     this.answer = h("p", { class: "answer", "aria-busy": "true" });
     this.tags = h("div", { class: "tags" });
     this.more = h("div", { class: "more" });
-    this.element = h("li", { class: "turn card" }, h("p", { class: "asked" }, question), this.answer, this.tags, this.more);
+    this.element = h("article", { class: "turn card", "aria-label": "Question and answer" }, h("p", { class: "asked" }, question), this.answer, this.tags, this.more);
   }
 
   take(chunk) {
