@@ -10,7 +10,8 @@ admission whose experts are not all resident; what is resident is *settled*.
    so that many waiting for a cheap swap go before one waiting for a dear swap, and waiting always wins in the end.
 4. A request that has waited for `wait_seconds` is the next swap whatever its ratio. It does not cut a turn short: where
    everybody waits for too long, swapping for each would make all wait longer.
-5. Background requests are admitted when nobody else waits and their experts are resident, or when nothing runs at all.
+5. Background requests never cause a swap: they are admitted when nobody else waits and their experts are resident.
+   One that has waited for `background_seconds` is given up.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Rules:
     turn_seconds: float = 2.0
     wait_seconds: float = 10.0
     session_seconds: float = 30.0
+    background_seconds: float = 30.0
 
 
 class Room(Protocol):
@@ -91,9 +93,21 @@ class Scheduler(Generic[T]):
             self._queue = [waiting for waiting in self._queue if waiting not in gone]
         return gone
 
+    def overdue(self, now: float) -> list[Waiting[T]]:
+        """Take out the background requests that waited for too long."""
+        limit = self.rules.background_seconds
+        late = [waiting for waiting in self._queue if waiting.background and now - waiting.submitted >= limit]
+        self._queue = [waiting for waiting in self._queue if waiting not in late]
+        return late
+
+    @property
+    def only_background(self) -> bool:
+        """Whether nobody waits in front, so that perhaps nothing may be admitted although nothing runs."""
+        return all(waiting.background for waiting in self._queue)
+
     def has_before(self, order: int) -> bool:
-        """Whether anything waits that arrived before that place."""
-        return any(waiting.order < order for waiting in self._queue)
+        """Whether anything waits that arrived before that place; what is in the background holds nobody up."""
+        return any(waiting.order < order for waiting in self._queue if not waiting.background)
 
     def has_settled(self, room: Room, before: int | None = None) -> bool:
         """Whether somebody waits whose experts are resident and who fits; in the background nobody is in a hurry."""
@@ -104,8 +118,8 @@ class Scheduler(Generic[T]):
     def next(self, room: Room, now: float, before: int | None = None) -> Waiting[T] | None:
         """Take out what is to be admitted now; None where all shall wait for the next boundary.
 
-        `before` limits the choice to what arrived before that place. Never None where the room is idle and there is a
-        choice.
+        `before` limits the choice to what arrived before that place. Never None where the room is idle and somebody
+        waits in front.
         """
         queue = [waiting for waiting in self._queue if before is None or waiting.order < before]
         if not queue:
@@ -122,7 +136,7 @@ class Scheduler(Generic[T]):
     ) -> Waiting[T] | None:
         front = [waiting for waiting in queue if not waiting.background]
         if not front:
-            return self._background(queue, costs, room)
+            return _fitting([waiting for waiting in queue if costs[waiting.selection] == 0], room)
         swaps = [waiting for waiting in front if costs[waiting.selection] > 0]
         settled = [waiting for waiting in front if costs[waiting.selection] == 0]
         if first := self._first(swaps, costs, now):
@@ -155,12 +169,6 @@ class Scheduler(Generic[T]):
             return (-inf if late else -ratios[waiting.selection]), waiting.order
 
         return sorted(swaps, key=rank)
-
-    def _background(
-        self, queue: Sequence[Waiting[T]], costs: dict[Selection | None, float], room: Room
-    ) -> Waiting[T] | None:
-        settled = [waiting for waiting in queue if costs[waiting.selection] == 0]
-        return _fitting(settled or (queue if room.idle else ()), room)
 
     def _recent(self, waiting: Waiting[T], now: float) -> bool:
         served = self._sessions.get(waiting.session or "")

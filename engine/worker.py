@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import count
+from math import inf
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -26,6 +27,8 @@ from store.records import Selection
 __all__ = ["EngineWorker", "TokenStream"]
 
 T = TypeVar("T")
+
+REST_SECONDS = 0.05  # between two looks at requests that nothing can be done for yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +148,16 @@ class EngineWorker:
             raise Busy(f"{self._queue_size} requests are waiting already, the most that are queued. Try again shortly.")
 
     def _drop_cancelled(self) -> None:
-        """Answer the queued requests that nobody waits for any more: they cost nothing."""
+        """Answer the queued requests that nobody waits for any more, which cost nothing, and refuse those in the
+        background whose time is over.
+        """
         for waiting in self._scheduler.drop(lambda stream: stream.request.cancelled.is_set()):
             waiting.job.put(_never_begun(waiting, self._engine))
+        self._refuse_overdue(time.perf_counter())
+
+    def _refuse_overdue(self, now: float) -> None:
+        for waiting in self._scheduler.overdue(now):
+            waiting.job.put(Busy(_overdue(time.perf_counter() - waiting.submitted)))
 
     def _loop(self) -> None:
         while self._wait():
@@ -159,12 +169,27 @@ class EngineWorker:
                     stream.put(error)
             self._running.clear()
             self._call()
+            self._rest()
 
     def _wait(self) -> bool:
         """Until there is something to do; False once closed and drained."""
         with self._changed:
             self._changed.wait_for(lambda: self.waiting or self._closing)
             return bool(self.waiting)
+
+    def _rest(self) -> None:
+        """Where all that wait are in the background and their experts are not there, look again in a while.
+
+        Once closed there is no while: nothing will bring their experts any more.
+        """
+        with self._changed:
+            self._drop_cancelled()
+            if not len(self._scheduler) or not self._scheduler.only_background or self._calls:
+                return
+            if self._closing:
+                self._refuse_overdue(inf)
+            else:
+                self._changed.wait(REST_SECONDS)
 
     def _call(self) -> None:
         """Run the next call, if no request that came before it is left."""
@@ -214,6 +239,13 @@ class EngineWorker:
         if isinstance(event, FinishedEvent | FailedEvent):
             del self._running[event.row]
         stream.put(event.error if isinstance(event, FailedEvent) else replace(event, row=0))
+
+
+def _overdue(seconds: float) -> str:
+    return (
+        f"Background requests cause no swap, and the experts of this one were not in memory for {seconds:.3g} s. Send "
+        "it again while its task is served, or without the background priority."
+    )
 
 
 def _never_begun(waiting: Waiting[TokenStream], engine: Engine) -> FinishedEvent:

@@ -110,12 +110,31 @@ def test_a_session_that_was_served_lately_goes_first_among_the_settled() -> None
     assert _all(scheduler, room, 33.0) == ["old", "late"]
 
 
-def test_background_requests_wait_for_their_experts_or_for_silence() -> None:
+def test_background_requests_wait_for_their_experts_and_never_cause_a_swap() -> None:
     scheduler = _queue(("b", B), ("a", A), background=True)
     room = FakeRoom({A})
     assert _all(scheduler, room, 10_000.0) == ["a"]
     room.idle = True
+    assert _all(scheduler, room) == []
+    room.resident = {B}
     assert _all(scheduler, room) == ["b"]
+
+
+def test_background_requests_are_given_up_when_they_waited_for_too_long_and_no_others_are() -> None:
+    scheduler = _queue(("b", B), background=True)
+    scheduler.add(Waiting("front", B, 0.0, 1))
+    assert scheduler.overdue(RULES.background_seconds - 0.1) == []
+    assert [waiting.job for waiting in scheduler.overdue(RULES.background_seconds)] == ["b"]
+    assert len(scheduler) == 1
+    assert not scheduler.only_background
+
+
+def test_background_requests_hold_up_no_call() -> None:
+    scheduler = _queue(("a", A), background=True)
+    assert not scheduler.has_before(5)
+    scheduler.add(Waiting("front", B, 0.0, 1))
+    assert scheduler.has_before(5)
+    assert not scheduler.has_before(1)
 
 
 def test_background_requests_wait_while_anybody_else_does() -> None:
@@ -144,9 +163,7 @@ def test_what_is_dropped_is_gone() -> None:
 def test_an_idle_room_always_gets_something(seed: int) -> None:
     rng, scheduler = random.Random(seed), Scheduler[int](RULES)
     for order in range(20):
-        scheduler.add(
-            Waiting(order, rng.choice((A, B, None)), rng.uniform(0, 50), order, background=rng.random() < 0.3)
-        )
+        scheduler.add(Waiting(order, rng.choice((A, B, None)), rng.uniform(0, 50), order, background=False))
     for left in range(20, 0, -1):
         room = FakeRoom(set(rng.sample((A, B, None), 1)), fitting=set(), idle=True)
         assert len(scheduler) == left

@@ -16,6 +16,7 @@ import torch
 from engine.engine import Engine
 from engine.generate import JOIN_TOKENS
 from engine.requests import FinishedEvent, GenerationRequest, TokenEvent
+from engine.scheduler import Rules
 from engine.worker import EngineWorker, TokenStream
 from store.errors import Busy, CheckpointError, InvalidInput
 from store.records import Selection
@@ -151,7 +152,7 @@ def test_queue_time_and_time_to_first_token_count_from_submit(worker: EngineWork
     assert 50 <= done.served.queue_ms < done.served.ttft_ms
 
 
-def test_background_requests_wait_until_their_experts_are_there_or_nothing_runs(
+def test_background_requests_wait_until_their_experts_are_there_and_cause_no_swap(
     engine: Engine, worker: EngineWorker, ask: Ask
 ) -> None:
     other = Selection.of([range(4, 8)] * 3)
@@ -162,9 +163,35 @@ def test_background_requests_wait_until_their_experts_are_there_or_nothing_runs(
     assert len(list(there)) == 3
     assert engine.residency().experts_paged == len(HALF)
     running.close()
-    [*_, done] = swap
+    list(running)
+    assert worker.run(lambda engine: engine.residency().experts_paged).result(10) == len(HALF)  # nothing runs, no swap
+    [*_, first] = worker.submit(ask((1,), other, max_tokens=2))  # somebody in front has them read
+    [*_, second] = swap
+    assert isinstance(first, FinishedEvent)
+    assert isinstance(second, FinishedEvent)
+    assert (first.served.experts_paged, second.served.experts_paged) == (len(other), 0)
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_background_requests_whose_experts_do_not_come_are_refused(engine: Engine, ask: Ask, closes: bool) -> None:
+    """When their time is over, or when the worker is closed, which waits for nothing that can't happen."""
+    with EngineWorker(engine, rules=Rules(background_seconds=60 if closes else 0.1)) as worker:
+        stream = worker.submit(replace(ask((1,), HALF, max_tokens=2), priority="background"))
+        if not closes:
+            with pytest.raises(Busy, match=r"cause no swap.*for 0\.1"):
+                list(stream)
+    if closes:
+        with pytest.raises(Busy, match="cause no swap"):
+            list(stream)
+    assert (worker.waiting, engine.residency().resident) == (0, 0)
+
+
+def test_a_background_request_that_is_cancelled_while_nothing_happens_ends(worker: EngineWorker, ask: Ask) -> None:
+    stream = worker.submit(replace(ask((1,), HALF, max_tokens=2), priority="background"))
+    stream.close()
+    [done] = stream
     assert isinstance(done, FinishedEvent)
-    assert done.served.experts_paged == len(other)
+    assert done.reason == "cancelled"
 
 
 def test_a_full_queue_is_busy_and_loses_nothing(worker: EngineWorker, ask: Ask) -> None:
