@@ -12,6 +12,7 @@ from store.events import Events
 from store.home import default_store_url
 from store.journal import Decisions, Jobs
 from store.keys import Keys
+from store.prices import Prices
 from store.profiles import Evaluations, Profiles, Selections
 from store.revision import bring_up_to_date
 from store.unmatched import UnmatchedQueries
@@ -28,6 +29,7 @@ class Store:
         self.profiles = Profiles(database)
         self.selections = Selections(database)
         self.evaluations = Evaluations(database)
+        self.prices = Prices(database)
         self.jobs = Jobs(database)
         self.decisions = Decisions(database)
         self.changes = Changes(database)
@@ -48,6 +50,7 @@ class Store:
         for profile in self.profiles.list():  # reading one unpacks and checks its statistics
             self.evaluations.list(profile.id)
             self.selections.find(profile.id)
+            self.prices.list(profile.id)
 
     def close(self) -> None:
         self._database.close()

@@ -167,6 +167,27 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class Price:
+    """What a selection costs. `text` says whose items it was measured on: the task's own or `others`.
+
+    `low` and `high` bound `accuracy` with 95%, over items and, where there are any, over draws of the calibration text;
+    `draws` holds accuracy and nll of the selection that each draw would have given.
+    """
+
+    selection: str
+    text: Literal["own", "others"]
+    evaluation_hash: str
+    bytes: int
+    items: int
+    accuracy: float | None
+    full_accuracy: float | None
+    low: float | None
+    high: float | None
+    nll: float
+    draws: tuple[tuple[float | None, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Hit:
     """One exemplar found for a query, by cosine similarity."""
 

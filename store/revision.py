@@ -6,7 +6,7 @@ from sqlalchemy import Connection, inspect, text
 
 from store.connection import Database
 
-HEAD = "0006"  # the newest file in store/migrations/versions; a test compares
+HEAD = "0007"  # the newest file in store/migrations/versions; a test compares
 VERSION_TABLE = "moepager_revision"
 
 

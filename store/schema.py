@@ -150,6 +150,29 @@ class EvaluationRow(Row):
     levels: Mapped[list[float] | None] = mapped_column(JSON(none_as_null=True))  # None: made before the guard
 
 
+class PriceRow(Row):
+    """`text` says whose items: the profile's own task's or others'. `draws` is a list of [accuracy or null, nll]."""
+
+    __tablename__ = "prices"
+    __table_args__ = (
+        UniqueConstraint("selection", "text", "evaluation_hash"),
+        CheckConstraint("text IN ('own', 'others')", name="text_is_known"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    selection: Mapped[str] = mapped_column(ForeignKey("selections.id", ondelete="CASCADE"))
+    text: Mapped[str]
+    evaluation_hash: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    items: Mapped[int]
+    accuracy: Mapped[float | None]
+    full_accuracy: Mapped[float | None]
+    low: Mapped[float | None]
+    high: Mapped[float | None]
+    nll: Mapped[float]
+    draws: Mapped[list[list[float | None]]] = mapped_column(JSON)
+
+
 class JobRow(Row):
     """Jobs name their model and task, but outlive them: they tell what was run."""
 
