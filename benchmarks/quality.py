@@ -84,7 +84,7 @@ class _Bench:
         allocators = (FEW_SHOT_ALLOCATOR,) if few else self.grid.allocators
         candidates = self._candidates(text, scorers, allocators, self.grid.keeps)
         rows = [self._row(text, one, self._measure(self._test, one.selection)) for one in candidates]
-        if self.grid.automatic and not few:
+        if self.grid.automatic and text.draw == 0:
             rows += [self._row(text, one, self._measure(self._test, one.selection)) for one in self._chosen(text)]
         return rows
 

@@ -18,7 +18,8 @@ ALL = "all"
 class Grid:
     """What is measured. `draws` bootstrap draws of the calibration text stand beside the text itself (draw 0).
 
-    `few_shot` numbers of items are drawn as often, for `scorers` that need no extras, with one allocator.
+    `few_shot` numbers of items are drawn as often, for `scorers` that need no extras, with one allocator. The automatic
+    choice is made from the text as it is.
     """
 
     items: int = 100

@@ -114,7 +114,7 @@ def test_a_small_run_measures_every_row_and_a_second_one_measures_nothing(tmp_pa
     grid = Grid(6, ("music",), ("gate", "random"), ("uniform", "coverage"), (1.0, 0.25), 1, (5,), automatic=True)
     rows = bench_quality(grid, ignore, tmp_path)
     full, few = [one for one in rows if one.shots is None], [one for one in rows if one.shots == 5]
-    assert len(full) == 2 * (2 * 2 * 2 + 2)  # draws, scorers x allocators x sizes, and the automatic choice
+    assert len(full) == 2 * (2 * 2 * 2) + 2  # draws, scorers x allocators x sizes, and the automatic choice
     assert {(one.scorer, one.allocator, one.draw) for one in few} == {
         ("gate", "coverage", 1),
         ("random", "coverage", 1),
