@@ -79,11 +79,12 @@ class Accumulator:
         *,
         needs: Needs = NOTHING,
         hidden: int = 0,
+        inner: int = 0,
     ) -> None:
-        """`needs` names the extras that add up; `hidden` is only needed for those of that size."""
+        """`needs` names the extras that add up; `hidden` and `inner` are only needed for those of that size."""
         self._shape, self._top_k = (layers, experts), top_k
         self._extras = {
-            name: torch.zeros(EXTRAS[name].shape(layers, experts, hidden), dtype=torch.float64, device=device)
+            name: torch.zeros(EXTRAS[name].shape(layers, experts, hidden, inner), dtype=torch.float64, device=device)
             for name in sorted(needs)
             if EXTRAS[name].summed
         }

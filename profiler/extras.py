@@ -1,6 +1,7 @@
 """Statistics that only some scorers need, collected only when one is asked for. Declares them, no more.
 
-In `dims`, 2 is the halves, L MoE layers, E experts, H the hidden size.
+In `dims`, the first 2 is the halves, L MoE layers, E experts, H the hidden size, F the channels of an expert (another 2
+is gate and up).
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ NOTHING: Needs = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """`summed` ones add up over tokens; the others say something of the model, or of the whole text at once."""
+    """`summed` ones add up over tokens (`largest`: the largest counts); the others say something of the model, or of
+    the whole text at once.
+    """
 
     version: str
     dims: str
     summed: bool
     meaning: str
+    largest: bool = False
 
-    def shape(self, layers: int, experts: int, hidden: int) -> tuple[int, ...]:
-        sizes = {"2": 2, "L": layers, "E": experts, "H": hidden}
+    def shape(self, layers: int, experts: int, hidden: int, inner: int = 0) -> tuple[int, ...]:
+        sizes = {"2": 2, "L": layers, "E": experts, "H": hidden, "F": inner}
         return tuple(sizes[letter] for letter in self.dims)
+
+    @property
+    def halved(self) -> bool:
+        """Whether the halves of the text are kept apart."""
+        return self.dims.startswith("2")
 
 
 EXTRAS: Mapping[str, Extra] = {
@@ -33,6 +42,14 @@ EXTRAS: Mapping[str, Extra] = {
     "output_sums": Extra("1", "2LEH", True, "S1: + o, the unweighted output"),
     "router_distances": Extra("1", "LEE", False, "|Wg_i - Wg_j|, the distance of two experts' router rows"),
     "elimination": Extra("1", "LE", False, "the share of the layer's output that is lost once e is dropped, greedily"),
+    "channel_sums": Extra("1", "2LEF", True, "SH: + h, what the down projection takes"),
+    "channel_squares": Extra("1", "2LEF", True, "SH2: + h^2"),
+    "channel_gated": Extra("1", "2LEF", True, "SWH2: + (w h)^2"),
+    "channel_inputs": Extra("1", "22LEF", True, "SG2: + the squares of what gate and up give"),
+    "channel_peaks": Extra("1", "LEF", True, "MWH: the largest |w h|", largest=True),
+    "channel_gradients": Extra("1", "LEF", False, "the mean of q^2 over routed tokens, q the loss's gradient by h"),
+    "down_norms": Extra("1", "LEF", False, "|Wd_c|, the length of a channel's column of the down projection"),
+    "down_sums": Extra("1", "LEF", False, "the sum of |Wd_ic| over that column"),
     "router_growth": Extra("1", "LE", False, "|Wg_e| - |base Wg_e|, how much longer a router row is than the base's"),
 }
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 
 from engine.engine import Engine
-from profiler.accumulator import Accumulator
 from profiler.batches import Encoded, cut, pad
+from profiler.channels.accumulator import make_accumulator
 from profiler.extras import NOTHING, Needs
 from profiler.progress import Progress, Report
 from profiler.run import Run
@@ -31,9 +31,8 @@ def gather_statistics(
     Goes on after the last shard that `run` holds, at most a second of work back. The sums are added in the same order,
     so an interrupted run ends with the same bits as one that was not. The caller forgets the run once they are stored.
     """
-    card = engine.card
     parts = cut(engine, text, rows)
-    done, total = run.load() or (0, Statistics.zeros(card.layers, card.experts, card.top_k, needs, card.hidden))
+    done, total = run.load() or (0, empty(engine, needs))
     items, saved = sum(len(part) for part in parts[:done]), time.monotonic()
     for number, part in enumerate(parts[done:], done + 1):
         report(Progress(task, "calibrate", items, len(text)))
@@ -46,11 +45,14 @@ def gather_statistics(
     return total
 
 
-def _statistics(engine: Engine, part: Sequence[Encoded], needs: Needs) -> Statistics:
+def empty(engine: Engine, needs: Needs) -> Statistics:
+    """Nothing seen yet, in the model's shapes."""
     card = engine.card
-    accumulator = Accumulator(
-        card.layers, card.experts, card.top_k, str(engine.device), needs=needs, hidden=card.hidden
-    )
+    return Statistics.zeros(card.layers, card.experts, card.top_k, needs, card.hidden, engine.channels.width)
+
+
+def _statistics(engine: Engine, part: Sequence[Encoded], needs: Needs) -> Statistics:
+    accumulator = make_accumulator(engine, needs)
     batch = pad(part)
     accumulator.begin(batch.roles, batch.halves)
     # None routes freely: an expert that is not resident is paged in, so that no score depends on what happened to be.

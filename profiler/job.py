@@ -6,10 +6,9 @@ The store sees a profile only when its statistics are complete; selections and e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import combinations
 from pathlib import Path
 
 from engine.card import ModelCard
@@ -17,6 +16,8 @@ from engine.embedder import Embedder
 from engine.engine import Engine
 from profiler.allocation import UNIFORM, choose_allocators, needs_of_allocators
 from profiler.batches import Encoded, encode_corpus, token_limit
+from profiler.channels import gradients
+from profiler.channels.weights import of_weights
 from profiler.corpus import Corpus, refuse_overlap
 from profiler.evidence import KEEPS, HeldOut, check_keeps, make_selections, put_evaluations, put_selections
 from profiler.extras import EXTRAS, NOTHING, Needs, formulas
@@ -204,12 +205,16 @@ def _gather(
         needs |= found[-1].statistics.keys() & EXTRAS.keys()
         static = of_router(engine.card.folder, needs, options.base)
     identity = profile_id(model, task, calibration.content_hash, needs, options.base)
+    gradients.announce(engine, needs)
+    static |= of_weights(engine, needs)
     stream = pays(engine, text, options.rows) if options.stream is None else options.stream
     sizes = f"rows={min(options.rows, engine.plan.max_batch)},tokens={token_limit(engine)}"
     run = Run(options.folder, identity, plan=f"{sizes},{'layers' if stream else 'shards'}")
     collect = stream_statistics if stream else gather_statistics
     statistics = collect(engine, text, run, task, options.rows, report, needs).with_extras(static)
     statistics = statistics.with_extras(second_looks(engine, text, options.rows, needs))
+    if gradients.NAME in needs:
+        statistics = statistics.with_extras({gradients.NAME: gradients.mean_squares(engine, text, options.rows)})
     return Profile(
         id=identity,
         model=model,
@@ -223,14 +228,16 @@ def _gather(
     )
 
 
-def _profiles_of(store: Store, model: str, task: str, calibration_hash: str, base: Path | None) -> Iterator[Profile]:
+def _profiles_of(store: Store, model: str, task: str, calibration_hash: str, base: Path | None) -> list[Profile]:
     """All stored profiles of this text, whatever extras they have."""
-    known = [name for name in EXTRAS if base is not None or name != "router_growth"]
-    for count in range(len(known) + 1):
-        for needs in combinations(known, count):
-            identity = profile_id(model, task, calibration_hash, frozenset(needs), base)
-            if (found := stored_profile(store, identity)) is not None:
-                yield found
+
+    found = []
+    for profile in store.profiles.list(model, task):
+        needs = frozenset(profile.statistics.keys() & EXTRAS.keys())
+        comparable = base is not None or "router_growth" not in needs
+        if comparable and profile.id == profile_id(model, task, calibration_hash, needs, base):
+            found.append(profile)
+    return found
 
 
 def _embed(task: str, calibration: Corpus, embedder: Embedder, limit: int) -> list[Exemplar]:

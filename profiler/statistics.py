@@ -44,11 +44,13 @@ class Statistics:
     extras: Mapping[str, F64] = field(default_factory=dict)  # what extras.py declares, where it was asked for
 
     @classmethod
-    def zeros(cls, layers: int, experts: int, top_k: int, needs: Needs = NOTHING, hidden: int = 0) -> Statistics:
-        """Nothing seen yet. Of `needs`, those that add up; `hidden` is their H."""
+    def zeros(
+        cls, layers: int, experts: int, top_k: int, needs: Needs = NOTHING, hidden: int = 0, inner: int = 0
+    ) -> Statistics:
+        """Nothing seen yet. Of `needs`, those that add up; `hidden` is their H, `inner` their F."""
         shapes = array_shapes(layers, experts)
         summed = [name for name in sorted(needs) if EXTRAS[name].summed]
-        extras = {name: np.zeros(EXTRAS[name].shape(layers, experts, hidden)) for name in summed}
+        extras = {name: np.zeros(EXTRAS[name].shape(layers, experts, hidden, inner)) for name in summed}
         return cls(top_k, **{name: np.zeros(shape) for name, shape in shapes.items()}, extras=extras)
 
     @classmethod
@@ -64,7 +66,7 @@ class Statistics:
         sums = {name: np.asarray(arrays[name], np.float64) for name in array_shapes(layers, experts)}
         extras = {name: np.asarray(arrays[name], np.float64) for name in EXTRAS if name in arrays}
         for name, array in extras.items():
-            shape = EXTRAS[name].shape(layers, experts, array.shape[-1])
+            shape = EXTRAS[name].shape(layers, experts, array.shape[-1], array.shape[-1])
             if array.shape != shape:
                 raise CorruptStore(
                     f"Profile statistics want {name} of shape {shape}, found {array.shape}. Profile the task again."
@@ -96,7 +98,7 @@ class Statistics:
         return summed
 
     def half(self, half: int) -> Statistics:
-        """The same with the other half of the items taken out. `peak` stays that of all."""
+        """The same with the other half of the items taken out. What is a largest value stays that of all."""
         keep = np.zeros(2)
         keep[half] = 1.0
         return self._map(lambda array: array * keep.reshape(2, *[1] * (array.ndim - 1)))
@@ -114,7 +116,7 @@ class Statistics:
             raise ValueError(f"Statistics with {sorted(self.extras)} and with {sorted(other.extras)}.")
         theirs = other._sums()
         sums = {name: array + theirs[name] for name, array in self._sums().items() if name != "peak"}
-        extras = {name: a + other.extras[name] if EXTRAS[name].summed else a for name, a in self.extras.items()}
+        extras = {name: _merged(name, array, other.extras[name]) for name, array in self.extras.items()}
         return Statistics(self.top_k, peak=np.maximum(self.peak, other.peak), **sums, extras=extras)
 
     def with_extras(self, extras: Mapping[str, F64]) -> Statistics:
@@ -130,15 +132,22 @@ class Statistics:
                 "Profile its text again with the scorer that needs it.",
                 param="scorer",
             )
-        return self.extras[name].sum(axis=0) if EXTRAS[name].summed else self.extras[name]
+        return self.extras[name].sum(axis=0) if EXTRAS[name].halved else self.extras[name]
 
     def _sums(self) -> dict[str, F64]:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in {"top_k", "extras"}}
 
     def _map(self, change: Callable[[F64], F64]) -> Statistics:
         sums = {name: change(array) for name, array in self._sums().items() if name != "peak"}
-        extras = {name: change(a) if EXTRAS[name].summed else a for name, a in self.extras.items()}
+        extras = {name: change(a) if EXTRAS[name].halved else a for name, a in self.extras.items()}
         return Statistics(self.top_k, peak=self.peak, **sums, extras=extras)
+
+
+def _merged(name: str, one: F64, other: F64) -> F64:
+    """An extra of two parts of a text."""
+    if EXTRAS[name].largest:
+        return np.maximum(one, other)
+    return one + other if EXTRAS[name].summed else one
 
 
 def array_shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from engine.engine import Engine
-from profiler.accumulator import Accumulator
 from profiler.batches import Encoded, cut, pad
+from profiler.channels.accumulator import make_accumulator
 from profiler.extras import NOTHING, Needs
+from profiler.gather import empty
 from profiler.progress import Progress, Report
 from profiler.run import Run
 from profiler.spill import Spill
@@ -42,10 +43,10 @@ def stream_statistics(
     parts = cut(engine, text, rows)
     shapes = [(len(part), max(len(one.tokens) for one in part), card.hidden) for part in parts]
     spill = Spill(folder or run.folder, run.name, shapes, getattr(torch, engine.plan.dtype))
-    done, total = run.load() or (0, Statistics.zeros(card.layers, card.experts, card.top_k, needs, card.hidden))
+    done, total = run.load() or (0, empty(engine, needs))
     last = engine.moe_layers[-1]
     if 0 < done <= last and not spill.has(done - 1):
-        done, total = 0, Statistics.zeros(card.layers, card.experts, card.top_k, needs, card.hidden)
+        done, total = 0, empty(engine, needs)
     for layer in range(done, last + 1):
         report(Progress(task, "calibrate", len(text) * layer // (last + 1), len(text)))
         total += _layer(engine, layer, parts, spill, needs, final=layer == last)
@@ -60,10 +61,7 @@ def _layer(
     engine: Engine, layer: int, parts: Sequence[Sequence[Encoded]], spill: Spill, needs: Needs, *, final: bool
 ) -> Statistics:
     """One decoder layer over all shards; their hidden states go on to the next, unless there is none."""
-    card = engine.card
-    accumulator = Accumulator(
-        card.layers, card.experts, card.top_k, str(engine.device), needs=needs, hidden=card.hidden
-    )
+    accumulator = make_accumulator(engine, needs)
 
     def one(number: int) -> torch.Tensor:
         batch = pad(parts[number])

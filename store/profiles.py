@@ -57,9 +57,10 @@ class Profiles:
             row = session.scalars(query.order_by(ProfileRow.created.desc(), ProfileRow.id).limit(1)).first()
             return None if row is None else _profile(row)
 
-    def list(self, model: str | None = None) -> Sequence[Profile]:
-        """By task, the oldest first; all models' without `model`."""
+    def list(self, model: str | None = None, task: str | None = None) -> Sequence[Profile]:
+        """By task, the oldest first; all models' without `model`, all tasks' without `task`."""
         query = select(ProfileRow) if model is None else select(ProfileRow).where(ProfileRow.model == model)
+        query = query if task is None else query.where(ProfileRow.task == task)
         with self._database.read() as session:
             rows = session.scalars(query.order_by(ProfileRow.task, ProfileRow.created, ProfileRow.id))
             return [_profile(row) for row in rows]

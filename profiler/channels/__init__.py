@@ -1,0 +1,1 @@
+"""Scores of the channels inside experts, and the statistics that they need."""

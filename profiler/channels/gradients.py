@@ -1,0 +1,140 @@
+"""Gradients of the loss by the experts' inner numbers: one forward and one backward of the whole model.
+
+The one pass that the engine can't page: it needs every weight in memory at once, and activations of a shard. The plain
+transformers model does the arithmetic; only its experts are run here, one by one, so that their inside can be seen.
+T tokens, n tokens of one expert, H hidden, F channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from engine.engine import Engine
+from profiler.batches import Encoded, cut, pad
+from profiler.extras import Needs
+from store.errors import BudgetError, CheckpointError
+from store.records import F64
+from store.sizes import show_bytes
+
+NAME = "channel_gradients"
+IMPLEMENTATION = "moepager_gradients"
+
+Seen = Callable[[int, Tensor], None]  # expert, q [n, F]
+
+
+def needed_bytes(engine: Engine) -> int:
+    """What the second copy of the model takes, without activations."""
+    return engine.plan.dense_bytes + engine.plan.layers * engine.plan.experts * engine.plan.slot_bytes
+
+
+def announce(engine: Engine, needs: Needs) -> str | None:
+    """What will be loaded, to be said before it is. Raises BudgetError where a budget forbids it."""
+    if NAME not in needs:
+        return None
+    size, budget = needed_bytes(engine), engine.plan.budget
+    if budget is not None and size > budget:
+        raise BudgetError(
+            f"Gradients need the whole model in memory, {show_bytes(size)} and activations, beside the engine; the "
+            f"budget is {show_bytes(budget)}. Give --memory of that much or more, or choose scorers that need no "
+            "gradients: camera, wifv, router_wanda, coverage."
+        )
+    return f"Gradients are taken: a second copy of the model ({show_bytes(size)}) is loaded whole, beside the engine."
+
+
+def mean_squares(engine: Engine, text: Sequence[Encoded], rows: int) -> F64:
+    """The mean of q^2 over the tokens that each expert got, f64 `[L, E, F]`; 0 where it got none.
+
+    The loss is the sum of the next tokens' negative log likelihoods, of prompts and responses alike, so that neither
+    batches nor shards change q.
+    """
+    card, width = engine.card, engine.channels.width
+    sums = torch.zeros(card.layers, card.experts, width, dtype=torch.float64)
+    counts = torch.zeros(card.layers, card.experts, dtype=torch.float64)
+    model = _open(engine)
+    for layer, module in enumerate(_experts(model, engine)):
+        module.moepager_seen = _adder(sums[layer], counts[layer])
+    for part in cut(engine, text, rows):
+        batch = pad(part)
+        _backward(model, batch.ids.to(engine.device), batch.mask.to(engine.device))
+    found = (sums / counts.clamp(min=1)[:, :, None]).numpy()
+    if not np.isfinite(found).all():
+        layer = int(np.argwhere(~np.isfinite(found))[0, 0])
+        raise CheckpointError(
+            f"The gradients of MoE layer {layer} are not finite (NaN or infinity). Check the checkpoint's weights, or "
+            "profile in float32."
+        )
+    return found
+
+
+def _open(engine: Engine) -> Any:
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+    model = AutoModelForCausalLM.from_pretrained(
+        engine.card.folder,
+        dtype=getattr(torch, engine.plan.dtype),
+        experts_implementation=IMPLEMENTATION,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    model.config.use_cache = False
+    model.eval().requires_grad_(False).to(engine.device)
+    # Nothing but activations has gradients: the graph begins behind the embeddings.
+    model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
+    return model
+
+
+def _experts(model: Any, engine: Engine) -> list[Any]:
+    found = [module for module in model.modules() if hasattr(module, "down_proj") and hasattr(module, "is_transposed")]
+    assert len(found) == engine.card.layers, (len(found), engine.card.layers)
+    return found
+
+
+def _adder(sums: Tensor, counts: Tensor) -> Seen:
+    """`sums` [E, F] and `counts` [E] of one layer."""
+
+    def add(expert: int, q: Tensor) -> None:
+        sums[expert] += q.double().square().sum(dim=0).cpu()  # [F]
+        counts[expert] += len(q)
+
+    return add
+
+
+def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The experts over [T, H], one after the other, padding and all: what padding gets has no gradient."""
+    combined = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, weights.dtype))
+    valid: Tensor = module.moepager_valid  # bool [T]
+    after = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else lambda outputs: outputs
+    for expert in sorted(set(index[valid].flatten().tolist())):
+        tokens, place = ((index == expert) & valid[:, None]).nonzero(as_tuple=True)  # [n], [n]
+        inputs = _product(module, "gate_up_proj" if module.has_gate else "up_proj", expert, hidden[tokens])  # [n, 2F]
+        h: Any = module._apply_gate(inputs) if module.has_gate else module.act_fn(inputs)  # [n, F]
+        h.register_hook(lambda q, expert=expert: module.moepager_seen(expert, q))
+        outputs = after(_product(module, "down_proj", expert, h)) * weights[tokens, place, None]  # [n, H]
+        combined = combined.index_add(0, tokens, outputs.to(combined.dtype))
+    return combined.to(hidden.dtype)
+
+
+def _product(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    """`x` [n, K] -> [n, N], by one of the expert's two matrices and its bias."""
+    weight = getattr(module, name)[expert]
+    y: Tensor = x @ (weight if module.is_transposed else weight.T)
+    return y + getattr(module, f"{name}_bias")[expert] if module.has_bias else y
+
+
+def _backward(model: Any, ids: Tensor, mask: Tensor) -> None:
+    for module in model.modules():
+        if hasattr(module, "moepager_seen"):
+            module.moepager_valid = mask.flatten().bool()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
+    with torch.enable_grad():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits  # [B, S, V]
+        wanted = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)  # [B, S - 1]
+        loss: Any = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), reduction="sum")
+        loss.backward()
