@@ -10,6 +10,7 @@ from store.errors import BudgetError
 from store.records import ExpertKey
 
 ABSENT = -1
+NOBODY = -2  # in place of a slot, for a choice that no expert gets
 
 
 class Load(NamedTuple):
