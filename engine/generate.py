@@ -23,6 +23,8 @@ from store.errors import BudgetError, MoepagerError
 from store.records import Selection
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from engine.engine import Engine
 
 JOIN_TOKENS = 128  # of prompts between two tokens of the rows that run
@@ -177,8 +179,7 @@ class Batch:
         if group is None or group.logits is None or not all(row.there for row in group.rows):
             return []
         self._joining = None
-        events, left = group.take(group.logits)
-        group.keep(left)
+        events = self._take(group, group.logits)
         self._running.absorb(group)
         return events
 
@@ -191,8 +192,14 @@ class Batch:
         except MoepagerError as error:  # those that page while they decode, where there are any; the others try again
             exact = [place for place, row in enumerate(group.rows) if row.request.mode == "exact"]
             return _failed(group, exact or range(len(group.rows)), error)
+        return self._take(group, logits)
+
+    def _take(self, group: Group, logits: Tensor) -> list[Event | FailedEvent]:
+        """A token a row. Those that were escalated by it leave the group and arrive anew, as exact requests."""
+        rows = [row for row in group.rows if row.request.guard is not None]
         events, left = group.take(logits)
         group.keep(left)
+        self._arrived += [row for row in rows if row.request.guard is None]
         return events
 
     def _gather(self) -> Prompts | None:
@@ -201,15 +208,20 @@ class Batch:
         Those whose experts are there go first. Others only where nothing runs, and then with their like alone: a pass
         waits for the experts of all its rows.
         """
-        there = [row for row in self._arrived if row.there]
+        there = [row for row in self._arrived if row.there and self._reaches(row)]
         reading = [] if self._running.rows else [row for row in self._arrived if not (row.there or row.gave_way)]
         ready = there or [row for row in reading if row.request.selection == reading[0].request.selection]
         if not ready:
             return None
-        first = ready[0].request
-        rows = [row for row in ready if row.request.mode == first.mode and _near(row.request, first)]
+        first = ready[0]
+        exact = first.request.mode == "exact"
+        rows = [row for row in ready if (row.request.mode == "exact") == exact and _near(row, first)]
         self._arrived = [row for row in self._arrived if row not in rows]
         return Prompts(self._engine, rows, self._pool.window(len(self._running.rows), len(rows)))
+
+    def _reaches(self, row: Row) -> bool:
+        """Whether its experts can be paged in, if it is exact: one that was escalated may find all slots leased."""
+        return row.request.selection is not None or self._engine.bank.reaches_all
 
     def _chunk(self, group: Group) -> int:
         """Tokens of prompts in one pass. Few while others wait for it, unless each pass would page everything again."""
@@ -218,8 +230,8 @@ class Batch:
         return whole if pages or not self._running.rows else min(whole, JOIN_TOKENS)
 
 
-def _near(request: GenerationRequest, first: GenerationRequest) -> bool:
-    shorter, longer = sorted((len(request.prompt), len(first.prompt)))
+def _near(row: Row, first: Row) -> bool:
+    shorter, longer = sorted((len(row.sent_first), len(first.sent_first)))
     return longer - shorter < NEAR or longer <= 2 * shorter
 
 

@@ -48,13 +48,17 @@ class Group:
     def take(self, logits: Tensor) -> tuple[list[Event | FailedEvent], list[int]]:
         """Sample a token a row from `logits` [B, V]: events, receipts of the rows that end, places of those that go on.
 
-        Nobody has left yet: `keep` what goes on.
+        Nobody has left yet: `keep` what goes on. Rows that their guard stops are escalated and go on elsewhere.
         """
         events: list[Event | FailedEvent] = []
         left: list[int] = []
-        coverage: list[float] | None = None
+        strayed = self._strayed()
+        coverage: list[float] | None = self.routing.coverage() if strayed else None
         for place, best in enumerate(logits.argmax(-1).tolist()):
             row = self.rows[place]
+            if coverage and place in strayed:
+                row.escalate(coverage[place])
+                continue
             reason: Reason | None = "length"
             if row.request.sampling.max_tokens:  # else the prompt was only to be scored
                 try:
@@ -70,6 +74,13 @@ class Group:
                 coverage = coverage or self.routing.coverage()
                 events.append(row.finished(reason, coverage[place]))
         return events, left
+
+    def _strayed(self) -> set[int]:
+        """Places of the rows that their guard stops."""
+        if all(row.request.guard is None for row in self.rows):
+            return set()
+        levels = self.routing.levels()
+        return {place for place, row in enumerate(self.rows) if row.strays(levels[place])}
 
     def keep(self, places: Sequence[int]) -> None:
         """Go on with the rows at `places` alone; the others' leases end. The last rows fill the gaps."""
@@ -143,12 +154,13 @@ class Prompts(Group):
     def __init__(self, engine: Engine, rows: Sequence[Row], cache: KvCache) -> None:
         super().__init__(engine, rows, cache)
         self.logits: Tensor | None = None  # [B, V], of the prompts' last tokens
-        lengths = torch.tensor([len(row.request.prompt) for row in rows], device=engine.device)  # [B]
+        texts = [row.sent_first for row in rows]
+        lengths = torch.tensor([len(text) for text in texts], device=engine.device)  # [B]
         width = int(lengths.max())
         self._full = (torch.arange(width, device=engine.device) >= width - lengths.unsqueeze(1)).long()  # [B, width]
         self._ids = torch.full((len(rows), width), PAD, device=engine.device)  # [B, width]
-        for place, row in enumerate(rows):
-            self._ids[place, width - len(row.request.prompt) :] = torch.tensor(row.request.prompt, device=engine.device)
+        for place, text in enumerate(texts):
+            self._ids[place, width - len(text) :] = torch.tensor(text, device=engine.device)
 
     def advance(self, tokens: int) -> None:
         """Send the next columns of about `tokens` tokens through. After the last one there are `logits`."""
@@ -168,7 +180,7 @@ class Prompts(Group):
         last = min(end, self._ids.shape[1] - 1)
         for place, row in enumerate(self.rows):
             wanted = row.request.sampling
-            if not wanted.prompt_logprobs or wanted.logprobs is None:
+            if not wanted.prompt_logprobs or wanted.logprobs is None or row.tokens:  # escalated later: they are out
                 continue
             first = max(start, self._ids.shape[1] - len(row.request.prompt))  # where its padding ends
             if not row.prompt_scores:

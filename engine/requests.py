@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.constraints import Constraint
+from engine.guard import Escalated, Guard
 from store.errors import InvalidInput, MoepagerError
 from store.records import Mode, Selection
 
@@ -90,8 +91,10 @@ def _refused(name: str, wanted: str, got: object) -> InvalidInput:
 class GenerationRequest:
     """One row of a batch.
 
-    `mode` "mask" routes only inside `selection`; "exact" routes freely and takes no selection. One of priority
-    "background" never makes others wait for its experts. Requests of one `session` follow each other where they can.
+    `mode` "mask" routes only inside `selection`; "exact" routes freely and takes no selection; "auto" begins as mask
+    and is finished exactly once its `guard` says so: from the next token on, or, where it `restarts` because nobody has
+    read its first tokens yet, all of it. One of priority "background" never makes others wait for its experts. Requests
+    of one `session` follow each other where they can.
     """
 
     prompt: tuple[int, ...]
@@ -101,13 +104,20 @@ class GenerationRequest:
     cancelled: threading.Event = field(default_factory=threading.Event)
     priority: Priority = "normal"
     session: str | None = None
+    guard: Guard | None = None
+    restarts: bool = False
 
     def __post_init__(self) -> None:
-        if (self.mode == "mask") != (self.selection is not None):
+        if (self.mode == "exact") == (self.selection is not None):
             raise InvalidInput(
-                f"Mode {self.mode!r} came with {'no' if self.selection is None else 'a'} selection; mask mode needs "
-                "one, exact "
-                "mode takes none.",
+                f"Mode {self.mode!r} came with {'no' if self.selection is None else 'a'} selection; modes mask and "
+                "auto need one, exact mode takes none.",
+                param="mode",
+            )
+        if (self.mode == "auto") != (self.guard is not None):
+            raise InvalidInput(
+                f"Mode {self.mode!r} came with {'no' if self.guard is None else 'a'} guard; mode auto needs one, the "
+                "others take none.",
                 param="mode",
             )
 
@@ -135,6 +145,9 @@ class Served:
     `experts` it could be routed to; paged ones are those it had to wait for. `ttft_ms` counts from when it was
     submitted, `queue_ms` up to when it was admitted to a batch, its experts paged in from then on. `predicted` is what
     they would have cost as things stood when it was submitted; None where only the routing will tell (exact mode).
+
+    Of mode auto, `level` is the lowest that the guard saw. Where it was `escalated`, `coverage` is that of the part
+    inside the selection, and `experts` are all there are.
     """
 
     mode: Mode
@@ -147,6 +160,8 @@ class Served:
     resident_bytes: int
     queue_ms: float = 0.0
     predicted: SwapCost | None = None
+    level: float | None = None
+    escalated: Escalated | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +180,8 @@ class Score:
 class TokenEvent:
     """One sampled token and the text that it completed: often "", where a character or a stop string may still
     follow. `score` where log-probabilities were asked for; the row's first one brings the prompt's, if they were.
+
+    `anew`: all tokens before this one are void, the answer begins with it (a request that restarts, and did).
     """
 
     row: int
@@ -172,11 +189,13 @@ class TokenEvent:
     text: str
     score: Score | None = None
     prompt_scores: tuple[Score, ...] = ()
+    anew: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvent:
-    """The row's last event. `text` is all of it: the texts of its TokenEvents, joined; so are `scores` theirs.
+    """The row's last event. `text` is all of it: the texts of its TokenEvents, joined; so are `scores` theirs. Of a row
+    that began anew, those from then on.
 
     `prompt_scores` has one of each token of the prompt, where they were asked for.
     """

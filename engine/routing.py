@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.guard import NEWEST
 from engine.kernels import pad_rows
 from engine.lookahead import Lookahead
 from engine.observer import Observer
@@ -135,6 +136,7 @@ class Routing:
         self._inside = self._inside_table() if self._limited else None  # bool [B, L, E]
         self._inside_sum = torch.zeros(self._rows, dtype=torch.float64, device=device)
         self._tokens_seen = torch.zeros(self._rows, dtype=torch.float64, device=device)
+        self._level = torch.ones(self._rows, dtype=torch.float64, device=device)
         self._valid: Tensor | None = None
         self._free: Tensor | slice | None = None
         self._width = 0
@@ -173,13 +175,28 @@ class Routing:
         inside = self._inside_of(index)  # [L, T, k]
         share = (weights * inside).sum(-1) / weights.sum(-1)  # [L, T]
         kept = share.mean(0).double().view(self._rows, self._width)  # [B, S]
-        if self._valid is None:
+        valid = None if self._valid is None else self._valid.view(self._rows, self._width)
+        self._move_levels(kept, valid)
+        if valid is None:
             self._inside_sum += kept.sum(1)
             self._tokens_seen += self._width
         else:
-            valid = self._valid.view(self._rows, self._width)
             self._inside_sum += kept.where(valid, 0).sum(1)
             self._tokens_seen += valid.sum(1)
+
+    def _move_levels(self, kept: Tensor, valid: Tensor | None) -> None:
+        """`kept` [B, S] of one token after the other moves the rows' levels; the first token of all sets them."""
+        if valid is None and self._width == 1:
+            first = kept[:, 0]  # [B]
+            moved = torch.lerp(self._level, first, NEWEST)  # [B]
+            self._level = torch.where(self._tokens_seen > 0, moved, first)
+            return
+        counted = torch.ones_like(kept) if valid is None else valid.to(kept)  # [B, S]
+        later = counted.flip(1).cumsum(1).flip(1) - counted  # [B, S] tokens of the row that come after
+        weights = NEWEST * (1 - NEWEST) ** later * counted  # [B, S]
+        first = kept.gather(1, counted.argmax(1, keepdim=True)).squeeze(1)  # [B]
+        start = torch.where(self._tokens_seen > 0, self._level, first)  # [B]
+        self._level = start * (1 - NEWEST) ** counted.sum(1) + (weights * kept).sum(1)
 
     def abort(self) -> None:
         """The pass failed: unplug, meter nothing."""
@@ -198,11 +215,16 @@ class Routing:
             return [1.0] * self._rows
         return (self._inside_sum / self._tokens_seen.clamp(min=1)).where(self._tokens_seen > 0, 1.0).tolist()
 
+    def levels(self) -> list[float]:
+        """For each row, coverage as the guard sees it: a mean that forgets (engine/guard.py)."""
+        return self._level.tolist()
+
     def select(self, rows: Sequence[int], selections: Sequence[Selection | None]) -> Routing:
         """The batch with only `rows` left, of these selections, coverage carried along."""
         left = Routing(self._board, selections, self._device)
         left._inside_sum = self._inside_sum[list(rows)]
         left._tokens_seen = self._tokens_seen[list(rows)]
+        left._level = self._level[list(rows)]
         return left
 
     @classmethod
@@ -211,6 +233,7 @@ class Routing:
         whole = cls(parts[0]._board, selections, parts[0]._device)
         whole._inside_sum = torch.cat([part._inside_sum for part in parts])
         whole._tokens_seen = torch.cat([part._tokens_seen for part in parts])
+        whole._level = torch.cat([part._level for part in parts])
         return whole
 
     def route(self, layer: int, x: Tensor, routed: Routed) -> Routed:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from engine.guard import Escalated
 from engine.requests import FinishedEvent, GenerationRequest, Reason, Score, Served, Submission, TokenEvent
 from engine.sampling import Sampler
 from engine.text import Detokenizer, StopFilter
@@ -21,18 +23,20 @@ class Row:
 
     def __init__(self, engine: Engine, number: int, request: GenerationRequest, submission: Submission) -> None:
         self.number, self.request = number, request
+        self.escalated: Escalated | None = None
+        self._asked = request
         self.sampler = Sampler(request.sampling, request.prompt, engine.tokenizer.eos)
-        self.tokens = 0
+        self.generated: list[int] = []
         self.last = -1  # the newest token: sampled, not yet sent through the model
         self.experts_paged = self.bytes_paged = 0
         self.paging_seconds = self._ttft_seconds = 0.0
         self.there = request.selection is None  # whether all experts that it leased are in memory
         self.gave_way = False  # its prompt was on its way before its experts were there, and made room for others
         self._engine = engine
-        self._detokenizer, self._stops = (
-            Detokenizer(engine.tokenizer),
-            StopFilter(request.sampling.stop, include=request.sampling.include_stop),
-        )
+        self._level = 1.0  # the lowest that its guard saw
+        self._covered = 1.0  # of the part before it was escalated
+        self._void = False
+        self._begin_text()
         self._text = ""
         self.prompt_scores: list[Score] = []
         self._scores: list[Score] = []
@@ -42,9 +46,55 @@ class Row:
         self._lease: Lease | None = None
 
     @property
+    def tokens(self) -> int:
+        """How many were sampled."""
+        return len(self.generated)
+
+    @property
     def columns(self) -> int:
         """The columns of the cache that it needs once its prompt went through: all it was sent."""
         return len(self.request.prompt) + max(0, self.tokens - 1)
+
+    @property
+    def sent_first(self) -> tuple[int, ...]:
+        """What goes through the model before the next token is sampled: the prompt, and what was escalated after it."""
+        return (*self.request.prompt, *self.generated)
+
+    def strays(self, level: float) -> bool:
+        """Whether its guard, if it has one, wants it finished exactly."""
+        if self.request.guard is None:
+            return False
+        self._level = min(self._level, level)
+        return level < self.request.guard.bound
+
+    def escalate(self, coverage: float) -> None:
+        """From now on it is an exact request: its text so far is read anew by free routing. Its lease is given back."""
+        guard = self.request.guard
+        assert guard is not None, self.number
+        if self.request.restarts:
+            self._begin_again()
+        self.paging_seconds, self._lease = self.swap_seconds, None
+        self._stack.close()
+        self.escalated = Escalated(self.tokens, self._level, guard.bound)
+        self._covered = coverage
+        self.request = replace(self.request, mode="exact", selection=None, guard=None)
+        if not self.tokens:
+            self.prompt_scores.clear()
+
+    def _begin_again(self) -> None:
+        """Nobody has read its tokens: they are void."""
+        request = self.request
+        self._void = bool(self.generated)
+        self.sampler = Sampler(request.sampling, request.prompt, self._engine.tokenizer.eos)
+        self.generated.clear()
+        self._scores.clear()
+        self._text = ""
+        self._begin_text()
+
+    def _begin_text(self) -> None:
+        sampling = self.request.sampling
+        self._detokenizer = Detokenizer(self._engine.tokenizer)
+        self._stops = StopFilter(sampling.stop, include=sampling.include_stop)
 
     def lease(self) -> None:
         """Hold the row's experts, if it has a selection, and begin to read those that are missing.
@@ -87,7 +137,7 @@ class Row:
         prompt_scores = () if self.tokens else tuple(self.prompt_scores)
         if not self.tokens:
             self._ttft_seconds = time.perf_counter() - self._submission.at
-        self.tokens += 1
+        self.generated.append(token)
         self.last = token
         text, reason = self._read(token)
         self._text += text
@@ -95,7 +145,8 @@ class Row:
             self._scores.append(score)
         if reason == "stop" and self.sampler.shortened:
             reason = "length"
-        return TokenEvent(self.number, token, text, score, prompt_scores), reason
+        anew, self._void = self._void, False
+        return TokenEvent(self.number, token, text, score, prompt_scores, anew), reason
 
     def _read(self, token: int) -> tuple[str, Reason | None]:
         sampling = self.request.sampling
@@ -120,8 +171,8 @@ class Row:
     def finished(self, reason: Reason, coverage: float) -> FinishedEvent:
         request, card = self.request, self._engine.card
         served = Served(
-            mode=request.mode,
-            coverage=coverage,
+            mode=self._asked.mode,
+            coverage=coverage if self.escalated is None else self._covered,
             experts=card.layers * card.experts if request.selection is None else len(request.selection),
             experts_paged=self.experts_paged,
             bytes_paged=self.bytes_paged,
@@ -130,6 +181,8 @@ class Row:
             resident_bytes=self._engine.resident_bytes,
             queue_ms=1000 * self._queued_seconds,
             predicted=self._submission.predicted,
+            level=self._level if self._asked.guard is not None else None,
+            escalated=self.escalated,
         )
         scores, prompt_scores = tuple(self._scores), tuple(self.prompt_scores)
         return FinishedEvent(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
-Mode = Literal["mask", "exact"]
+Mode = Literal["mask", "exact", "auto"]
 
 GENERALIST = "generalist"  # the task that stands for all of them: its profile serves queries that match none
 
@@ -206,7 +206,7 @@ class Decision:
     nearest: str | None
     similarity: float | None
     threshold: float
-    reason: Literal["pinned", "retrieved", "below-threshold", "no-tasks"]
+    reason: Literal["pinned", "retrieved", "session", "below-threshold", "no-tasks"]
     mode: Mode
     created: datetime
 
