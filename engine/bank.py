@@ -94,7 +94,7 @@ class Bank:
         self._host: Bytes | None = self.memory.numpy() if self._direct else None
         assert self._direct or not read_ahead, read_ahead
         self.guesses = Guesses(self.residency, read_ahead, self._begin_guess, lambda key, _: self._let_go([key]))
-        self._staging = None if self._direct else _host_buffer(max(experts.expert_bytes), device)
+        self._staging = None if self._direct else _host_buffer(experts.staged_bytes, device)
 
     @property
     def slot_bytes(self) -> int:
@@ -377,16 +377,11 @@ class Bank:
         assert self._staging is not None
         tensor, host = self._staging
         for load in loads:
-            parts, at, extents = self._experts.span(load.key).parts, 0, []
-            for part in parts:
-                extents.append(Extent(part.file, part.offset, part.nbytes, host[at : at + part.nbytes]))
-                at += part.nbytes
-            report = self._reader.read(extents)
-            at = 0
-            for part in parts:
-                stored = tensor[at : at + part.nbytes].view(self.layout.stored(part.dtype)).view(part.shape)
-                self.layout.target(part.projection, self.views[load.slot]).copy_(stored)
-                at += part.nbytes
+            span = self._experts.span(load.key)
+            report = self._reader.read(
+                [Extent(part.file, part.offset, part.nbytes, host[start:end]) for part, start, end in span.places()]
+            )
+            self.layout.fill(self.views[load.slot], span, tensor)
             self.residency.landed(load.key)
             self.paged.count(1, report.needed)
             self.paged.bytes_read += report.read

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from store.block_scales import FP8, is_scale, scratch_bytes
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
-from store.experts import ExpertMap
+from store.experts import ExpertMap, Part
 from store.records import ExpertKey
 from store.shard import TensorSpan
 
@@ -32,6 +33,7 @@ class Geometry:
     stored: str  # of the experts' bytes, "mixed" where parts differ
     dense: int  # in tensors that every token needs
     expert: tuple[int, ...]  # of each part of one expert
+    staged: int  # bytes that an expert takes on its way where its bytes are not those of its slot
     expert_width: int  # columns of the widest activation inside an expert
     kv_per_token: int  # keys and values of all layers, as transformers keeps them
     decoder_layers: int
@@ -69,7 +71,7 @@ class ModelCard:
     @classmethod
     def describe(cls, checkpoint: CheckpointMap, experts: ExpertMap) -> ModelCard:
         config = _text_config(checkpoint.config)
-        _refuse_the_unservable(checkpoint.config, config)
+        _refuse_the_unservable(config)
         return cls(
             folder=Path(checkpoint.folder),
             family=str(checkpoint.config.get("model_type", "")),
@@ -85,12 +87,7 @@ class ModelCard:
         )
 
 
-def _refuse_the_unservable(whole: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    if whole.get("quantization_config") or config.get("quantization_config"):
-        raise UnsupportedFamily(
-            "This checkpoint is quantised (config.json has quantization_config), which can't be served yet. "
-            "Use its bfloat16 or float32 version."
-        )
+def _refuse_the_unservable(config: Mapping[str, Any]) -> None:
     if other := sorted(_layer_kinds(config) - FULL_ATTENTION):
         raise UnsupportedFamily(
             f"Layers of kind {', '.join(other)} keep a state that moepager's KV cache does not hold. "
@@ -105,8 +102,8 @@ def _layer_kinds(config: Mapping[str, Any]) -> set[str]:
 
 
 def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: ExpertMap) -> Geometry:
-    parts = experts.span(ExpertKey(0, 0)).parts
-    itemsize = {name: ITEMSIZE[dtype] for name, dtype in NAMES.items()}
+    parts = [part for part in experts.span(ExpertKey(0, 0)).parts if not is_scale(part.projection)]
+    itemsize = {name: ITEMSIZE[dtype] for name, dtype in NAMES.items()} | {FP8: 1}
     dense = [checkpoint.tensors[name] for name in experts.dense]
     if strange := sorted({span.dtype for span in dense} - itemsize.keys()):
         raise UnsupportedFamily(
@@ -118,9 +115,10 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
     shapes = [span.shape for span in dense] + [part.shape for part in parts]
     return Geometry(
         dtype=_dtype(config, parts[0].dtype),
-        stored=NAMES.get(parts[0].dtype, "") if len({part.dtype for part in parts}) == 1 else "mixed",
+        stored=_stored(experts),
         dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
         expert=tuple(part.nbytes // itemsize.get(part.dtype, 1) for part in parts),
+        staged=experts.staged_bytes + _scratch(parts, experts),
         expert_width=max(length for part in parts for length in part.shape),
         kv_per_token=cached,
         decoder_layers=layers,
@@ -131,6 +129,19 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
             int(config.get(name) or 0) for name in ("intermediate_size", "shared_expert_intermediate_size")
         ),
     )
+
+
+def _stored(experts: ExpertMap) -> str:
+    """How every expert's values lie in the files; "mixed" where they differ, "" where the engine can't use them."""
+    parts = [part for layer in experts.spans for part in layer[0].parts if not is_scale(part.projection)]
+    return NAMES.get(parts[0].dtype, "") if len({part.dtype for part in parts}) == 1 else "mixed"
+
+
+def _scratch(parts: Sequence[Part], experts: ExpertMap) -> int:
+    """What turning one FP8 part of an expert into the serving dtype needs besides both."""
+    if experts.scales is None:
+        return 0
+    return max(scratch_bytes(part.shape, experts.scales.block) for part in parts)
 
 
 def _attention_shape(
@@ -158,6 +169,8 @@ def _rows(dense: Sequence[TensorSpan], ending: str) -> dict[str, int]:
 
 def _dtype(config: Mapping[str, Any], stored: str) -> str:
     named = str(config.get("dtype") or config.get("torch_dtype") or NAMES.get(stored, "")).removeprefix("torch.")
+    if not named and stored == FP8:
+        return "bfloat16"
     if named not in ITEMSIZE:
         raise UnsupportedFamily(f"Weights of type {stored} can't be served; use a bfloat16 or float32 checkpoint.")
     return named

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.fp8 import dequantise
 from engine.layout import DTYPES, Renaming
 from engine.reader import Reader
 from engine.transfer import Extent
@@ -45,7 +46,7 @@ def load_dense(
         sources[target] = checkpoint.tensors[hub_name]
     _check_complete(wanted, sources)
     for name, span in sources.items():
-        _read(span, wanted[name], reader)
+        _read(span, _scales_of(span, checkpoint, experts, reader), wanted[name], reader)
     model.eval().requires_grad_(False)
 
 
@@ -111,14 +112,31 @@ def _check_complete(wanted: Mapping[str, Tensor], sources: Mapping[str, TensorSp
             )
 
 
-def _read(span: TensorSpan, target: Tensor, reader: Reader) -> None:
+Scales = tuple[Tensor, tuple[int, int]]  # of an FP8 weight, with the block that each is for
+
+
+def _scales_of(span: TensorSpan, checkpoint: CheckpointMap, experts: ExpertMap, reader: Reader) -> Scales | None:
+    if experts.scales is None or span.name not in experts.scales.pairs:
+        return None
+    return _on_host(checkpoint.tensors[experts.scales.pairs[span.name]], reader), experts.scales.block
+
+
+def _read(span: TensorSpan, scales: Scales | None, target: Tensor, reader: Reader) -> None:
     """Straight into the tensor where dtype and device agree, else through a host copy of this one tensor."""
     if target.device.type == "cpu" and target.dtype == DTYPES[span.dtype]:
         reader.read([_extent(span, target)])
         return
+    host = _on_host(span, reader)
+    if scales is None:
+        target.copy_(host)
+    else:
+        dequantise(host, *scales, target)
+
+
+def _on_host(span: TensorSpan, reader: Reader) -> Tensor:
     host = torch.empty(span.shape, dtype=DTYPES[span.dtype])
     reader.read([_extent(span, host)])
-    target.copy_(host)
+    return host
 
 
 def _extent(span: TensorSpan, tensor: Tensor) -> Extent:

@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.core_model_loading import rename_source_key as rename
 
+from engine.fp8 import dequantise
+from store.block_scales import FP8, is_scale, scale_name
 from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
-from store.experts import ExpertMap, Part
+from store.experts import ExpertMap, ExpertSpan, Part
 from store.records import ExpertKey
 
 ALIGN = 64  # a parameter starts on a cache line
@@ -29,6 +31,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    FP8: torch.float8_e4m3fn,
 }
 
 
@@ -63,6 +66,7 @@ class SlotLayout:
     landings: Mapping[str, Landing]  # by the part's projection
     slot_bytes: int
     direct: bool
+    block: tuple[int, int] | None = None  # of FP8 parts: rows and columns that share a scale
 
     def views(self, slots: Tensor) -> list[tuple[Tensor, ...]]:
         """The parameters of every slot as tensors over u8 `slots` [S, slot_bytes]; no copy."""
@@ -74,9 +78,18 @@ class SlotLayout:
             columns.append(flat[:, start : start + length].view(-1, *parameter.shape).unbind(0))
         return list(zip(*columns, strict=True))
 
-    def stored(self, dtype: str) -> torch.dtype:
-        """The torch type of a part as it lies in the file."""
-        return DTYPES[dtype]
+    def fill(self, views: Sequence[Tensor], span: ExpertSpan, stored: Tensor) -> None:
+        """One expert's slot from its parts as they lie in the files, at their places in the u8 tensor `stored`."""
+        held = {
+            part.projection: stored[start:end].view(DTYPES[part.dtype]).view(part.shape)
+            for part, start, end in span.places()
+        }
+        for projection in self.landings:
+            target = self.target(projection, views)
+            if held[projection].dtype == DTYPES[FP8] and self.block is not None:
+                dequantise(held[projection], held[scale_name(projection)], self.block, target)
+            else:
+                target.copy_(held[projection])
 
     def target(self, projection: str, views: Sequence[Tensor]) -> Tensor:
         """The part's place inside one expert's parameters."""
@@ -144,7 +157,8 @@ def derive_layout(
     landings = _landings(sources[0], parameters)
     stored = {DTYPES.get(part.dtype) for layer in sources for *_, part in layer.values()}
     rows = all(landing.dim == 0 for landing in landings.values())
-    return SlotLayout(dtype, parameters, landings, slot_bytes, rows and stored == {dtype}), owners
+    block = None if experts.scales is None else experts.scales.block
+    return SlotLayout(dtype, parameters, landings, slot_bytes, rows and stored == {dtype}, block), owners
 
 
 _Source = tuple[str, "WeightConverter | None", int, Part]
@@ -154,11 +168,12 @@ def _sources(renaming: Renaming, checkpoint: CheckpointMap, experts: ExpertMap, 
     """For expert 0 of a layer, by projection: the parameter it becomes, by which converter, at which place."""
     found: dict[str, _Source] = {}
     for part in experts.span(ExpertKey(layer, 0)).parts:
+        if is_scale(part.projection):
+            continue  # it comes with its weight
         if part.dtype not in DTYPES:
             raise UnsupportedFamily(
-                f"{experts.modules[layer]} stores {part.projection} as {part.dtype}. Quantised experts can't be served "
-                "yet: "
-                f"use a checkpoint in {', '.join(sorted(DTYPES))}."
+                f"{experts.modules[layer]} stores {part.projection} as {part.dtype}; experts in "
+                f"{', '.join(sorted(DTYPES))} can be served."
             )
         single = f"{experts.modules[layer]}.0.{part.projection}"
         name = single if single in checkpoint.tensors else f"{experts.modules[layer]}.{part.projection}"

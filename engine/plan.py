@@ -139,7 +139,7 @@ def needs_staging(card: ModelCard, config: EngineConfig, dtype: str) -> bool:
 
 
 def _staging(card: ModelCard, config: EngineConfig, dtype: str) -> int:
-    own = card.expert_bytes if needs_staging(card, config, dtype) else 0
+    own = card.geometry.staged if needs_staging(card, config, dtype) else 0
     return READER_THREADS * reader_bytes(card) + own
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from store.block_scales import BlockScales, is_scale, read_block_scales
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, MismatchError, UnsupportedFamily
 from store.expert_names import Place, find_routers, place
@@ -19,6 +20,7 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 IDENTITIES = ("zero_expert_num",)
 PREDICTION_HEAD = "mtp"  # multi-token prediction: layers for training or drafting
 
+ALIGN = 64  # of parts in a buffer, so that any type can be read there
 FIX = "Download the checkpoint again."
 
 Placed = tuple[Place, TensorSpan]
@@ -47,6 +49,13 @@ class ExpertSpan:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
+    def places(self) -> Iterator[tuple[Part, int, int]]:
+        """Where each part lies in a buffer that holds the expert as stored: first byte, aligned, and last + 1."""
+        start = 0
+        for part in self.parts:
+            yield part, start, start + part.nbytes
+            start += -(-part.nbytes // ALIGN) * ALIGN
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertMap:
@@ -62,6 +71,9 @@ class ExpertMap:
     dense: tuple[str, ...]
     surplus: tuple[str, ...]
     spans: tuple[tuple[ExpertSpan, ...], ...]  # [L][E]
+    scales: BlockScales | None = (
+        None  # of FP8 weights; an expert's are parts of it, a dense weight's are not in `dense`
+    )
 
     @classmethod
     def build(cls, checkpoint: CheckpointMap) -> ExpertMap:
@@ -73,6 +85,7 @@ class ExpertMap:
                 f"{checkpoint.folder} has no routed experts: no tensor is named like `layers.3.mlp.experts.5.…`. "
                 "moepager serves Mixture-of-Experts models; run a dense model with plain transformers."
             )
+        scales = read_block_scales(checkpoint.config, checkpoint.tensors)
         surplus = _surplus(checkpoint.tensors, _only_stack(placed), _setting(checkpoint.config, ("num_hidden_layers",)))
         kept = [span for name, span in checkpoint.tensors.items() if name not in surplus]
         count = _setting(checkpoint.config, COUNTS)
@@ -80,7 +93,7 @@ class ExpertMap:
         layers = [_Layer.gather(group, count) for group in members]
         _check_alike(layers)
         _check_routers(layers, kept)
-        taken = {span.name for layer in layers for _, span in layer.members}
+        taken = {span.name for layer in layers for _, span in layer.members} | (scales.names if scales else frozenset())
         return cls(
             layers=tuple(layer.number for layer in layers),
             modules=tuple(layer.owner for layer in layers),
@@ -89,6 +102,7 @@ class ExpertMap:
             dense=tuple(span.name for span in kept if span.name not in taken),
             surplus=tuple(sorted(surplus)),
             spans=tuple(layer.spans(ordinal) for ordinal, layer in enumerate(layers)),
+            scales=scales,
         )
 
     def span(self, key: ExpertKey) -> ExpertSpan:
@@ -110,6 +124,11 @@ class ExpertMap:
         """What paging in exactly this selection reads."""
         self.check(selection)
         return sum(len(ids) * size for ids, size in zip(selection.experts, self.expert_bytes, strict=True))
+
+    @property
+    def staged_bytes(self) -> int:
+        """A buffer that holds any one expert as stored."""
+        return max(end for layer in self.spans for _, _, end in layer[0].places())
 
     @property
     def total_bytes(self) -> int:
@@ -241,13 +260,14 @@ def _cut(where: Place, span: TensorSpan, experts: int) -> Iterable[tuple[int, Pa
 
 def _check_alike(layers: list[_Layer]) -> None:
     """Every layer has as many experts, every expert every projection, and within a layer in the same shape."""
-    wanted = set[str]().union(*(layer.projections() for layer in layers))
+    weights = {name for layer in layers for name in layer.projections() if not is_scale(name)}
     for layer in layers:
         if layer.experts != layers[0].experts:
             raise CheckpointError(
                 f"{layer.owner} has {layer.experts} experts, {layers[0].owner} has {layers[0].experts}. "
                 f"Every layer must have as many. {FIX}"
             )
+        wanted = weights | layer.projections()  # one layer may be quantised and the next not
         for expert, parts in enumerate(layer.parts):
             if lacking := sorted(wanted - parts.keys()):
                 raise CheckpointError(f"Expert {expert} of {layer.owner} lacks {', '.join(lacking)}. {FIX}")

@@ -107,7 +107,7 @@ def _replace(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tenso
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"config": {"quantization_config": {"quant_method": "fp8"}}}, UnsupportedFamily, "quantised"),
+        ({"config": {"quantization_config": {"quant_method": "gptq"}}}, UnsupportedFamily, "quantised by gptq"),
         ({"config": {"model_type": "no_such_model"}}, UnsupportedFamily, "can't build the model"),
         ({"config": {"layer_types": ["linear_attention"] * 3}}, UnsupportedFamily, "linear_attention keep a state"),
         ({"config": {"hidden_size": "32"}}, CheckpointError, "no whole number hidden_size"),

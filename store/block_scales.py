@@ -1,0 +1,130 @@
+"""FP8 weights with a scale for each block of values, as DeepSeek-V3 stores them: which scale belongs to which weight.
+
+`x.weight` is F8_E4M3 [N, K], and its values are multiplied by `x.weight_scale_inv` [ceil(N / 128), ceil(K / 128)].
+Stacked experts have both with a leading E. Every other kind of quantised checkpoint is refused here, by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from store.errors import CheckpointError, UnsupportedFamily
+from store.shard import TensorSpan
+
+FP8 = "F8_E4M3"
+SCALE_DTYPES = frozenset({"F32", "BF16"})
+SUFFIX = "_scale_inv"
+BLOCK = (128, 128)
+USE_WIDE = "Use the model's bfloat16 version, or one with FP8 weights in blocks (quant_method fp8)."
+
+REASONS: Mapping[str, str] = {
+    "mxfp4": "it packs two four-bit floats into a byte, with a shared exponent for every 32",
+    "gptq": "it packs integers of a few bits along the input axis, with zero points and an order of the groups",
+    "awq": "it packs four-bit integers in an interleaved order, with zero points for each group",
+    "bitsandbytes": "its weights are quantised anew when they are loaded, from tables that its own kernels read",
+    "compressed-tensors": "it is a family of formats, each with its own packing and scales",
+    "fbgemm_fp8": "it has a scale for each output row, and bounds for the inputs",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScales:
+    """`pairs`: the scale tensor of each FP8 weight, by name. `block`: rows and columns that share a scale."""
+
+    block: tuple[int, int]
+    pairs: Mapping[str, str]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors that are scales."""
+        return frozenset(self.pairs.values())
+
+
+def is_scale(name: str) -> bool:
+    return name.endswith(SUFFIX)
+
+
+def scale_name(name: str) -> str:
+    """The scale of a weight, of a whole tensor's name as of an expert's projection."""
+    return name + SUFFIX
+
+
+def read_block_scales(config: Mapping[str, Any], tensors: Mapping[str, TensorSpan]) -> BlockScales | None:
+    """None for a checkpoint without FP8 weights.
+
+    Raises UnsupportedFamily for other quantised forms, CheckpointError for scales that are missing, too many, or of
+    another shape than their weights ask for.
+    """
+    block = _block(config)
+    weights = [span for span in tensors.values() if span.dtype.startswith("F8_") and not is_scale(span.name)]
+    if block is None and weights:
+        raise UnsupportedFamily(
+            f"{weights[0].name} is stored as {weights[0].dtype}, but config.json has no quantization_config that says "
+            f"how. {USE_WIDE}"
+        )
+    if block is None:
+        return None
+    pairs = {span.name: _scale_of(span, tensors, block).name for span in weights}
+    if orphans := sorted({name for name in tensors if is_scale(name)} - set(pairs.values())):
+        raise CheckpointError(
+            f"{orphans[0]} is a scale of no FP8 weight ({len(orphans)} such). Download the checkpoint again."
+        )
+    return BlockScales(block, pairs)
+
+
+def _scale_of(weight: TensorSpan, tensors: Mapping[str, TensorSpan], block: tuple[int, int]) -> TensorSpan:
+    if weight.dtype != FP8:
+        raise UnsupportedFamily(
+            f"{weight.name} is stored as {weight.dtype}; of eight bits only {FP8} is read. {USE_WIDE}"
+        )
+    scale = tensors.get(scale_name(weight.name))
+    if scale is None:
+        raise CheckpointError(
+            f"{weight.name} is FP8, and its scales {scale_name(weight.name)} are missing. Download the weights again."
+        )
+    wanted = _scale_shape(weight.shape, block)
+    if scale.shape != wanted or scale.dtype not in SCALE_DTYPES:
+        raise CheckpointError(
+            f"{scale.name} is {scale.dtype} {list(scale.shape)}; {weight.name} {list(weight.shape)} in blocks of "
+            f"{list(block)} needs F32 {list(wanted)}. They belong to different models: download both again."
+        )
+    return scale
+
+
+def _scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    if len(shape) < len(block):
+        return ()
+    return (*shape[:-2], *(-(-length // size) for length, size in zip(shape[-2:], block, strict=True)))
+
+
+def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The block of a config that says FP8, None of one that says nothing."""
+    inner = config.get("text_config")
+    settings = config.get("quantization_config") or (
+        inner.get("quantization_config") if isinstance(inner, Mapping) else None
+    )
+    if not settings:
+        return None
+    method = str(settings.get("quant_method", "unnamed"))
+    if method != "fp8":
+        reason = REASONS.get(method, "moepager does not know its packing")
+        raise UnsupportedFamily(
+            f"This checkpoint is quantised by {method}, which can't be served: {reason}. {USE_WIDE}"
+        )
+    block = settings.get("weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise UnsupportedFamily(
+            f"This FP8 checkpoint has weight_block_size {block!r}; blocks of two whole numbers, such as {list(BLOCK)}, "
+            f"are read. {USE_WIDE}"
+        )
+    if (scheme := settings.get("activation_scheme", "dynamic")) != "dynamic":
+        raise UnsupportedFamily(f"This FP8 checkpoint fixes the scales of its inputs ({scheme}). {USE_WIDE}")
+    return block[0], block[1]
+
+
+def scratch_bytes(shape: tuple[int, ...], block: tuple[int, int]) -> int:
+    """What multiplying a weight of `shape` by its scales needs besides both: a row of blocks, and the scales."""
+    rows, columns = shape[-2:]
+    return (min(rows, block[0]) + 2) * columns * 4 + (block[1] + -(-rows // block[0]) * -(-columns // block[1])) * 4
