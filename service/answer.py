@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from threading import Event
 
 from engine.requests import FinishedEvent, GenerationRequest, Sampling
+from service.callers import ANYBODY, Caller
 from service.parts import Parts
 from service.receipt import Receipt
 from service.retrieval import Retrieval, pinned
@@ -34,6 +35,7 @@ class Question:
     wish: Wish
     sampling: Sampling
     ignored: tuple[str, ...] = ()
+    caller: Caller = ANYBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,14 @@ def prepare(question: Question, parts: Parts) -> Prepared:
         mode = serving.mode
     finally:  # a refusal is a decision too
         parts.store.decisions.add(decision(question.id, question.text, retrieval, mode))
-    request = GenerationRequest(question.prompt, serving.selection, serving.mode, question.sampling)
+    request = GenerationRequest(
+        question.prompt,
+        serving.selection,
+        serving.mode,
+        question.sampling,
+        priority=question.caller.priority,
+        session=question.caller.session,
+    )
     parts.engine.check(request)
     return Prepared(parts.model_id, question, serving, request)
 
@@ -64,14 +73,16 @@ def prepare(question: Question, parts: Parts) -> Prepared:
 def retrieve(question: Question, parts: Parts) -> Retrieval:
     task = question.wish.task
     if task is not None:
-        return pinned(parts.catalogue.named(task).name, parts.retriever.threshold)
+        parts.sessions.note(question.caller, parts.catalogue.named(task).name)
+        return pinned(task, parts.retriever.threshold)
     if question.text is None or not question.text.strip():
         raise InvalidInput(
             f"The task is retrieved by the text of `{question.field}` (of messages, the last one by the user), "
             "and there is none. Write one, or name the task.",
             param=question.field,
         )
-    return parts.retriever.decide(question.text)
+    found = parts.retriever.decide(question.text)
+    return parts.sessions.decide(question.caller, found, parts.catalogue.retrievable)
 
 
 def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode) -> Decision:
@@ -123,6 +134,8 @@ def make_receipt(prepared: Prepared, finished: FinishedEvent) -> Receipt:
         experts_paged=served.experts_paged,
         bytes_paged=served.bytes_paged,
         swap_ms=served.swap_ms,
+        predicted_bytes=None if served.predicted is None else served.predicted.bytes,
+        predicted_swap_ms=None if served.predicted is None else 1000 * served.predicted.seconds,
         ttft_ms=served.ttft_ms,
         queue_ms=served.queue_ms,
         resident_bytes=served.resident_bytes,
@@ -134,5 +147,6 @@ def make_receipt(prepared: Prepared, finished: FinishedEvent) -> Receipt:
         selection=serving.selection.digest if serving.selection else None,
         prompt_tokens=finished.prompt_tokens,
         completion_tokens=finished.completion_tokens,
+        priority=prepared.request.priority,
         ignored=prepared.question.ignored,
     )

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from engine.embedder import Embedder, open_embedder
 from engine.engine import Engine
+from engine.scheduler import Rules
 from engine.worker import EngineWorker
 from service.keys import KeyRing
 from service.metrics import Metrics
 from service.model import engine_config, model_id
 from service.retrieval import Retriever, calibrate_threshold
 from service.serving import Catalogue, Policy, choose_candidate
+from service.sessions import Sessions
 from service.settings import Settings
 from store.database import Store, open_store
 from store.errors import MismatchError
@@ -40,6 +42,7 @@ class Parts:
     keys: KeyRing
     metrics: Metrics
     policy: Policy
+    sessions: Sessions
     changes: int  # the store's count of changes when retriever and catalogue were read
     started: int  # seconds since 1970
 
@@ -66,7 +69,8 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         if settings.unknown_task == "generalist":  # refused now rather than at the first query that needs it
             choose_candidate(catalogue.named(GENERALIST), settings.keep, settings.scorer, policy)
         retriever = open_retriever(settings, store, embedder, catalogue.retrievable)
-        worker = stack.enter_context(EngineWorker(engine, settings.queue_size))
+        rules = Rules(background_seconds=settings.background_wait)
+        worker = stack.enter_context(EngineWorker(engine, settings.queue_size, rules))
         yield Parts(
             settings=settings,
             model_id=model_id(settings.model, config.model),
@@ -78,6 +82,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
             keys=KeyRing(store.keys.list()),
             metrics=Metrics(engine, worker),
             policy=policy,
+            sessions=Sessions(),
             changes=changes,
             started=int(time.time()),
         )

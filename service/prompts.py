@@ -51,10 +51,6 @@ def encode_messages(
     return tokenizer.encode_chat(turns, [tool.spec() for tool in tools], options)
 
 
-def last_user_text(messages: Sequence[Message]) -> str | None:
-    return next((m.text for m in reversed(messages) if m.role == "user"), None)
-
-
 def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, card: ModelCard) -> tuple[tuple[int, ...], str]:
     """The tokens of a completion's prompt, and its text."""
     if isinstance(prompt, str):

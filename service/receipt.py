@@ -1,19 +1,22 @@
-"""The receipt of an answer: what it was served from. Filled from what the engine served; nothing here is estimated."""
+"""The receipt of an answer: what it was served from. Filled from what the engine served; nothing here is estimated but
+what is called predicted."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from engine.requests import Priority
 from store.records import Mode
 
-Reason = Literal["pinned", "retrieved", "below-threshold", "no-tasks"]
+Reason = Literal["pinned", "retrieved", "session", "below-threshold", "no-tasks"]
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """`task` is what retrieval (or the request) named; `served_task` is whose profile was used, which differs for a
-    generalist. `keep` is 1.0 and `profile_id` None in exact mode: every expert was within reach."""
+    generalist. `keep` is 1.0 and `profile_id` None in exact mode: every expert was within reach. What the swap would
+    cost was predicted when the request was submitted; null in exact mode, where only the routing tells."""
 
     task: str | None
     similarity: float | None
@@ -25,6 +28,8 @@ class Receipt:
     experts_paged: int
     bytes_paged: int
     swap_ms: float
+    predicted_bytes: int | None
+    predicted_swap_ms: float | None
     ttft_ms: float
     queue_ms: float
     resident_bytes: int
@@ -36,6 +41,7 @@ class Receipt:
     selection: str | None
     prompt_tokens: int
     completion_tokens: int
+    priority: Priority
     ignored: tuple[str, ...] = ()
 
     def json(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from fastapi import Request
 
-from engine.requests import Event, FinishedEvent
+from engine.requests import Event, FinishedEvent, SwapCost
 from engine.worker import TokenStream
 from service.access_log import log_query
 from service.answer import Prepared, make_receipt
@@ -34,6 +34,11 @@ class Running:
         self._deadline = time.monotonic() + timeout
         self._first: float | None = None  # when the first token came
         self._told = False
+
+    @property
+    def predicted(self) -> SwapCost | None:
+        """What it would wait for, as things stood when it was submitted."""
+        return self._stream.predicted
 
     def cancel(self) -> None:
         """Harmless once it has ended; before, it is the end."""

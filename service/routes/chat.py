@@ -14,6 +14,7 @@ from engine.requests import FinishedEvent
 from engine.tool_form import ToolForm
 from service.answer import Prepared, Question, spread
 from service.bodies import ChatBody
+from service.callers import Caller, CallerDep, chat_caller, text_to_retrieve
 from service.chunks import ChatChoices, finish_reason, stream_frames
 from service.constrain import compiled, wanted_of
 from service.context import PartsDep, RequestId
@@ -21,7 +22,7 @@ from service.headers import expert_headers
 from service.messages import NamedTool
 from service.names import wish_for
 from service.parts import Parts
-from service.prompts import encode_chat, last_user_text
+from service.prompts import encode_chat
 from service.refusals import with_error_frame
 from service.replies import Reply, message_choice, usage
 from service.running import cancel_all, finish_all, submit
@@ -43,8 +44,8 @@ class Conversation:
 
 
 @router.post("/v1/chat/completions")
-async def chat(body: ChatBody, request: Request, name: RequestId, parts: PartsDep) -> Response:
-    asked = await asyncio.to_thread(prepare_chat, body, name, parts)
+async def chat(body: ChatBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep) -> Response:
+    asked = await asyncio.to_thread(prepare_chat, body, name, parts, chat_caller(caller, body))
     running = submit(asked.rows, parts)
     reply = Reply.to_chat(body.model, parts)
     if body.stream:
@@ -59,7 +60,7 @@ async def chat(body: ChatBody, request: Request, name: RequestId, parts: PartsDe
     return JSONResponse(answer, headers=expert_headers(asked.rows, finished))
 
 
-def prepare_chat(body: ChatBody, name: str, parts: Parts) -> Conversation:
+def prepare_chat(body: ChatBody, name: str, parts: Parts, caller: Caller) -> Conversation:
     ignored, tokenizer = body.ignored(), parts.engine.tokenizer
     wish = wish_for(body.model, body.expert.wish() if body.expert else Wish(), parts)
     form = form_for(tokenizer) if body.offered else None
@@ -67,8 +68,8 @@ def prepare_chat(body: ChatBody, name: str, parts: Parts) -> Conversation:
     wanted = wanted_of(body) if form is None else with_tools(body, wanted_of(body), form)
     constraint = None if wanted is None else compiled(wanted, tokenizer)
     sampling = sampling_for(body, prompt, body.limit(), parts, Asked(body.scores, constraint=constraint))
-    text = last_user_text(body.messages)
-    question = Question(name, "messages", text, prompt, wish, sampling, tuple(sorted((*ignored, *unread))))
+    text = text_to_retrieve(body.messages)
+    question = Question(name, "messages", text, prompt, wish, sampling, tuple(sorted((*ignored, *unread))), caller)
     return Conversation(spread([question], body.choices, parts), form)
 
 

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from engine.requests import FinishedEvent
 from service.answer import Prepared, Question, spread
 from service.bodies import CompletionBody
+from service.callers import Caller, CallerDep, openai_caller
 from service.chunks import CompletionChoices, stream_frames
 from service.constrain import compiled, wanted_of
 from service.context import PartsDep, RequestId
@@ -35,8 +36,10 @@ OPENAI_LIMIT = 16  # tokens of a completion that names no limit, as OpenAI's cli
 
 
 @router.post("/v1/completions")
-async def complete(body: CompletionBody, request: Request, name: RequestId, parts: PartsDep) -> Response:
-    prepared = await asyncio.to_thread(prepare_completions, body, name, parts)
+async def complete(
+    body: CompletionBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep
+) -> Response:
+    prepared = await asyncio.to_thread(prepare_completions, body, name, parts, openai_caller(caller, body))
     running = submit(prepared, parts)
     reply = Reply.to_completion(body.model, parts)
     if body.stream:
@@ -50,7 +53,7 @@ async def complete(body: CompletionBody, request: Request, name: RequestId, part
     return JSONResponse(answer, headers=expert_headers(prepared, finished))
 
 
-def prepare_completions(body: CompletionBody, name: str, parts: Parts) -> list[Prepared]:
+def prepare_completions(body: CompletionBody, name: str, parts: Parts, caller: Caller) -> list[Prepared]:
     ignored, tries, prompts = body.ignored(), body.tries, body.prompts()
     wish = wish_for(body.model, body.expert.wish() if body.expert else Wish(), parts)
     wanted = wanted_of(body)
@@ -65,7 +68,7 @@ def prepare_completions(body: CompletionBody, name: str, parts: Parts) -> list[P
         prompt, text = encode_prompt(written, parts.engine.tokenizer, parts.engine.card)
         sampling = sampling_for(body, prompt, limit, parts, asked)
         own = name if len(prompts) == 1 else f"{name}/{place}"
-        questions.append(Question(own, "prompt", text, prompt, wish, sampling, ignored))
+        questions.append(Question(own, "prompt", text, prompt, wish, sampling, ignored, caller))
     return spread(questions, tries, parts)
 
 

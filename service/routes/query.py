@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from engine.requests import FinishedEvent
 from service.answer import Prepared, Question, prepare
+from service.callers import Caller, CallerDep
 from service.context import PartsDep, RequestId
 from service.described import EVENTS
 from service.headers import expert_headers
@@ -27,8 +28,8 @@ router = APIRouter(tags=["query"])
 
 
 @router.post("/v1/query", responses=EVENTS)
-async def query(body: QueryBody, request: Request, name: RequestId, parts: PartsDep) -> Response:
-    prepared = await asyncio.to_thread(prepare_query, body, name, parts)
+async def query(body: QueryBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep) -> Response:
+    prepared = await asyncio.to_thread(prepare_query, body, name, parts, caller.saying(body))
     running = submit([prepared], parts)
     if body.stream:
         frames = with_error_frame(name, query_frames(running[0]), partial(named_frame, "error"))
@@ -37,15 +38,15 @@ async def query(body: QueryBody, request: Request, name: RequestId, parts: Parts
     return JSONResponse(query_answer(running[0], finished[0]), headers=expert_headers([prepared], finished))
 
 
-def prepare_query(body: QueryBody, name: str, parts: Parts) -> Prepared:
+def prepare_query(body: QueryBody, name: str, parts: Parts, caller: Caller) -> Prepared:
     prompt = encode_query(body.query, parts.engine.tokenizer)
     sampling = sampling_for(body, prompt, body.max_tokens, parts)
-    return prepare(Question(name, "query", body.query, prompt, body.wish(), sampling), parts)
+    return prepare(Question(name, "query", body.query, prompt, body.wish(), sampling, caller=caller), parts)
 
 
 async def query_frames(running: Running) -> AsyncIterator[bytes]:
     """`task`, then each `token`, then `done` with what the plain answer would have been."""
-    yield named_frame("task", query_task(running.prepared))
+    yield named_frame("task", query_task(running))
     async for found in merged([running]):
         if found is None:
             yield PING
@@ -55,7 +56,8 @@ async def query_frames(running: Running) -> AsyncIterator[bytes]:
             yield named_frame("token", {"text": found[1].text})
 
 
-def query_task(prepared: Prepared) -> dict[str, Any]:
+def query_task(running: Running) -> dict[str, Any]:
+    prepared, predicted = running.prepared, running.predicted
     serving = prepared.serving
     return {
         "id": prepared.question.id,
@@ -64,6 +66,8 @@ def query_task(prepared: Prepared) -> dict[str, Any]:
         "reason": serving.retrieval.reason,
         "mode": serving.mode,
         "keep": serving.keep,
+        "predicted_bytes": predicted.bytes if predicted else None,
+        "predicted_swap_ms": 1000 * predicted.seconds if predicted else None,
     }
 
 
