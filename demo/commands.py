@@ -56,6 +56,17 @@ def prepare_command(store: StoreUrl = None) -> None:
     prepare_store(store or default_store_url())
 
 
+@group.command("picture")
+def picture_command(out: Path = Path("docs/console.png"), store: StoreUrl = None, keep: Keep = 0.25) -> None:
+    """Take the console's picture in a headless Chromium, of a service under the demo's budget."""
+    from demo.picture import take_picture
+    from store.home import bundled_model, default_store_url
+
+    url = store or default_store_url()
+    prepare_store(url)
+    take_picture(url, memory_for(bundled_model(), keep), out)
+
+
 @group.command("data")
 def data_command() -> None:
     """Write the tasks' fixed files of calibration, evaluation and test items again, the same bytes each time."""

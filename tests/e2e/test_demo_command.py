@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +13,8 @@ from store.home import bundled_model
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_task_is_found_answered_and_served_from_just_its_experts(tmp_path: Path) -> None:
-    environment = os.environ | {"MOEPAGER_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "service", "demo", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    queries = json.loads(done.stdout.splitlines()[-1])["queries"]
+def test_every_task_is_found_answered_and_served_from_just_its_experts(demo_run: dict[str, Any]) -> None:
+    queries = demo_run["queries"]
     card = ModelCard.read(bundled_model())
     assert [query["task"] for query in queries] == [task.name for task in TASKS]
     for query in queries:
