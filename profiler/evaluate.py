@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from engine.engine import Engine
+from engine.guard import WATCH
 from engine.requests import FinishedEvent, GenerationRequest, Sampling
 from profiler.batches import Encoded, pad, shards, token_limit
 from profiler.statistics import PROMPT, RESPONSE
@@ -33,6 +34,7 @@ class Measured:
     losses: float
     scored: int
     covered: float
+    levels: tuple[float, ...] = ()  # the lowest that the guard saw in each item, in any order
 
     @property
     def accuracy(self) -> float | None:
@@ -82,16 +84,18 @@ def evaluate(
         losses=losses,
         scored=scored,
         covered=sum(event.served.coverage for event in finished),
+        levels=tuple(1.0 if event.served.level is None else event.served.level for event in finished),
     )
 
 
 def _generate(engine: Engine, batch: Sequence[Encoded], selection: Selection | None) -> list[FinishedEvent]:
     """The rows' ends, in the batch's order. An item without a response makes one token, for its prompt's coverage."""
-    mode: Mode = "exact" if selection is None else "mask"
+    mode: Mode = "exact" if selection is None else "auto"
+    guard = None if selection is None else WATCH  # which never alarms: the answers are mask mode's
     room = engine.plan.max_context
     lengths = [min(len(one.response) + SPARE_TOKENS, room - len(one.prompt)) if one.response else 1 for one in batch]
     requests = [
-        GenerationRequest(one.prompt, selection, mode, Sampling(max_tokens=length))
+        GenerationRequest(one.prompt, selection, mode, Sampling(max_tokens=length), guard=guard)
         for one, length in zip(batch, lengths, strict=True)
     ]
     finished = [event for event in engine.generate(requests) if isinstance(event, FinishedEvent)]

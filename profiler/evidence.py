@@ -91,7 +91,7 @@ def put_evaluations(
     known = [
         (one, found)
         for one, found in store.evaluations.list(profile.id)
-        if found.evaluation_hash == held_out.content_hash
+        if found.evaluation_hash == held_out.content_hash and found.levels  # else it was made before the guard
     ]
     ids = {one.id for one, _ in known}
     measured = {one.selection: found for one, found in known}
@@ -119,4 +119,5 @@ def as_evaluation(stored: StoredSelection, held_out: HeldOut, here: Measured, wh
         full_accuracy=whole.accuracy,
         nll=here.nll,
         coverage=here.coverage,
+        levels=here.levels,
     )

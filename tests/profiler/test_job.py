@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,8 @@ def test_a_profile_comes_with_its_provenance_selections_and_evidence(engine, sto
         assert measured.evaluation_hash == evaluation.content_hash
         assert 0 < measured.nll < 20
         assert measured.coverage == 1.0 if stored.keep == 1.0 else 0 < measured.coverage < 1
+        assert len(measured.levels) == 5
+        assert measured.levels == (1.0,) * 5 if stored.keep == 1.0 else 0 < measured.levels[0] < measured.levels[-1] < 1
         assert [len(ids) for ids in stored.selection.experts] == [max(2, int(8 * stored.keep))] * 3
     assert [(step.done, step.total) for step in steps if step.stage == "calibrate"] == [
         (0, 10),
@@ -140,6 +143,16 @@ def test_profiling_again_changes_nothing_and_runs_nothing(engine, store, options
     assert (again.id, again.created) == (first.id, first.created)
     assert store.evaluations.list(first.id) == before
     assert passes == []
+
+
+def test_evidence_that_was_made_before_the_guard_is_measured_again(engine, store, options):
+    arguments = (engine, store, TaskRecord("t"), texts(1, 6), texts(2, 3))
+    made = profile_task(*arguments, embedder=HashEmbedder(), options=options)
+    before = store.evaluations.list(made.id)
+    for _, evaluation in before:
+        store.evaluations.put(replace(evaluation, levels=()))
+    profile_task(*arguments, embedder=HashEmbedder(), options=options)
+    assert store.evaluations.list(made.id) == before
 
 
 def test_another_scorer_later_needs_no_second_pass_over_the_calibration(engine, store, options, passes):
