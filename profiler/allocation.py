@@ -12,7 +12,7 @@ from profiler.extras import NOTHING, Needs
 from profiler.statistics import Statistics
 from store.errors import BudgetError, InvalidInput
 from store.records import F64, Selection
-from store.sizes import show_bytes
+from store.sizes import parse_bytes, show_bytes
 
 UNIFORM = "uniform"
 
@@ -25,6 +25,16 @@ def kept(experts: int, keep: float, top_k: int) -> int:
         )
     # Half an expert rounds up: Python's round would send 12.5 and 13.5 in different directions.
     return min(experts, max(top_k, math.floor(keep * experts + 0.5)))
+
+
+def size_of(text: str) -> float | int:
+    """What a person wrote: `0.25` is a share of the experts, `512MiB` bytes of them."""
+    try:
+        share = float(text)
+    except ValueError:
+        return parse_bytes(text)
+    kept(1, share, 1)  # raises for what is no share
+    return share
 
 
 def uniform(scores: F64, keep: float, top_k: int) -> Selection:

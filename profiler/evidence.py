@@ -19,8 +19,11 @@ from profiler.statistics import Statistics
 from store.database import Store
 from store.errors import BudgetError, InvalidInput
 from store.records import Evaluation, Profile, Selection, StoredSelection
+from store.sizes import show_bytes
 
 KEEPS = (1.0, 0.5, 0.25, 0.125)
+
+Size = float | int  # a share of the experts, or bytes of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +35,38 @@ class HeldOut:
     rows: int
 
 
-def check_keeps(engine: Engine, keeps: Sequence[float]) -> tuple[float, ...]:
-    """The sizes, largest first, each once. Raises InvalidInput for a wrong one, BudgetError for one too large."""
-    if not keeps:
-        raise InvalidInput("Give at least one share of experts to keep, such as 0.5.", param="keep")
-    card = engine.card
+def check_sizes(engine: Engine, keeps: Sequence[float], budgets: Sequence[int] = ()) -> tuple[Size, ...]:
+    """Shares of the experts and bytes of them, the largest first, each once.
+
+    Raises InvalidInput for a wrong one, BudgetError for one too large or too small.
+    """
+    if not keeps and not budgets:
+        raise InvalidInput("Give at least one share of experts to keep, such as 0.5, or bytes.", param="keep")
+    card, plan = engine.card, engine.plan
     for keep in keeps:
         count = kept(card.experts, keep, card.top_k)
         sample = Selection.of([range(count)] * card.layers)
-        if count < card.experts and not engine.plan.fits(sample):
+        if count < card.experts and not plan.fits(sample):
             raise BudgetError(
                 f"Keeping {keep:g} of the experts takes {len(sample)} slots ({count} in each of {card.layers} layers), "
-                f"the budget gives {engine.plan.slots}. Raise --memory, or leave that --keep out."
+                f"the budget gives {plan.slots}. Raise --memory, or leave that --keep out."
             )
-    return tuple(sorted(set(keeps), reverse=True))
+    floor = card.layers * card.top_k * plan.slot_bytes
+    for size in budgets:
+        if not floor <= size <= plan.slots * plan.slot_bytes:
+            raise BudgetError(
+                f"Keeping {show_bytes(size)} of experts was asked for; {card.top_k} experts, what one token needs, in "
+                f"each of {card.layers} layers take {show_bytes(floor)}, and the memory budget has "
+                f"{show_bytes(plan.slots * plan.slot_bytes)} for experts. Ask for a size in between."
+            )
+    sizes = {share_of(engine, size): size for size in (*budgets, *map(float, keeps))}
+    return tuple(sizes[share] for share in sorted(sizes, reverse=True))
+
+
+def share_of(engine: Engine, size: Size) -> float:
+    """A size as a share of all experts' bytes: a share is one already."""
+    whole = engine.card.layers * engine.card.experts * engine.plan.slot_bytes
+    return min(1.0, size / whole) if isinstance(size, int) else size
 
 
 def put_selections(
@@ -53,18 +74,18 @@ def put_selections(
     store: Store,
     profile: Profile,
     scorers: Sequence[Scorer],
-    keeps: Sequence[float],
+    budgets: Sequence[Size],
     allocators: Sequence[str] = (UNIFORM,),
 ) -> list[StoredSelection]:
     """Scores the profile and stores what each scorer and allocator keeps at each size."""
-    stored = make_selections(engine, profile, scorers, keeps, allocators)
+    stored = make_selections(engine, profile, scorers, budgets, allocators)
     for one in stored:
         store.selections.put(one)
     return stored
 
 
 def make_selections(
-    engine: Engine, profile: Profile, scorers: Sequence[Scorer], keeps: Sequence[float], allocators: Sequence[str]
+    engine: Engine, profile: Profile, scorers: Sequence[Scorer], budgets: Sequence[Size], allocators: Sequence[str]
 ) -> list[StoredSelection]:
     """A slot is a slot in every layer, so all layers' experts cost the same bytes of the device."""
     statistics = Statistics.from_arrays(profile.statistics)
@@ -72,9 +93,11 @@ def make_selections(
     made = []
     for scorer in scorers:
         scores = scorer.score(statistics)
-        for keep, allocator in product(keeps, allocators):
-            selection = allocate(allocator, scores, float(keep), engine.card.top_k, sizes, statistics)
-            name = f"{profile.id}-{scorer.name}.{scorer.version}-{allocator}-{keep:g}"
+        for budget, allocator in product(budgets, allocators):
+            selection = allocate(allocator, scores, budget, engine.card.top_k, sizes, statistics)
+            size = f"{budget}B" if isinstance(budget, int) else f"{budget:g}"
+            name = f"{profile.id}-{scorer.name}.{scorer.version}-{allocator}-{size}"
+            keep = share_of(engine, budget)
             made.append(StoredSelection(name, profile.id, scorer.name, allocator, keep, selection))
     return made
 

@@ -8,7 +8,7 @@ from engine.engine import Engine
 from profiler.allocation import choose_allocators
 from profiler.batches import encode_corpus
 from profiler.corpus import Corpus
-from profiler.evidence import HeldOut, check_keeps
+from profiler.evidence import HeldOut, check_sizes
 from profiler.extras import Needs
 from profiler.job import (
     DEFAULTS,
@@ -21,6 +21,7 @@ from profiler.job import (
     put_profile,
     stored_profile,
 )
+from profiler.price import Pricing, put_prices
 from profiler.progress import Report, ignore
 from profiler.run import hold
 from profiler.scorers.registry import choose, computable, versions
@@ -42,7 +43,7 @@ def profile_generalist(
 
     Raises NotFound while no task is profiled, InvalidInput where evaluation items were any task's calibration.
     """
-    scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
+    scorers, sizes = choose(options.scorers), check_sizes(engine, options.keeps, options.budgets)
     allocators = list(choose_allocators(options.allocators))
     parts = task_profiles(store, engine.card.fingerprint)
     _require(parts, options.needs)
@@ -54,7 +55,9 @@ def profile_generalist(
         profile = _mean(store, engine.card.fingerprint, parts)
         task = TaskRecord(GENERALIST, f"The mean of {len(parts)} tasks: {', '.join(one.task for one in parts)}.")
         put_profile(store, model_record(engine.card, options.model_name), task, profile)
-        put_evidence(engine, store, profile, (scorers, allocators, keeps), held_out, options, report)
+        put_evidence(engine, store, profile, (scorers, allocators, sizes), held_out, options, report)
+        if held_out is not None:  # made of profiles, not of text, so there is nothing to draw anew
+            put_prices(engine, store, profile, held_out, Pricing([], 0, None, options.folder, options.rows), report)
     return profile
 
 

@@ -19,9 +19,10 @@ from profiler.batches import Encoded, encode_corpus, token_limit
 from profiler.channels import gradients
 from profiler.channels.weights import of_weights
 from profiler.corpus import Corpus, refuse_overlap
-from profiler.evidence import KEEPS, HeldOut, check_keeps, make_selections, put_evaluations, put_selections
+from profiler.evidence import KEEPS, HeldOut, Size, check_sizes, make_selections, put_evaluations, put_selections
 from profiler.extras import EXTRAS, NOTHING, Needs, formulas
 from profiler.gather import ROWS, gather_statistics
+from profiler.price import Pricing, put_prices
 from profiler.progress import Report, ignore
 from profiler.router_rows import of_router
 from profiler.run import Run, hold
@@ -46,12 +47,15 @@ class Options:
 
     `base` is the checkpoint that the model was tuned from, for scorers that compare the two. `stream` runs the pass
     layer by layer; None: where the budget does not hold the whole model. `search` measures only a few items for most of
-    the scorers and allocators, and all items for the best and the baselines.
+    the scorers and allocators, and all items for the best and the baselines. `budgets` are sizes in bytes beside the
+    shares in `keeps`. `draws` is how often the text is drawn anew to see what other text would have chosen.
     """
 
     scorers: Sequence[str] | None = None
     allocators: Sequence[str] = (UNIFORM,)
     keeps: Sequence[float] = KEEPS
+    budgets: Sequence[int] = ()
+    draws: int = 0
     exemplars: int = EXEMPLARS
     rows: int = ROWS
     runs: Path | None = None  # where unfinished runs lie; the data folder's `runs` by default
@@ -81,28 +85,34 @@ def profile_task(
     evaluation: Corpus | None,
     *,
     embedder: Embedder,
+    others: Corpus | None = None,
     options: Options = DEFAULTS,
     report: Report = ignore,
 ) -> Profile:
     """Profiles one task, or finishes what an earlier run began; one that is done already runs no forward.
 
+    `others` are items of other tasks, on which the selections that would serve are priced too.
     Everything that can be refused is refused before the first forward. Raises Conflict if another process holds the
     same task of the same model.
     """
     if task.name == GENERALIST:
         raise InvalidInput(f"The task name {GENERALIST!r} stands for all tasks together; choose another.", param="task")
-    scorers, keeps = choose(options.scorers), check_keeps(engine, options.keeps)
+    scorers, sizes = choose(options.scorers), check_sizes(engine, options.keeps, options.budgets)
     allocators = list(choose_allocators(options.allocators))
     if options.search and evaluation is None:
         raise InvalidInput("A search judges by held-out items: give --eval FILE.", param="eval")
     text, held_out = _encode(engine, calibration, evaluation, options.rows)
+    foreign = _encode(engine, calibration, others, options.rows)[1]
     exemplars = _embed(task.name, calibration, embedder, options.exemplars)
     with hold(options.folder, lock_name(engine.card, task.name)):
         profile = _gather(engine, store, task.name, calibration, text, options, report)
         put_profile(store, model_record(engine.card, options.model_name), task, profile)
         Run(options.folder, profile.id, plan="").forget()
         store.exemplars.replace(task.name, exemplars)
-        put_evidence(engine, store, profile, (scorers, allocators, keeps), held_out, options, report)
+        put_evidence(engine, store, profile, (scorers, allocators, sizes), held_out, options, report)
+        if held_out is not None:
+            pricing = Pricing(text, options.draws, foreign, options.folder, options.rows, options.base)
+            put_prices(engine, store, profile, held_out, pricing, report)
     return profile
 
 
@@ -110,20 +120,20 @@ def put_evidence(
     engine: Engine,
     store: Store,
     profile: Profile,
-    ways: tuple[Sequence[Scorer], Sequence[str], Sequence[float]],
+    ways: tuple[Sequence[Scorer], Sequence[str], Sequence[Size]],
     held_out: HeldOut | None,
     options: Options,
     report: Report,
 ) -> None:
     """Selections by every scorer, allocator and size of `ways`, and what remains of the model inside them."""
-    scorers, allocators, keeps = ways
+    scorers, allocators, sizes = ways
     if options.search and held_out is not None:
         rivals = [scorer for scorer in scorers if scorer.name not in BASELINES]
-        candidates = make_selections(engine, profile, rivals, keeps, allocators)
-        candidates += make_selections(engine, profile, choose(BASELINES), keeps, [UNIFORM])
+        candidates = make_selections(engine, profile, rivals, sizes, allocators)
+        candidates += make_selections(engine, profile, choose(BASELINES), sizes, [UNIFORM])
         search(engine, store, profile, candidates, held_out, report)
         return
-    selections = put_selections(engine, store, profile, scorers, keeps, allocators)
+    selections = put_selections(engine, store, profile, scorers, sizes, allocators)
     if held_out is not None:
         put_evaluations(engine, store, profile, selections, held_out, report)
 

@@ -1,0 +1,113 @@
+"""What was asked of `moepager profile`, in the words of the job: its text, its engine, its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from engine.config import EngineConfig
+from profiler.allocation import UNIFORM, choose_allocators, size_of
+from profiler.allocators import PLAIN
+from profiler.corpus import Corpus, read_corpus
+from profiler.evidence import KEEPS
+from profiler.job import Options
+from profiler.scorers.registry import BASELINES, SCORERS, choose
+from store.errors import InvalidInput
+from store.hub import model_folder
+from store.records import GENERALIST
+from store.sizes import parse_bytes
+
+SHOWN = 5  # repeated lines of a file that are named one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The command's options by their names, None where one was not given."""
+
+    task: str
+    calibration: Path | None
+    evaluation: Path | None
+    others: Path | None
+    model: str | None
+    memory: str | None
+    scorer: list[str] | None
+    allocator: list[str] | None
+    search: bool
+    base: Path | None
+    keep: list[str] | None
+    draws: int
+    stream: bool | None
+    max_context: int | None
+    batch: int
+    device: str
+    dtype: str
+    threads: int | None
+
+    def texts(self) -> tuple[Corpus | None, Corpus | None, Corpus | None]:
+        """Calibration, evaluation, and other tasks' items. The generalist, and only it, has no calibration."""
+        if (self.calibration is None) != (self.task == GENERALIST):
+            made_of = f"--task {GENERALIST} takes no --calibration: it is made of the other tasks' profiles."
+            missing = self.calibration is None
+            raise InvalidInput("A task needs --calibration FILE." if missing else made_of, param="calibration")
+        for name, given in (("--others", self.others is not None), ("--draws", self.draws > 0)):
+            if given and self.task == GENERALIST:
+                raise InvalidInput(f"The generalist takes no {name}: it has no text, and all tasks are its own.")
+            if given and self.evaluation is None:
+                raise InvalidInput(f"{name} prices what is measured on held-out items: give --eval FILE.", param="eval")
+        return _read(self.calibration), _read(self.evaluation), _read(self.others)
+
+    def config(self) -> EngineConfig:
+        budget = None if self.memory is None else parse_bytes(self.memory)
+        return EngineConfig(
+            model_folder(self.model),
+            memory=budget,
+            device=self.device,
+            dtype=self.dtype,
+            max_context=self.max_context,
+            max_batch=self.batch,
+            threads=self.threads,
+            # An item goes through in one piece.
+            chunk_tokens=max(self.max_context or 2048, 4096 if budget is None else 0),
+        )
+
+    def options(self) -> Options:
+        sizes = [size_of(text) for text in self.keep] if self.keep else list(KEEPS)
+        return Options(
+            scorers=self._scorers(),
+            allocators=tuple(choose_allocators(self.allocator or (PLAIN if self.search else (UNIFORM,)))),
+            keeps=tuple(size for size in sizes if isinstance(size, float)),
+            budgets=tuple(size for size in sizes if isinstance(size, int)),
+            draws=self.draws,
+            rows=self.batch,
+            model_name=self._model_name(),
+            base=self.base,
+            stream=self.stream,
+            search=self.search,
+        )
+
+    def _scorers(self) -> list[str] | None:
+        """A search tries everything that the pass gives anyway; the baselines take part in any case."""
+        if self.search and self.scorer is None:
+            return [name for name, one in SCORERS.items() if not one.needs and name not in BASELINES]
+        choose(self.scorer)
+        return self.scorer
+
+    def _model_name(self) -> str | None:
+        """What the store calls the model: a hub id as it is, a folder by its own name."""
+        if self.model is None:
+            return "demo"
+        return None if Path(self.model).expanduser().is_dir() else self.model
+
+
+def _read(path: Path | None) -> Corpus | None:
+    """The text of one file; repeated lines are named."""
+    if path is None:
+        return None
+    corpus = read_corpus(path)
+    for found in corpus.duplicates[:SHOWN]:
+        typer.echo(f"{corpus.source}, line {found.line} repeats line {found.first_line}: left out.", err=True)
+    if len(corpus.duplicates) > SHOWN:
+        typer.echo(f"{corpus.source}: {len(corpus.duplicates)} repeated lines left out in all.", err=True)
+    return corpus

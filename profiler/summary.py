@@ -1,0 +1,124 @@
+"""What a finished profile says: as one JSON object, and as tables for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from profiler.doubts import gates
+from profiler.scorers.registry import computable
+from profiler.search import reasons_of
+from profiler.stability import split_half_overlap
+from profiler.statistics import Statistics
+from store.database import Store
+from store.intervals import wilson
+from store.records import Evaluation, Profile, StoredSelection
+from store.sizes import show_bytes
+
+LEFT = frozenset({"scorer", "allocator", "items of"})
+
+
+def summary(store: Store, made: Profile) -> dict[str, Any]:
+    statistics = Statistics.from_arrays(made.statistics)
+    judged = gates(statistics, made.tokens)
+    return {
+        "profile_id": made.id,
+        "task": made.task,
+        "model": made.model,
+        "tokens": made.tokens,
+        "statistics": [{"name": name, "shape": list(array.shape)} for name, array in statistics.arrays.items()],
+        "stability": {one.name: split_half_overlap(statistics, one, 0.5) for one in computable(statistics)},
+        "gates": asdict(judged),
+        "doubts": judged.doubts(),
+        "search": reasons_of(store, made.id),
+        "evaluations": [_evaluation(*pair) for pair in store.evaluations.list(made.id)],
+        "prices": [asdict(price) for price in store.prices.list(made.id)],
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    console = Console(width=None)
+    console.print(_evaluations(found))
+    if found["prices"]:
+        console.print(_prices(found))
+    judged = found["gates"]
+    console.print(
+        f"{judged['tokens_per_expert']:.0f} tokens an expert (median), {judged['unseen']:.1%} of the experts never "
+        f"used, routing {judged['skew']:.1f} times as uneven as chance"
+    )
+    for line in (*found["search"], *found["doubts"]):
+        console.print(line, markup=False, highlight=False)
+
+
+def _evaluation(stored: StoredSelection, evidence: Evaluation) -> dict[str, Any]:
+    return {
+        "selection": stored.id,
+        "scorer": stored.scorer,
+        "allocator": stored.allocator,
+        "stand_in": stored.stand_in,
+        "keep": stored.keep,
+        "experts": len(stored.selection),
+        "accuracy": evidence.accuracy,
+        "accuracy_95": None if evidence.accuracy is None else wilson(evidence.accuracy, evidence.items),
+        "retention": evidence.retention,
+        "nll": evidence.nll,
+        "coverage": evidence.coverage,
+        "items": evidence.items,
+    }
+
+
+def _evaluations(found: dict[str, Any]) -> Table:
+    title = f"{found['task']}: profile {found['profile_id']}, {found['tokens']} tokens, {found['seconds']:.1f} s"
+    table = _table(title, "scorer", "allocator", "keep", "experts", "accuracy", "95%", "retention", "nll", "coverage")
+    for row in found["evaluations"]:
+        low, high = row["accuracy_95"] or (None, None)
+        table.add_row(
+            row["scorer"],
+            row["allocator"],
+            f"{row['keep']:g}",
+            str(row["experts"]),
+            _percent(row["accuracy"]),
+            _range(low, high),
+            _percent(row["retention"]),
+            f"{row['nll']:.3f}",
+            _percent(row["coverage"]),
+        )
+    return table
+
+
+def _prices(found: dict[str, Any]) -> Table:
+    of = {row["selection"]: row for row in found["evaluations"]}
+    table = _table(
+        "what each size costs", "scorer", "allocator", "keep", "bytes", "items of", "accuracy", "95%", "draws"
+    )
+    for price in found["prices"]:
+        row = of[price["selection"]]
+        table.add_row(
+            row["scorer"],
+            row["allocator"],
+            f"{row['keep']:g}",
+            show_bytes(price["bytes"]),
+            {"own": "the task", "others": "other tasks"}[price["text"]],
+            _percent(price["accuracy"]),
+            _range(price["low"], price["high"]),
+            " ".join(_percent(accuracy) for accuracy, _ in price["draws"]) or "-",
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in LEFT else "right")
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{low:.0%}-{high:.0%}"
