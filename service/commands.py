@@ -48,6 +48,9 @@ def serve(
         int | None, typer.Option(help="The limit where a request names none. Default: 512.")
     ] = None,
     queue_size: Annotated[int | None, typer.Option(help="Requests that may wait; more get a 503.")] = None,
+    background_wait: Annotated[
+        float | None, typer.Option(help="Seconds a background request waits for experts, then 503; it swaps nothing.")
+    ] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds an answer may take.")] = None,
     index: Annotated[Path | None, typer.Option(help="Folder of the vector index. Default: in memory.")] = None,
     job_memory: Annotated[str | None, typer.Option(help="Bytes for a profiling job. Default: as --memory.")] = None,

@@ -67,12 +67,16 @@ class SamplingFields(BaseModel):
 
 
 class ExpertOptions(Body):
-    """How a request chooses its experts."""
+    """How a request chooses its experts. One of priority `background` never makes others wait for its experts;
+    requests of one `session` keep their task until their queries drift.
+    """
 
     task: Text | None = None
     mode: str | None = None
     keep: Keep | None = None
     scorer: Text | None = None
+    priority: Literal["normal", "background"] | None = None
+    session: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     def wish(self) -> Wish:
         return Wish(self.task, checked_mode(self.mode), self.keep, self.scorer)

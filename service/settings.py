@@ -56,6 +56,7 @@ class Settings(BaseSettings):
     max_batch: int = Field(default=8, gt=0)
     answer_tokens: int = Field(default=512, gt=0)  # the limit of an answer whose request names none
     queue_size: int = Field(default=64, gt=0)
+    background_wait: float = Field(default=30.0, ge=0)  # seconds that a background request waits for its experts
     request_timeout: float = Field(default=600.0, gt=0)  # seconds
     job_memory: Memory | None = None  # bytes for a profiling job, beside the service's own; None: the same as memory
     reload_seconds: float = Field(default=1.0, gt=0)  # between two looks whether tasks or keys in the store changed
