@@ -34,7 +34,7 @@ from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
 from engine.reader import Reader
 from engine.requests import Event, FailedEvent, GenerationRequest, Submission, SwapCost
 from engine.residency import ABSENT
-from engine.restriction import restrict
+from engine.restriction import groups_of, restrict
 from engine.routing import Routing, Switchboard
 from engine.skeleton import Skeleton, build_skeleton
 from engine.stand_ins import DeviceStandIns
@@ -251,6 +251,11 @@ class Engine:
             )
         self.require_free_slot([None])
         return self._experts[layer].outputs(x.to(self.device))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the router chooses groups of experts before it chooses experts."""
+        return any(groups_of(joint.router) > 1 for joint in self._joints)
 
     @property
     def channels(self) -> Channels:

@@ -23,13 +23,21 @@ Route = Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]  # tokens i64 [
 
 def eliminations(engine: Engine, text: Sequence[Encoded], rows: int) -> F64:
     """`order` for every layer, f64 `[L, E]`, on tokens spread evenly over the text."""
+    sample = sample_routing(engine, text, rows)
+    return np.stack([_of_layer(engine, layer, sample(layer)) for layer in range(engine.card.layers)])
+
+
+def sample_routing(engine: Engine, text: Sequence[Encoded], rows: int) -> Callable[[int], tuple[Tensor, ...]]:
+    """For each layer x [m, H], logits [m, E], weights [m, K] and index [m, K] of tokens spread evenly over the text, so
+    many that the outputs of all experts on them are of a bearable size.
+    """
     card = engine.card
     count = max(32, min(TOKENS, OUTPUT_BYTES // (4 * card.experts * card.hidden)))
     sample = _Sample(card.layers)
     for part in cut(engine, _spread(text, count), rows):
         batch = pad(part)
         engine.forward(batch.ids, batch.mask, [None] * len(part), sample)
-    return np.stack([_of_layer(engine, layer, sample.layer(layer, count)) for layer in range(card.layers)])
+    return lambda layer: sample.layer(layer, count)
 
 
 def order(outputs: Tensor, weights: Tensor, index: Tensor, route: Route) -> F64:

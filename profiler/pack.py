@@ -1,0 +1,224 @@
+"""A new checkpoint made of an old one by a recipe: hub layout, loadable by plain transformers, whole or absent.
+
+Everything goes into a folder beside the wanted one, which gets its name when all of it is there. One layer's experts
+are in memory at a time. E' experts after, F channels before, F' after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from engine.channels import Expert
+from engine.engine import Engine
+from profiler.pack_config import channel_dim, is_of_router, shrunken
+from profiler.pack_recipes import NewLayer, Recipe
+from store.checkpoint import CheckpointMap
+from store.errors import BudgetError, CheckpointError, Conflict, InvalidInput, UnsupportedFamily
+from store.experts import ExpertMap
+from store.records import ExpertKey
+from store.sizes import show_bytes
+
+SHARD_BYTES = 1 << 30  # of dense tensors
+CARD, INDEX = "pack.json", "model.safetensors.index.json"
+LEFT_BEHIND = frozenset({"config.json", INDEX, CARD, "README.md"})
+COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
+
+Finish = Callable[[Path], dict[str, Any]]  # the finished folder, still unnamed -> what its card says beside the recipe
+
+
+def write_pack(engine: Engine, recipe: Recipe, folder: Path, finish: Finish) -> dict[str, Any]:
+    """Writes the pack and gives its card. `engine` holds the model to be packed, in the checkpoint's own type.
+
+    Raises Conflict where `folder` exists, UnsupportedFamily where the pack could not be loaded, BudgetError where the
+    disk has no room; whatever goes wrong, nothing is left of it.
+    """
+    if folder.exists():
+        raise Conflict(f"{folder} exists. A pack is never written over anything: choose another folder, or remove it.")
+    _check(engine, recipe)
+    source = CheckpointMap.open(engine.card.folder)
+    config = shrunken(engine.card.folder, engine.channels, engine.card.experts, recipe.kept, recipe.width)
+    with _beside(folder) as made:
+        _check_room(made, source.weight_bytes)
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for pattern in COPIED:
+            for file in engine.card.folder.glob(pattern):
+                if file.name not in LEFT_BEHIND:
+                    shutil.copyfile(file, made / file.name)
+        _write_weights(engine, recipe, source, made)
+        card = {**_card(engine, recipe), **finish(made)}
+        (made / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def _check(engine: Engine, recipe: Recipe) -> None:
+    card = engine.card
+    if not card.top_k <= recipe.kept <= card.experts:
+        raise InvalidInput(
+            f"A packed layer keeps between {card.top_k} (what a token goes through) and {card.experts} experts, got "
+            f"{recipe.kept}.",
+            param="experts",
+        )
+    if engine.plan.dtype != card.geometry.stored:
+        raise UnsupportedFamily(
+            f"The experts are stored as {card.geometry.stored or 'a quantised type'} and were opened as "
+            f"{engine.plan.dtype}. A pack keeps the stored type: open the model with dtype auto, unquantised."
+        )
+    if recipe.kept < card.experts and engine.grouped:
+        raise UnsupportedFamily(
+            "This family's router chooses groups of experts first, and fewer experts would fall into other groups. "
+            "Keep all experts, and fewer channels of each."
+        )
+
+
+def _card(engine: Engine, recipe: Recipe) -> dict[str, Any]:
+    card, before = engine.card, engine.channels.width
+    size = card.layers * recipe.kept * card.expert_bytes * recipe.width // before
+    return {
+        "packed_from": card.fingerprint,
+        "family": card.family,
+        "experts": [card.experts, recipe.kept],
+        "channels": [before, recipe.width],
+        "expert_bytes": [card.layers * card.experts * card.expert_bytes, size],
+        **recipe.said,
+    }
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    made = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        made.mkdir(parents=True)
+        yield made
+        made.rename(folder)
+    except OSError as error:
+        raise BudgetError(
+            f"The pack could not be written to {folder}: {error.strerror or error}. Nothing is left of it. Make room, "
+            "or choose a folder on another disk."
+        ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Before anything is read: a pack takes at most what the model takes."""
+    free = shutil.disk_usage(folder).free
+    if free < size // 16:  # the smallest pack worth the name; what is really too little, the writing says
+        raise BudgetError(f"{folder.parent} has {show_bytes(free)} free; the model has {show_bytes(size)}. Make room.")
+
+
+class _Shards:
+    """Files of tensors, numbered as they come, and at last the index that names them all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._where, self._size = folder, dict[str, int](), 0
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        number = len(set(self._where.values())) + 1
+        self._where |= dict.fromkeys(tensors, number)
+        self._size += sum(tensor.nbytes for tensor in tensors.values())
+        with self._file(number).open("wb") as file:
+            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        numbers = sorted(set(self._where.values()))
+        names = {number: f"model-{number:05d}-of-{len(numbers):05d}.safetensors" for number in numbers}
+        for number, name in names.items():
+            self._file(number).rename(self._folder / name)
+        where = {tensor: names[number] for tensor, number in sorted(self._where.items())}
+        index = {"metadata": {"total_size": self._size}, "weight_map": where}
+        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"part-{number}"
+
+
+def _write_weights(engine: Engine, recipe: Recipe, source: CheckpointMap, folder: Path) -> None:
+    experts = ExpertMap.build(source)
+    shards = _Shards(folder)
+    rows: dict[str, Tensor] = {}  # by block
+    for layer, module in enumerate(experts.modules):
+        made = recipe.layer(layer, _experts(engine, layer))
+        _refuse_nan(made, layer)
+        rows[module.removesuffix(".experts")] = made.rows
+        shards.add(_hub_tensors(engine, source, experts, layer, made.experts))
+    for part in _dense(source, experts):
+        shards.add({name: _routed(name, tensor, rows, engine.card.experts) for name, tensor in part.items()})
+    shards.close()
+
+
+def _experts(engine: Engine, layer: int) -> list[Expert]:
+    """All of a layer, copied out of the bank."""
+    found = {}
+    for number, views in engine.expert_weights(layer):
+        found[number] = engine.channels.split([view.clone().cpu() for view in views])
+    return [found[number] for number in range(engine.card.experts)]
+
+
+def _refuse_nan(made: NewLayer, layer: int) -> None:
+    for number, expert in enumerate(made.experts):
+        tensors = (*expert.inputs, *expert.input_biases, expert.down)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise CheckpointError(
+                f"Expert {number} of MoE layer {layer} of the pack would have NaN or infinity: the checkpoint has. "
+                "Download it again."
+            )
+
+
+def _hub_tensors(
+    engine: Engine, source: CheckpointMap, experts: ExpertMap, layer: int, made: Sequence[Expert]
+) -> dict[str, Tensor]:
+    """The new experts under the names that the old ones have: a tensor for each, or one for all."""
+    module, channels, layout = experts.modules[layer], engine.channels, engine.bank.layout
+    joined = [channels.join(expert) for expert in made]
+    found: dict[str, Tensor] = {}
+    for part in experts.span(ExpertKey(layer, 0)).parts:
+        landing = layout.landings[part.projection]
+        along = channel_dim(layout.parameters[landing.parameter].name, channels) == landing.dim
+        start, length = landing.start, landing.length
+        if along:
+            start, length = (each * made[0].width // channels.width for each in (start, length))
+        cut = [views[landing.parameter].narrow(landing.dim, start, length) for views in joined]
+        if f"{module}.0.{part.projection}" in source.tensors:
+            found |= {f"{module}.{number}.{part.projection}": each for number, each in enumerate(cut)}
+        else:
+            found[f"{module}.{part.projection}"] = torch.stack(cut)
+    return found
+
+
+def _dense(source: CheckpointMap, experts: ExpertMap) -> Iterator[dict[str, Tensor]]:
+    """What every token needs, and prediction heads left out, in parts of bearable size."""
+    part: dict[str, Tensor] = {}
+    for name in experts.dense:
+        span = source.tensors[name]
+        if part and sum(tensor.nbytes for tensor in part.values()) + span.nbytes > SHARD_BYTES:
+            yield part
+            part = {}
+        with safe_open(span.file, framework="pt") as file:
+            part[name] = file.get_tensor(name)
+    if part:
+        yield part
+
+
+def _routed(name: str, tensor: Tensor, rows: dict[str, Tensor], experts: int) -> Tensor:
+    """A dense tensor as it is; of a router, its new rows."""
+    blocks = {block for block in rows if is_of_router(name, {block})}
+    if not blocks or tensor.dim() == 0 or len(tensor) != experts:
+        return tensor
+    mixing = rows[blocks.pop()]  # [E', E]
+    chosen = mixing.argmax(dim=1)
+    if torch.equal(mixing, torch.nn.functional.one_hot(chosen, experts).to(mixing)):
+        return tensor[chosen]  # bit for bit
+    return torch.einsum("ne,e...->n...", mixing, tensor.double()).to(tensor.dtype)
