@@ -3,10 +3,11 @@
 const KEY = "moepager.key";
 
 export class ApiError extends Error {
-  constructor(message, status, code) {
+  constructor(message, status, code, retryAfter = 0) {
     super(message);
     this.status = status;
     this.code = code;
+    this.retryAfter = retryAfter;  // seconds
   }
 }
 
@@ -44,7 +45,8 @@ async function refused(response) {
     // not the service's own words: a proxy's page, or nothing
   }
   if (response.status === 401) document.dispatchEvent(new CustomEvent("key-refused"));
-  return new ApiError(error.message ?? `HTTP ${response.status} ${response.statusText}`, response.status, error.code);
+  const wait = Number(response.headers.get("retry-after")) || 0;
+  return new ApiError(error.message ?? `HTTP ${response.status} ${response.statusText}`, response.status, error.code, wait);
 }
 
 export async function call(method, path, body, signal) {
@@ -81,11 +83,15 @@ export function parse(frame) {
   return comment ? { comment } : null;
 }
 
+const PATIENCE = 3000;  // ms after a look that failed: a service in trouble, or a key's limit, needs no hurry
+
 // Calls `look` now and then every `interval()` ms while running; one at a time, and not while the tab is hidden.
+// What `look` throws goes to `fail`; a refused key ends it until it is started again.
 export class Poll {
-  constructor(look, interval) {
+  constructor(look, interval, fail) {
     this.look = look;
     this.interval = interval;
+    this.fail = fail;
     this.timer = null;
     this.running = false;
     this.turn = 0;
@@ -106,7 +112,14 @@ export class Poll {
   async again() {
     clearTimeout(this.timer);
     const turn = ++this.turn;
-    if (!document.hidden) await this.look();
-    if (this.running && turn === this.turn) this.timer = setTimeout(() => this.again(), this.interval());
+    let wait = 0;
+    try {
+      if (!document.hidden) await this.look();
+    } catch (error) {
+      this.fail(error);
+      if (error.status === 401) this.stop();
+      wait = Math.max(PATIENCE, 1000 * (error.retryAfter ?? 0));
+    }
+    if (this.running && turn === this.turn) this.timer = setTimeout(() => this.again(), Math.max(wait, this.interval()));
   }
 }

@@ -10,7 +10,7 @@ const COLUMNS = ["Task", "State", "Progress", "What it does", "Changed", ""];
 export class Jobs {
   constructor() {
     this.rows = new Map();
-    this.poll = new Poll(() => this.look(), () => (this.active ? 1000 : 4000));
+    this.poll = new Poll(() => this.look(), () => (this.active ? 1000 : 4000), (error) => this.fail(error));
     this.error = h("p", { class: "error", role: "alert", hidden: true });
     this.body = h("tbody", {});
     this.empty = h("p", { class: "empty", hidden: true }, "No job yet. A task's page starts one.");
@@ -40,14 +40,14 @@ export class Jobs {
   }
 
   async look() {
-    try {
-      const { jobs } = await call("GET", "/v1/jobs");
-      this.error.hidden = true;
-      this.draw([...jobs].sort((a, b) => b.created.localeCompare(a.created)));
-    } catch (error) {
-      setText(this.error, error.message);
-      this.error.hidden = false;
-    }
+    const { jobs } = await call("GET", "/v1/jobs");
+    this.error.hidden = true;
+    this.draw([...jobs].sort((a, b) => b.created.localeCompare(a.created)));
+  }
+
+  fail(error) {
+    setText(this.error, error.message);
+    this.error.hidden = false;
   }
 
   // Rows stay where they are and only change: focus and screen readers are not thrown about.
@@ -73,11 +73,10 @@ export class Jobs {
     if (!(await confirm(`Cancel the job of the task ${job.task}? What it has read so far is kept for the next one.`, "Cancel the job"))) return;
     try {
       await call("DELETE", `/v1/jobs/${encodeURIComponent(job.id)}`);
+      await this.look();
     } catch (error) {
-      setText(this.error, error.message);
-      this.error.hidden = false;
+      this.fail(error);
     }
-    await this.look();
   }
 }
 

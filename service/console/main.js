@@ -71,6 +71,7 @@ async function begin() {
     replace(notice, error.message, " ", h("button", { type: "button", onclick: retry }, "Try again"));
     notice.hidden = false;
     if (error.status === 401) askForKey(reload);
+    if (error.status === 503) setTimeout(retry, 1500);  // the model is still loading
     return false;
   }
   notice.hidden = true;

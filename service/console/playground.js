@@ -16,6 +16,7 @@ const MODES = [
 export class Playground {
   constructor() {
     this.messages = [];
+    this.session = newSession();
     this.abort = null;
     this.buildSide();
     this.buildComposer();
@@ -94,6 +95,7 @@ export class Playground {
   clear() {
     this.stop();
     this.messages = [];
+    this.session = newSession();
     replace(this.log);
     this.empty.hidden = false;
     setText(this.status, "");
@@ -105,7 +107,7 @@ export class Playground {
   }
 
   body(messages) {
-    const expert = {};
+    const expert = this.along.checked ? { session: this.session } : {};
     if (this.task.value !== AUTOMATIC) expert.task = this.task.value.slice(1);
     const mode = this.modes.querySelector("input:checked").value;
     if (mode) expert.mode = mode;
@@ -144,12 +146,14 @@ export class Playground {
     this.abort = new AbortController();
     this.send.disabled = true;
     this.stopper.disabled = false;
+    this.log.setAttribute("aria-busy", "true");  // an answer is read out once it is whole
     setText(this.status, "Waiting for the first token.");
   }
 
   end(status) {
     const focused = document.activeElement === this.stopper || document.activeElement === document.body;
     this.abort = null;
+    this.log.removeAttribute("aria-busy");
     this.send.disabled = false;
     this.stopper.disabled = true;
     setText(this.status, status);
@@ -252,6 +256,11 @@ class Turn {
     const rate = this.rate ? `, ${this.rate.toFixed(1)} tokens/s` : "";
     return `${this.stopped ? "Stopped" : "Answered"}: ${this.tokens} tokens${rate}`;
   }
+}
+
+// The service keeps the task of a conversation that has a name. (randomUUID is not there without TLS.)
+function newSession() {
+  return Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(16).padStart(8, "0")).join("");
 }
 
 function ranking(found) {

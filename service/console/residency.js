@@ -9,7 +9,7 @@ const LOOK_MS = 1000;
 
 export class Residency {
   constructor() {
-    this.poll = new Poll(() => this.look(), () => LOOK_MS);
+    this.poll = new Poll(() => this.look(), () => LOOK_MS, (error) => this.fail(error));
     this.paused = false;
     this.selections = { changes: null, tasks: {} };
     this.map = new ExpertMap((cell) => this.showCell(cell));
@@ -71,19 +71,15 @@ export class Residency {
   }
 
   async look() {
-    try {
-      const found = await call("GET", "/v1/residency?experts=true");
-      if (found.changes !== this.selections.changes) {
-        this.selections = await call("GET", "/v1/residency/selections");
-        const tasks = Object.keys(this.selections.tasks).map((name) => [`=${name}`, `selection of ${name}`]);
-        options(this.colours, [["state", "state"], ["shared", "how many tasks keep it"], ...tasks]);
-      }
-      this.found = found;
-      this.error.hidden = true;
-      this.draw();
-    } catch (error) {
-      this.fail(error);
+    const found = await call("GET", "/v1/residency?experts=true");
+    if (found.changes !== this.selections.changes) {
+      this.selections = await call("GET", "/v1/residency/selections");
+      const tasks = Object.keys(this.selections.tasks).map((name) => [`=${name}`, `selection of ${name}`]);
+      options(this.colours, [["state", "state"], ["shared", "how many tasks keep it"], ...tasks]);
     }
+    this.found = found;
+    this.error.hidden = true;
+    this.draw();
   }
 
   fail(error) {

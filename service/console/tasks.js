@@ -7,7 +7,7 @@ import { bytes, fixed, percent } from "./format.js";
 import { NewTask } from "./new_task.js";
 
 const BASELINES = ["random", "frequency"];
-const NEW = "+new";
+const NEW = " new";  // no task's name begins with a space
 
 export class Tasks {
   constructor() {

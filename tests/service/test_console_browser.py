@@ -56,6 +56,11 @@ def field(page: Page, name: str) -> str | None:
     return page.locator(f"[data-field={name}] dd").last.text_content()
 
 
+def check_accessible(page: Page) -> None:
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_section_loads_cleanly_and_is_accessible(site: str, visit: Visit, scheme: str) -> None:
     page = visit(site, color_scheme=scheme)
@@ -68,8 +73,14 @@ def test_every_section_loads_cleanly_and_is_accessible(site: str, visit: Visit, 
         if name == "Tasks":
             page.get_by_role("link", name="cooking").click()
             expect(page.locator("svg.chart")).to_be_visible()
-        found = Axe().run(page)
-        assert found.violations_count == 0, found.generate_report()
+        check_accessible(page)
+    section(page, "Tasks")
+    page.get_by_role("link", name="New task").click()
+    expect(page.get_by_label("Name")).to_be_focused()
+    check_accessible(page)
+    page.get_by_role("button", name="Key").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    check_accessible(page)
 
 
 def test_an_answer_streams_in_and_ends_with_its_receipt(site: str, visit: Visit) -> None:
@@ -110,14 +121,21 @@ def test_what_is_chosen_is_what_is_asked_for(site: str, visit: Visit) -> None:
     answered(page)
     assert (field(page, "task"), field(page, "keep"), field(page, "reason")) == ("sql", "25.0%", "named in the request")
     body = sent.value.post_data_json
+    session = body["expert"].pop("session")
+    assert re.fullmatch("[0-9a-f]{32}", session)
     assert body["expert"] == {"task": "sql", "mode": "mask", "keep": 0.25}
     assert (body["max_tokens"], body["temperature"], body["messages"][0]["role"]) == (4, 0, "system")
     with page.expect_request("**/v1/chat/completions") as sent:
         ask(page, "and for rice", 4)
     assert [m["role"] for m in sent.value.post_data_json["messages"]] == ["system", "user", "assistant", "user"]
+    assert sent.value.post_data_json["expert"]["session"] == session
     expect(page.locator(".turn")).to_have_count(2)
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator(".turn")).to_have_count(0)
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, EGG, 4)
+    assert len(sent.value.post_data_json["messages"]) == 2
+    assert sent.value.post_data_json["expert"]["session"] != session
 
 
 def test_a_refusal_is_shown_in_the_services_own_words(site: str, visit: Visit) -> None:
