@@ -318,3 +318,57 @@ def test_on_a_disk_that_dawdles_and_fails_whoever_is_answered_is_answered_right(
     assert engine.residency().leased == 0
     assert not engine.bank.residency.unfilled
     engine.bank.residency.check()
+
+
+def test_a_disk_that_stalls_costs_the_rows_that_run_nothing(
+    engine: Engine, worker: EngineWorker, disk: Disk, ask: Ask, monkeypatch: pytest.MonkeyPatch,
+    right: Callable[[Selection | None], str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(engine._reader, "_patience", 0.2)
+    running = worker.submit(ask(PROMPT, EARLY, max_tokens=400))
+    _tokens(running, 2)
+    disk.hold()
+    stalled = [worker.submit(ask(PROMPT, LATE, max_tokens=8)) for _ in range(2)]
+    for stream in stalled:
+        with pytest.raises(CheckpointError, match="The disk stalls"):
+            list(stream)
+    _tokens(running, 20)
+    running.close()
+    disk.gate.set()
+    assert _done(worker.submit(ask(PROMPT, LATE, max_tokens=8))).text == right(LATE)
+    assert _leased(worker) == 0
+
+
+def test_a_client_that_goes_away_while_its_prompt_goes_through_is_let_go(
+    checkpoint: Checkpoint, open_engine: Open, ask: Ask
+) -> None:
+    engine = open_engine(checkpoint("qwen2_moe"), chunk_tokens=8)
+    engine.tokenizer.eos = frozenset()
+    leaving, staying = ask(PROMPT, EARLY, max_tokens=4), ask(PROMPT, LATE, max_tokens=4)
+    *_, alone = engine.generate([staying])
+    assert isinstance(alone, FinishedEvent)
+    with Batch(engine) as batch:
+        batch.admit(0, leaving)
+        batch.admit(1, staying)
+        assert not list(batch.step())  # the first of several chunks of both
+        leaving.cancelled.set()
+        events = [event for _ in range(12) for event in batch.step()]
+    ended = {event.row: event for event in events if isinstance(event, FinishedEvent)}
+    assert (ended[0].reason, ended[0].completion_tokens) == ("cancelled", 0)
+    assert ended[1].text == alone.text
+
+
+def test_more_tasks_at_once_than_fit_are_all_answered_one_after_the_other(
+    checkpoint: Checkpoint, open_engine: Open, ask: Ask, right: Callable[[Selection | None], str]
+) -> None:
+    folder = checkpoint("qwen2_moe", max_shard_size="15KB")
+    roomy = open_engine(folder, chunk_tokens=64)
+    tight = open_engine(folder, chunk_tokens=64, memory=roomy.plan.fixed_bytes + 14 * roomy.plan.slot_bytes)
+    tight.tokenizer.eos = frozenset()
+    assert tight.plan.slots < 24  # of three selections of twelve, one at a time fits
+    wanted = [EARLY, LATE, BOTH, None, LATE, EARLY, None, BOTH]
+    with EngineWorker(tight) as worker:
+        streams = [worker.submit(ask(PROMPT, selection, max_tokens=8)) for selection in wanted]
+        for selection, stream in zip(wanted, streams, strict=True):
+            assert _done(stream).text == right(selection)
+        assert _leased(worker) == 0

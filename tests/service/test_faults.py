@@ -1,0 +1,141 @@
+"""Faults of the disk and of clients as they look over HTTP, on the real engine: whoever is concerned hears of it."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from engine import reader
+from engine.engine import Engine
+from service.parts import Parts
+
+EGG = "how long do I boil an egg"
+ROWS = "select rows from orders"
+Live = Callable[[FastAPI], AbstractContextManager[str]]
+Events = Callable[[str], list[tuple[str, Any]]]
+
+
+@pytest.fixture
+def gate(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing is resident; no read comes back while the gate is closed."""
+    gate, real = threading.Event(), os.preadv
+
+    def held(descriptor: int, buffers: Sequence[Any], offset: int) -> int:
+        gate.wait(20)
+        return real(descriptor, buffers, offset)
+
+    gate.set()
+    parts.worker.run(Engine.evict).result(10)
+    monkeypatch.setattr(reader.os, "preadv", held)
+    yield gate
+    gate.set()
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_while_its_experts_are_read_leaves_nothing_behind(
+    app: FastAPI, live: Live, parts: Parts, gate: threading.Event, stream: bool
+) -> None:
+    gate.clear()
+    with live(app) as url:
+        connection = http.client.HTTPConnection(urlsplit(url).netloc)
+        body = json.dumps({"query": EGG, "stream": stream, "max_tokens": 50})
+        connection.request("POST", "/v1/query", body, {"content-type": "application/json"})
+        _wait_for(lambda: parts.engine.residency().leased > 0)
+        connection.close()
+        _wait_for(lambda: parts.engine.residency().leased == 0 and not parts.worker.running)  # the gate is still closed
+        gate.set()
+        assert httpx.post(f"{url}/v1/query", json={"query": EGG, "max_tokens": 2}, timeout=20).status_code == 200
+    parts.worker.run(lambda engine: engine.bank.residency.check()).result(10)
+
+
+def test_a_failed_read_is_told_in_either_form_and_the_next_request_is_right(
+    client: TestClient, parts: Parts, events_of: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    body = {"query": EGG, "max_tokens": 4}
+    right = client.post("/v1/query", json=body).json()["answer"]
+    parts.worker.run(Engine.evict).result(10)
+    monkeypatch.setattr(reader.os, "preadv", fail)
+    plain = client.post("/v1/query", json=body)
+    streamed = events_of(client.post("/v1/query", json={**body, "stream": True}).text)[-1][1]
+    monkeypatch.undo()
+    assert (plain.status_code, plain.json()["error"]["code"]) == (422, "bad_checkpoint")
+    for error in (plain.json()["error"], streamed["error"]):
+        assert "Input/output error" in error["message"]
+    assert client.post("/v1/query", json=body).json()["answer"] == right
+    assert parts.worker.run(lambda engine: engine.residency().leased).result(10) == 0
+
+
+PROGRAM = """
+import os, sys, time
+from engine import reader
+from service.server import run_server
+from service.settings import load_settings
+
+real = os.preadv
+def slow(*args):
+    if os.path.exists(sys.argv[3]):  # once the service is ready
+        os.write(1, b"reading\\n")
+        time.sleep(0.3)
+    return real(*args)
+reader.os.preadv = slow
+run_server(load_settings(model=sys.argv[1], store=sys.argv[2], embedder="hash", max_context=256, port=0))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_in_mid_swap_stops_the_service_in_order(model_folder: Path, store_url: str, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", PROGRAM, str(model_folder), store_url, str(tmp_path / "slow")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        url = next(line.split()[2].rstrip(";") for line in process.stdout if line.startswith("Listening on "))
+        while httpx.get(f"{url}/readyz").status_code != 200:
+            time.sleep(0.05)
+        (tmp_path / "slow").touch()
+        outcomes: list[int | str] = []
+        asking = threading.Thread(target=lambda: outcomes.append(_ask(url)))
+        asking.start()
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        asking.join(20)
+    assert process.returncode in (0, -signal.SIGTERM), errors  # uvicorn raises the signal again when all is closed
+    assert "Traceback" not in errors
+    assert outcomes
+    assert outcomes[0] in (200, 503, "closed")  # answered within the grace, told to come back, or cut off
+
+
+def _ask(url: str) -> int | str:
+    try:
+        return httpx.post(f"{url}/v1/query", json={"query": ROWS, "max_tokens": 2}, timeout=60).status_code
+    except httpx.TransportError:
+        return "closed"
