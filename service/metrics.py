@@ -33,6 +33,9 @@ class Metrics:
         self._tokens = self._counter("tokens", "Tokens read and written.", ("kind",))
         self._swaps = self._counter("swaps", "Queries that had to wait for experts.", of_task)
         self._bytes = self._counter("bytes_paged", "Bytes of experts read for queries.", of_task)
+        self._drifts = self._counter(
+            "drift", "Alarms that a task's traffic is not what its profile was made of.", ("task",)
+        )
         self._hits = self._counter("expert_hits", "Experts of a selection that were there already.", ("task",))
         self._misses = self._counter("expert_misses", "Experts of a selection that had to be paged in.", ("task",))
         self._ttft = self._histogram("ttft_seconds", "From the queue to the first token.", FIRST, of_task)
@@ -70,6 +73,9 @@ class Metrics:
 
     def answered(self, status: int) -> None:
         self._responses.labels(str(status)).inc()
+
+    def drifted(self, task: str) -> None:
+        self._drifts.labels(task).inc()
 
     def ended(self, task: str | None, mode: str, outcome: str) -> None:
         self._requests.labels(task or NO_TASK, mode, outcome).inc()

@@ -15,6 +15,7 @@ from engine.requests import Event, FinishedEvent, SwapCost
 from engine.worker import TokenStream
 from service.access_log import log_query
 from service.answer import Prepared, make_receipt
+from service.discovery import Discovery
 from service.metrics import Metrics
 from service.parts import Parts
 from service.receipt import Receipt
@@ -26,10 +27,13 @@ PING_SECONDS = 15.0  # a silent stream sends a comment this often
 class Running:
     """A submitted prompt. `cancel` may be called at any time, from any thread, and more than once."""
 
-    def __init__(self, prepared: Prepared, stream: TokenStream, metrics: Metrics, timeout: float) -> None:
+    def __init__(
+        self, prepared: Prepared, stream: TokenStream, metrics: Metrics, discovery: Discovery, timeout: float
+    ) -> None:
         self.prepared = prepared
         self._stream = stream
         self._metrics = metrics
+        self._discovery = discovery
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
         self._first: float | None = None  # when the first token came
@@ -87,6 +91,7 @@ class Running:
         self._metrics.ended(task, self.prepared.serving.mode, outcome)
         if finished is not None:
             self._metrics.finished(task, finished, self._each(finished))
+            self._discovery.served(self.prepared.serving, finished)
         log_query(self.prepared, outcome, finished)
 
     def _each(self, finished: FinishedEvent) -> float | None:
@@ -103,7 +108,7 @@ def submit(prepared: Sequence[Prepared], parts: Parts) -> list[Running]:
     try:
         for one in prepared:
             stream = parts.worker.submit(one.request)
-            running.append(Running(one, stream, parts.metrics, parts.settings.request_timeout))
+            running.append(Running(one, stream, parts.metrics, parts.discovery, parts.settings.request_timeout))
     except MoepagerError:
         cancel_all(running)
         raise
