@@ -11,6 +11,7 @@ from pathlib import Path
 from store.errors import InvalidInput
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "own", "torch")
 READ_AHEAD = 8  # experts; docs/performance.md says what other bounds cost
 
 
@@ -28,6 +29,9 @@ class EngineConfig:
 
     `stand_ins` is how many tasks' stand-ins (one vector for each expert of the model) are on the device at once;
     0 serves no selection that has them.
+
+    `kernel` chooses who multiplies few rows by a matrix, which is what decoding does: our own compiled products or
+    torch. "auto" takes our own where they were built and fit device and dtype, "own" refuses to open without them.
     """
 
     model: Path
@@ -40,11 +44,14 @@ class EngineConfig:
     chunk_tokens: int | None = None
     read_ahead: int | None = None
     stand_ins: int = 0
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))
         if self.dtype not in DTYPES:
             raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.", param="dtype")
+        if self.kernel not in KERNELS:
+            raise InvalidInput(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}.", param="kernel")
         for name in ("memory", "max_context", "max_batch", "threads", "chunk_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,7 +1,8 @@
 """The routed experts' forward over the bank's slots, registered in transformers' experts dispatch as "moepager".
 
-One product per expert that was hit, over views of its slot: weights are never gathered. Each family's own activation,
-biases and orientation come from its module. T tokens, k experts a token, H hidden, n tokens of one expert.
+Few tokens, as in decoding, go to engine.products in one call a layer where it knows the family's arithmetic. Otherwise
+one product per expert that was hit, over views of its slot: weights are never gathered, and each family's own
+activation, biases and orientation come from its module. T tokens, k experts a token, H hidden, n tokens of one expert.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from engine.bank import Bank
-from engine.kernels import linear, product
+from engine.kernels import Kernels, product
 from engine.layout import SlotLayout
 from engine.observer import ChannelObserver, Observer
+from engine.products import ExpertShape, Products, expert_shape
+from engine.residency import NOBODY
 from store.errors import UnsupportedFamily
 
 IMPLEMENTATION = "moepager"
 CONTRACT = ("has_gate", "has_bias", "is_transposed", "num_experts")
+FEW = 16  # tokens that go to engine.products; with more, an expert has so many that torch is faster
 
 FeedForward = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
@@ -42,20 +46,24 @@ class Stages:
 class PagedExperts:
     """One layer's experts: asks the bank for those that were hit and runs them."""
 
-    def __init__(self, layer: int, module: Any, bank: Bank) -> None:
+    def __init__(self, layer: int, module: Any, bank: Bank, kernels: Kernels) -> None:
         self.layer = layer
         self.observer: Observer | None = None
         self.added: dict[int, Tensor] = {}  # by layer, [T, H]: what routing adds in place of experts that are left out
         self._bank = bank
         self._experts = int(module.num_experts)
-        self.stages = stages(module, bank.layout)
+        self.stages = stages(module, bank.layout, kernels)
         self._feed_forward: FeedForward = self.stages
+        self._compiled = compiled_experts(module, bank.layout, kernels)
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """`hidden` [T, H], `index` and `weights` [T, k] -> [T, H]. No expert sees what has an index of E: padding, and
         choices that something else stands in for."""
-        if len(hidden) == 1 and self.observer is None:
-            return self._one(hidden, index, weights)
+        if self.observer is None:
+            if isinstance(self._compiled, Compiled) and len(hidden) <= FEW and hidden.dtype == self._bank.layout.dtype:
+                return self._few(self._compiled, hidden.contiguous(), index, weights)
+            if len(hidden) == 1:
+                return self._one(hidden, index, weights)
         combined = self._many(hidden, index, weights)  # [T, H]
         if self.observer is not None:
             self.observer.combined(self.layer, combined)
@@ -74,6 +82,21 @@ class PagedExperts:
         with closing(self._bank.visit(self.layer, range(self._experts))) as visit:
             for expert, slot in visit:
                 yield expert, self._bank.views[slot]
+
+    def _few(self, compiled: Compiled, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """All experts in one call where all are at hand, else each as it comes: the sums are the same bit for bit."""
+        chosen: list[int] = index.flatten().tolist()
+        outputs = hidden.new_empty(len(chosen), hidden.shape[1], dtype=torch.float32)  # [T*k, H]
+        slots = self._bank.at_hand(self.layer, chosen)
+        if slots is None:
+            slots = [NOBODY if expert == self._experts else expert for expert in chosen]
+            with closing(self._bank.visit(self.layer, sorted({*chosen} - {self._experts}))) as visit:
+                for expert, slot in visit:
+                    mine = [slot if each == expert else NOBODY for each in chosen]
+                    compiled.own.experts(compiled.shape, self._bank.memory, hidden, mine, outputs)
+        else:
+            compiled.own.experts(compiled.shape, self._bank.memory, hidden, slots, outputs)
+        return compiled.own.combine(outputs, slots, weights, hidden.dtype)  # [T, H]
 
     def _one(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A single token, as in decoding one row: nothing to sort, gather or scatter."""
@@ -155,7 +178,24 @@ def bind(module: Any, paged: PagedExperts) -> None:
     module.moepager = paged
 
 
-def stages(module: Any, layout: SlotLayout) -> Stages:
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """engine.products, where it knows the experts' arithmetic."""
+
+    own: Products
+    shape: ExpertShape
+
+
+def compiled_experts(module: Any, layout: SlotLayout, kernels: Kernels) -> Compiled | str:
+    """A string says why there is none."""
+    if kernels.own is None:
+        return kernels.name
+    gate = getattr(type(module), "_apply_gate", None)
+    shape = expert_shape(module, layout, plain_gate=gate is _default_apply_gate)
+    return shape if isinstance(shape, str) else Compiled(kernels.own, shape)
+
+
+def stages(module: Any, layout: SlotLayout, kernels: Kernels) -> Stages:
     """The module's own arithmetic for one expert. Raises UnsupportedFamily without transformers' experts contract."""
     kind = type(module).__name__
     if lacking := [name for name in CONTRACT if not hasattr(module, name)]:
@@ -167,7 +207,7 @@ def stages(module: Any, layout: SlotLayout) -> Stages:
         raise UnsupportedFamily(f"{kind} keeps an expert as {', '.join(names)}; the contract is {', '.join(wanted)}.")
     gate = module._apply_gate if module.has_gate else module.act_fn
     after = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
-    step, biased = (product if module.is_transposed else linear), bool(module.has_bias)
+    step, biased = (product if module.is_transposed else kernels.linear), bool(module.has_bias)
     out = _product(step, 2 if biased else 1, biased)
     return Stages(_product(step, 0, biased), gate, out if after is None else lambda h, views: after(out(h, views)))
 
@@ -178,4 +218,4 @@ def _product(step: Callable[..., Tensor], at: int, biased: bool) -> FeedForward:
         return lambda x, views: step(x, views[at])
     if step is product:
         return lambda x, views: product(x, views[at]) + views[at + 1]
-    return lambda x, views: linear(x, views[at], views[at + 1])
+    return lambda x, views: step(x, views[at], views[at + 1])

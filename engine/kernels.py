@@ -1,19 +1,80 @@
-"""Matrix products with few different shapes, for the CPU in 16 bits, where oneDNN compiles a kernel for every shape.
+"""Which matrix products an engine uses: our own for few rows (engine.products), torch's for many.
 
-Such a kernel takes about a megabyte that is not given back, and a fifth of a millisecond; every prompt length and every
-number of tokens that an expert gets would be another. So rows are padded to powers of two, which costs next to nothing.
+In 16 bits on the CPU oneDNN compiles a kernel for every shape, about a megabyte that is not given back and a fifth of a
+millisecond. So what goes to torch there is padded to powers of two of rows, which costs next to nothing.
+
 M rows, K columns, N outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import products
+from engine.products import Products, multiplies
+from store.errors import InvalidInput
+
 COMPILED = frozenset({torch.bfloat16, torch.float16})
+FEW: Mapping[torch.dtype, int] = {torch.float32: 8, torch.bfloat16: 4}  # rows; above, torch is faster: measured
+
+
+class Kernels:
+    """`own` None: torch computes everything, and `name` says why."""
+
+    def __init__(self, own: Products | None, name: str) -> None:
+        self.own = own
+        self.name = name
+
+    @classmethod
+    def choose(cls, wish: str, dtype: torch.dtype, device: torch.device) -> Kernels:
+        """`wish` as in EngineConfig.kernel. Raises InvalidInput where "own" can't be had."""
+        reason = _reason_against(wish, dtype, device)
+        if not reason:
+            own = Products(next(iter(products.instruction_sets())))
+            return cls(own, f"own ({own.instruction_set})")
+        if wish == "own":
+            raise InvalidInput(
+                f'kernel "own" was asked for, but our own products are {reason}. Install with a C compiler at hand '
+                '(gcc) and serve float32 or bfloat16 on the CPU, or leave kernel at "auto".',
+                param="kernel",
+            )
+        return cls(None, f"torch (our own are {reason})")
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` [M, K], `weight` [N, K] -> [M, N]"""
+        if self.own is not None and len(x) <= FEW.get(x.dtype, 0) and multiplies(x, weight):
+            return self.own.linear(x, weight, bias)
+        return linear(x, weight, bias)
+
+    def adopt(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        """Every linear layer of `model` takes these products; nothing is done where torch's own do as well."""
+        if self.own is not None or (dtype in COMPILED and device.type == "cpu"):
+            for module in model.modules():
+                if type(module) is nn.Linear:
+                    self._take_over(module)
+
+    def _take_over(self, module: Any) -> None:
+        def forward(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])  # [M, K]
+            return self.linear(flat, module.weight, module.bias).view(*x.shape[:-1], -1)
+
+        module.forward = forward
+
+
+def _reason_against(wish: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Why our own products are not used; empty where they are."""
+    if wish == "torch":
+        return "switched off"
+    if products.missing:
+        return products.missing
+    if device.type != "cpu":
+        return f"for the CPU, not for {device.type}"
+    return "" if dtype in FEW else f"not for {str(dtype).removeprefix('torch.')}"
 
 
 def pad_rows(x: Tensor) -> Tensor:
@@ -25,30 +86,14 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` [M, K], `weight` [N, K] -> [M, N]"""
+    """torch's: `x` [M, K], `weight` [N, K] -> [M, N]"""
     padded = pad_rows(x)  # [M', K]
     y = F.linear(padded, weight, bias)  # [M', N]
     return y if padded is x else y[: len(x)]
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` [M, K], `weight` [K, N] -> [M, N]"""
+    """torch's: `x` [M, K], `weight` [K, N] -> [M, N]"""
     padded = pad_rows(x)  # [M', K]
     y = padded @ weight  # [M', N]
     return y if padded is x else y[: len(x)]
-
-
-def bound_shapes(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Every linear layer of `model` pads its rows; nothing is done where no kernels are compiled."""
-    if dtype in COMPILED and device.type == "cpu":
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                _pad_rows_of(module)
-
-
-def _pad_rows_of(module: Any) -> None:
-    def forward(x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # [M, K]
-        return linear(flat, module.weight, module.bias).view(*x.shape[:-1], -1)
-
-    module.forward = forward

@@ -128,6 +128,7 @@ def test_an_exact_row_that_cannot_read_fails_alone_and_the_others_lose_no_token(
         return real(layer, experts)
 
     monkeypatch.setattr(engine.bank, "visit", visit)
+    monkeypatch.setattr(engine.bank, "at_hand", lambda *_: None)
     ours, theirs = _run(engine, [(0, mask), (2, exact)])
     assert isinstance(theirs.error, CheckpointError)
     assert theirs.tokens

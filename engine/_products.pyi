@@ -1,0 +1,32 @@
+Layout = tuple[int, int, int, int, int, int, int, int, int, int]
+
+def sets() -> dict[str, int]: ...
+def product(
+    chosen: int,
+    dtype: int,
+    x: int,
+    weights: int,
+    bias: int,
+    y: int,
+    rows: int,
+    outputs: int,
+    columns: int,
+    stride: int,
+    threads: int,
+    /,
+) -> None: ...
+def experts(
+    chosen: int,
+    layout: Layout,
+    bank: int,
+    x: int,
+    tokens: int,
+    top_k: int,
+    slots: list[int],
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+def combine(
+    y: int, slots: list[int], weights: int, weights_dtype: int, out: int, dtype: int, tokens: int, hidden: int, /
+) -> None: ...

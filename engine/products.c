@@ -1,0 +1,423 @@
+/* Products of few rows with row-major weights, which are read once, as fast as memory gives them; and an MoE layer's
+ * experts for few tokens, over the bank's slots. Python holds every buffer and passes addresses; nothing is kept here.
+ *
+ * Sums are 32-bit floats. Loops are compiled for several instruction sets and chosen by what the processor has. Threads
+ * are OpenMP's, the same runtime that torch brings. docs/performance.md says what each choice gains.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE inline __attribute__((always_inline))
+
+enum { FLOAT32, BFLOAT16 };
+enum { SILU, GELU, GELU_TANH, RELU };
+
+#define LINE 64                 /* bytes of a cache line */
+#define AHEAD 8192              /* bytes: weights are on their way into the second cache this far before their use */
+#define WORTH_A_THREAD (1 << 18) /* bytes of weights; waking a thread for fewer takes longer than reading them */
+
+typedef float four __attribute__((vector_size(16)));
+
+struct matrix {
+    const char *weights; /* [rows, columns], rows `stride` entries apart */
+    const char *bias;    /* [rows] or NULL */
+    long rows, columns, stride;
+};
+
+static INLINE float number(const char *from, const int dtype)
+{
+    float value;
+    if (dtype == FLOAT32) {
+        memcpy(&value, from, 4);
+    } else {
+        uint16_t half;
+        memcpy(&half, from, 2);
+        uint32_t word = (uint32_t)half << 16;
+        memcpy(&value, &word, 4);
+    }
+    return value;
+}
+
+/* Rounds to the nearest, ties to even, as torch does. */
+static INLINE void put(char *to, float value, const int dtype)
+{
+    if (dtype == FLOAT32) {
+        memcpy(to, &value, 4);
+        return;
+    }
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    uint16_t half = isnan(value) ? 0x7fc0 : (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+    memcpy(to, &half, 2);
+}
+
+#define PASTE(a, b) a##_##b
+#define EXPAND(a, b) PASTE(a, b)
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SETS 3
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#define NAME(x) EXPAND(x, v4)
+#define LANES 16
+#define BLOCK 4
+#include "products_variant.h"
+#undef NAME
+#undef LANES
+#undef BLOCK
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define NAME(x) EXPAND(x, v3)
+#define LANES 8
+#define BLOCK 2
+#include "products_variant.h"
+#undef NAME
+#undef LANES
+#undef BLOCK
+#pragma GCC pop_options
+#else
+#define SETS 1
+#endif
+
+#define NAME(x) EXPAND(x, base)
+#define LANES 4
+#ifdef __aarch64__
+#define BLOCK 4
+#else
+#define BLOCK 2
+#endif
+#include "products_variant.h"
+
+typedef void (*multiply_t)(const struct matrix *, int, const float *const *, long, float *const *, long, long);
+
+static const struct {
+    const char *name;
+    multiply_t multiply;
+} sets[SETS] = {
+#if SETS == 3
+    {"AVX-512", multiply_v4},
+    {"AVX2", multiply_v3},
+    {"SSE2", multiply_base},
+#elif defined(__aarch64__)
+    {"NEON", multiply_base},
+#else
+    {"portable", multiply_base},
+#endif
+};
+
+static int runs_here(int set)
+{
+#if SETS == 3
+    __builtin_cpu_init();
+    if (set == 0)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (set == 1)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return set < SETS;
+}
+
+static INLINE long share(long total, int part, int parts)
+{
+    return total * part / parts;
+}
+
+static int threads_for(long bytes, int threads)
+{
+    long worth = bytes / WORTH_A_THREAD;
+    return worth < 1 ? 1 : worth < threads ? (int)worth : threads;
+}
+
+static void widen(const char *from, int dtype, long count, float *to)
+{
+    const long size = dtype == FLOAT32 ? 4 : 2;
+    for (long i = 0; i < count; i++)
+        to[i] = number(from + i * size, dtype);
+}
+
+/* x [rows, columns] times the matrix -> y [rows, m->rows] in `dtype`; `room` holds both as floats. */
+static void product(multiply_t multiply, const struct matrix *m, int dtype, const char *x, long rows, char *y, float *room,
+                    const float **inputs, float **outputs, int threads)
+{
+    const long size = dtype == FLOAT32 ? 4 : 2;
+    float *found = room + rows * m->columns;
+    widen(x, dtype, rows * m->columns, room);
+    for (long row = 0; row < rows; row++) {
+        inputs[row] = room + row * m->columns;
+        outputs[row] = dtype == FLOAT32 ? (float *)y + row * m->rows : found + row * m->rows;
+    }
+    threads = threads_for(m->rows * m->columns * size, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        multiply(m, dtype, inputs, rows, outputs, share(m->rows, part, parts), share(m->rows, part + 1, parts));
+    }
+    if (dtype != FLOAT32)
+        for (long i = 0; i < rows * m->rows; i++)
+            put(y + 2 * i, found[i], dtype);
+}
+
+static INLINE float activated(float x, const int activation)
+{
+    switch (activation) {
+    case SILU: return x / (1 + expf(-x));
+    case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
+    case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    default: return x > 0 ? x : 0;
+    }
+}
+
+/* How an expert lies in a slot: offsets in bytes, -1 where there is no bias. */
+struct layout {
+    int dtype, activation, gated;
+    long hidden, inner, slot_bytes, up, up_bias, down, down_bias;
+};
+
+static struct matrix up_of(const struct layout *l, const char *slot)
+{
+    return (struct matrix){slot + l->up, l->up_bias < 0 ? NULL : slot + l->up_bias, l->inner * (1 + l->gated), l->hidden,
+                           l->hidden};
+}
+
+static struct matrix down_of(const struct layout *l, const char *slot)
+{
+    return (struct matrix){slot + l->down, l->down_bias < 0 ? NULL : slot + l->down_bias, l->hidden, l->inner, l->inner};
+}
+
+/* inner [gate, up] or [up] -> [inner], in place */
+static void activate(const struct layout *l, float *inner)
+{
+    for (long i = 0; i < l->inner; i++)
+        inner[i] = activated(inner[i], l->activation) * (l->gated ? inner[l->inner + i] : 1);
+}
+
+/* Work of one call: `units` experts, expert u has the pairs order[start[u]] to order[start[u + 1]]. */
+struct work {
+    long units;
+    const long *start;
+    const char **slots;
+    const float **inputs; /* [pairs] rows of x, in this order */
+    float **inner;        /* [pairs] */
+    float **outputs;      /* [pairs] */
+};
+
+/* Each expert's rows are split among the threads alike, so all of them end together whatever the experts hit. */
+static void run(multiply_t multiply, const struct layout *l, const struct work *w, int threads)
+{
+    const long size = l->dtype == FLOAT32 ? 4 : 2;
+    threads = threads_for(w->units * l->inner * l->hidden * (2 + l->gated) * size, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        for (long u = 0; u < w->units; u++) {
+            const struct matrix up = up_of(l, w->slots[u]);
+            const long at = w->start[u], pairs = w->start[u + 1] - at;
+            multiply(&up, l->dtype, w->inputs + at, pairs, w->inner + at, share(up.rows, part, parts),
+                     share(up.rows, part + 1, parts));
+        }
+#pragma omp barrier
+        const long all = w->start[w->units];
+        for (long pair = share(all, part, parts); pair < share(all, part + 1, parts); pair++)
+            activate(l, w->inner[pair]);
+#pragma omp barrier
+        for (long u = 0; u < w->units; u++) {
+            const struct matrix down = down_of(l, w->slots[u]);
+            const long at = w->start[u], pairs = w->start[u + 1] - at;
+            multiply(&down, l->dtype, (const float *const *)w->inner + at, pairs, w->outputs + at,
+                     share(down.rows, part, parts), share(down.rows, part + 1, parts));
+        }
+    }
+}
+
+/* ---- what Python calls ------------------------------------------------------------------------------------------ */
+
+static int check_set(int set)
+{
+    if (set >= 0 && set < SETS && runs_here(set))
+        return 1;
+    PyErr_Format(PyExc_ValueError, "no instruction set %d on this processor", set);
+    return 0;
+}
+
+static PyObject *py_sets(PyObject *self, PyObject *ignored)
+{
+    PyObject *names = PyDict_New();
+    for (int set = 0; names && set < SETS; set++) {
+        PyObject *number = runs_here(set) ? PyLong_FromLong(set) : NULL;
+        if (number && PyDict_SetItemString(names, sets[set].name, number) < 0)
+            Py_CLEAR(names);
+        Py_XDECREF(number);
+    }
+    return names;
+}
+
+static PyObject *py_product(PyObject *self, PyObject *args)
+{
+    int set, dtype, threads;
+    unsigned long long x, weights, bias, y;
+    long rows;
+    struct matrix m;
+    if (!PyArg_ParseTuple(args, "iiKKKKlllli", &set, &dtype, &x, &weights, &bias, &y, &rows, &m.rows, &m.columns, &m.stride,
+                          &threads) || !check_set(set))
+        return NULL;
+    m.weights = (const char *)weights;
+    m.bias = (const char *)bias;
+    const float **inputs = malloc(2 * sizeof(void *) * rows + sizeof(float) * rows * (m.columns + m.rows));
+    if (!inputs)
+        return PyErr_NoMemory();
+    float **outputs = (float **)(inputs + rows);
+    Py_BEGIN_ALLOW_THREADS
+    product(sets[set].multiply, &m, dtype, (const char *)x, rows, (char *)y, (float *)(outputs + rows), inputs, outputs,
+            threads);
+    Py_END_ALLOW_THREADS
+    free(inputs);
+    Py_RETURN_NONE;
+}
+
+static int by_slot(const void *a, const void *b)
+{
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* `keys` are slot << 32 | pair, of the pairs that have a slot: pairs of one expert become neighbours. */
+static long sorted_pairs(PyObject *slots, int64_t *keys)
+{
+    const Py_ssize_t pairs = PyList_GET_SIZE(slots);
+    long found = 0;
+    for (Py_ssize_t pair = 0; pair < pairs; pair++) {
+        const long slot = PyLong_AsLong(PyList_GET_ITEM(slots, pair));
+        if (slot == -1 && PyErr_Occurred())
+            return -1;
+        if (slot >= 0)
+            keys[found++] = (int64_t)slot << 32 | pair;
+    }
+    qsort(keys, found, sizeof *keys, by_slot);
+    return found;
+}
+
+/* Room for one call, in one piece: pointers first, then floats. */
+static char *lay_out(struct work *w, const struct layout *l, long tokens, long pairs, float **wide, int64_t **keys,
+                     float **inner)
+{
+    const long columns = l->inner * (1 + l->gated);
+    char *room = malloc(pairs * (6 * 8 + 4 * columns) + 8 + 4 * tokens * l->hidden);
+    if (!room)
+        return NULL;
+    *keys = (int64_t *)room;
+    w->slots = (const char **)(*keys + pairs);
+    w->inputs = (const float **)(w->slots + pairs);
+    w->inner = (float **)(w->inputs + pairs);
+    w->outputs = w->inner + pairs;
+    long *start = (long *)(w->outputs + pairs);
+    w->start = start;
+    *inner = (float *)(start + pairs + 1);
+    *wide = *inner + pairs * columns;
+    return room;
+}
+
+/* Fills `w` from the sorted keys: which expert has which pairs, and where their numbers are. */
+static void assign(struct work *w, const struct layout *l, const char *bank, const int64_t *keys, long pairs, long top_k,
+                   const float *x, float *inner, float *y)
+{
+    long *start = (long *)w->start;
+    w->units = 0;
+    for (long at = 0; at < pairs; at++) {
+        const long slot = keys[at] >> 32, pair = keys[at] & 0xffffffff;
+        if (!at || slot != keys[at - 1] >> 32) {
+            w->slots[w->units] = bank + slot * l->slot_bytes;
+            start[w->units++] = at;
+        }
+        w->inputs[at] = x + pair / top_k * l->hidden;
+        w->inner[at] = inner + at * l->inner * (1 + l->gated);
+        w->outputs[at] = y + pair * l->hidden;
+    }
+    start[w->units] = pairs;
+}
+
+static PyObject *py_experts(PyObject *self, PyObject *args)
+{
+    int set, threads;
+    unsigned long long bank, x, y;
+    long tokens, top_k;
+    struct layout l;
+    PyObject *slots;
+    if (!PyArg_ParseTuple(args, "i(iiilllllll)KKllO!Ki", &set, &l.dtype, &l.activation, &l.gated, &l.hidden, &l.inner,
+                          &l.slot_bytes, &l.up, &l.up_bias, &l.down, &l.down_bias, &bank, &x, &tokens, &top_k,
+                          &PyList_Type, &slots, &y, &threads) || !check_set(set))
+        return NULL;
+    if (PyList_GET_SIZE(slots) != tokens * top_k)
+        return PyErr_Format(PyExc_ValueError, "%zd slots for %ld tokens x %ld experts", PyList_GET_SIZE(slots), tokens, top_k);
+    struct work w;
+    float *wide, *inner;
+    int64_t *keys;
+    char *room = lay_out(&w, &l, tokens, tokens * top_k, &wide, &keys, &inner);
+    if (!room)
+        return PyErr_NoMemory();
+    const long pairs = sorted_pairs(slots, keys);
+    if (pairs >= 0) {
+        Py_BEGIN_ALLOW_THREADS
+        widen((const char *)x, l.dtype, tokens * l.hidden, wide);
+        assign(&w, &l, (const char *)bank, keys, pairs, top_k, wide, inner, (float *)y);
+        run(sets[set].multiply, &l, &w, threads);
+        Py_END_ALLOW_THREADS
+    }
+    free(room);
+    if (pairs < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* out [tokens, hidden] = the sum over a token's experts of weight x output, in the router's order. */
+static PyObject *py_combine(PyObject *self, PyObject *args)
+{
+    int dtype, weights_dtype;
+    unsigned long long y, weights, out;
+    long tokens, hidden;
+    PyObject *slots;
+    if (!PyArg_ParseTuple(args, "KO!KiKill", &y, &PyList_Type, &slots, &weights, &weights_dtype, &out, &dtype, &tokens,
+                          &hidden))
+        return NULL;
+    const long top_k = PyList_GET_SIZE(slots) / tokens, size = dtype == FLOAT32 ? 4 : 2;
+    float *sum = malloc(sizeof(float) * hidden);
+    if (!sum)
+        return PyErr_NoMemory();
+    for (long token = 0; token < tokens; token++) {
+        memset(sum, 0, sizeof(float) * hidden);
+        for (long pair = token * top_k; pair < (token + 1) * top_k; pair++) {
+            if (PyLong_AsLong(PyList_GET_ITEM(slots, pair)) < 0)
+                continue;
+            const float weight = number((const char *)weights + pair * (weights_dtype == FLOAT32 ? 4 : 2), weights_dtype);
+            const float *from = (const float *)y + pair * hidden;
+            for (long i = 0; i < hidden; i++)
+                sum[i] += weight * from[i];
+        }
+        for (long i = 0; i < hidden; i++)
+            put((char *)out + (token * hidden + i) * size, sum[i], dtype);
+    }
+    free(sum);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
+    {"product", py_product, METH_VARARGS, "(set, dtype, x, weights, bias, y, rows, outputs, columns, stride, threads)"},
+    {"experts", py_experts, METH_VARARGS, "(set, layout, bank, x, tokens, top_k, slots, y, threads)"},
+    {"combine", py_combine, METH_VARARGS, "(y, slots, weights, weights dtype, out, dtype, tokens, hidden)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_products", "Matrix products of few rows.", -1, methods,
+                                    NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__products(void)
+{
+    return PyModule_Create(&module);
+}

@@ -1,0 +1,135 @@
+"""Our own matrix products of few rows, compiled from products.c at install: weights are read once, at memory's speed.
+
+Hands addresses of tensors to C; decides nothing about when they are used, that is engine.kernels. Where the extension
+was not built (no C compiler at install) there are none, and `missing` says so.
+
+T tokens, k experts a token, H hidden, F an expert's inner width, M rows, K columns, N outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.layout import SlotLayout
+
+try:
+    from engine import _products as compiled
+except ImportError as error:  # built with `optional`: an install without a C compiler goes without it
+    compiled = None  # type: ignore[assignment]
+    missing = f"not built at install ({error})"
+else:
+    missing = ""
+
+DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
+ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch or transformers
+    "SiLU": 0,
+    "SiLUActivation": 0,
+    "GELUActivation": 1,
+    "NewGELUActivation": 2,
+    "GELUTanh": 2,
+    "ReLU": 3,
+}
+
+
+def instruction_sets() -> Mapping[str, int]:
+    """Those of this processor that the loops were compiled for, the best first; none where nothing was built."""
+    return {} if compiled is None else compiled.sets()
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """How products.c finds its way in a slot. `fields` are those of its `struct layout`."""
+
+    fields: tuple[int, int, int, int, int, int, int, int, int, int]
+    dtype: torch.dtype
+
+    @property
+    def hidden(self) -> int:
+        return self.fields[3]
+
+
+class Products:
+    """The compiled loops for one instruction set. Tensors are on the CPU, in float32 or bfloat16."""
+
+    def __init__(self, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
+        self._set = instruction_sets()[instruction_set]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` [M, K], `weight` [N, K] with rows in one piece -> [M, N]"""
+        x = x.contiguous()
+        y = x.new_empty(x.shape[0], weight.shape[0])  # [M, N]
+        compiled.product(
+            self._set, DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            y.data_ptr(), x.shape[0], weight.shape[0], weight.shape[1], weight.stride(0), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def experts(self, shape: ExpertShape, bank: Tensor, x: Tensor, slots: list[int], y: Tensor) -> None:
+        """`x` [T, H], a slot for each of T*k choices -> their unweighted outputs into `y` f32 [T*k, H].
+
+        `bank` u8 [S, slot_bytes]. A choice without a slot (a negative number) leaves `y` as it was.
+        """
+        compiled.experts(
+            self._set, shape.fields, bank.data_ptr(), x.data_ptr(), len(x), len(slots) // len(x), slots, y.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def combine(self, y: Tensor, slots: list[int], weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """`y` f32 [T*k, H], `weights` [T, k] -> [T, H]: summed in the router's order; negative slots are left out."""
+        tokens, hidden = weights.shape[0], y.shape[1]
+        weights = (weights if weights.dtype in DTYPES else weights.float()).contiguous()
+        out = y.new_empty(tokens, hidden, dtype=dtype)  # [T, H]
+        compiled.combine(
+            y.data_ptr(),
+            slots,
+            weights.data_ptr(),
+            DTYPES[weights.dtype],
+            out.data_ptr(),
+            DTYPES[dtype],
+            tokens,
+            hidden,
+        )
+        return out
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether `Products.linear` can take these."""
+    return x.is_cpu and x.dtype in DTYPES and weight.dtype == x.dtype and weight.stride(1) == 1
+
+
+def expert_shape(module: Any, layout: SlotLayout, plain_gate: bool) -> ExpertShape | str:
+    """The shape of the module's experts, or why products.c can't compute them. `plain_gate`: act(gate) * up, halves."""
+    name = type(getattr(module, "act_fn", None)).__name__
+    activation = ACTIVATIONS.get(name)
+    if layout.dtype not in DTYPES:
+        return f"experts in {layout.dtype}"
+    if module.is_transposed:
+        return "transposed weights"
+    if module.has_gate and not plain_gate:
+        return "a gate of its own"
+    if activation is None:
+        return f"an activation that is {name}"
+    if getattr(module, "has_post_expert_norm", False):
+        return "a norm after each expert"
+    return _shape(module, layout, activation)
+
+
+def _shape(module: Any, layout: SlotLayout, activation: int) -> ExpertShape:
+    at = {parameter.name: parameter.offset for parameter in layout.parameters}
+    shapes = {parameter.name: parameter.shape for parameter in layout.parameters}
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    hidden, inner = shapes["down_proj"]
+    assert shapes[up] == (inner * (1 + module.has_gate), hidden), shapes
+    return ExpertShape(
+        (
+            DTYPES[layout.dtype], activation, int(module.has_gate), hidden, inner, layout.slot_bytes,
+            at[up], at.get(f"{up}_bias", -1), at["down_proj"], at.get("down_proj_bias", -1),
+        ),
+        layout.dtype,
+    )  # fmt: skip
