@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from service.context import opening
 from service.guard import Guard, SecurityHeaders
-from service.jobs import JobRunner
+from service.job_queue import open_jobs
 from service.middleware import BodyLimit, RequestIds
 from service.parts import Parts
 from service.refusals import add_refusals
@@ -24,6 +24,7 @@ from service.routes import (
     metrics,
     models,
     plan,
+    proposals,
     query,
     residency,
     retrieve,
@@ -41,6 +42,7 @@ ROUTES = (
     query,
     residency,
     plan,
+    proposals,
     retrieve,
     tasks,
     tokens,
@@ -49,15 +51,20 @@ ROUTES = (
 
 
 def create_app(
-    open_parts: Callable[[], AbstractContextManager[Parts]], on_failure: Callable[[], None] = lambda: None
+    open_parts: Callable[[], AbstractContextManager[Parts]],
+    on_failure: Callable[[], None] = lambda: None,
+    redis: str | None = None,
 ) -> FastAPI:
-    """The application. Its lifespan opens the parts in the background; `on_failure` is called where that fails."""
+    """The application. Its lifespan opens the parts in the background; `on_failure` is called where that fails.
+
+    With a `redis` URL jobs are announced there for workers; without one they run here.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with opening(app, open_parts, on_failure):
             app.state.reloader = Reloader(app.state.opening)
-            app.state.jobs = JobRunner(app.state.opening)
+            app.state.jobs = open_jobs(app.state.opening, redis)
             watch = asyncio.create_task(app.state.reloader.watch())
             try:
                 yield

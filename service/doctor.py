@@ -46,6 +46,7 @@ def examine(settings: Settings) -> list[Check]:
         "embedder": check_embedder,
         "index": check_index,
         "profiles": check_profiles,
+        "redis": check_redis,
     }
     return [_run(name, check, settings) for name, check in checks.items()]
 
@@ -141,3 +142,17 @@ def check_profiles(settings: Settings) -> str:
         tasks = Catalogue.read(store, card.fingerprint).tasks
     proven = [task for task in tasks.values() if task.candidates]
     return f"{len(tasks)} tasks have a profile of this model, {len(proven)} of them with evidence"
+
+
+def check_redis(settings: Settings) -> str:
+    if settings.redis is None:
+        return "not used: the service runs its jobs itself"
+    from service.job_queue import workers_of  # noqa: PLC0415 - torch comes along
+
+    count = workers_of(settings.redis, ModelCard.read(engine_config(settings).model).fingerprint)
+    if not count:
+        raise MoepagerError(
+            "It answers, but no worker waits for this model's jobs. Start `moepager worker` with the same --redis, "
+            "--store and --model."
+        )
+    return f"{count} workers wait for this model's jobs"

@@ -44,7 +44,9 @@ def serve(settings: Settings, bound: socket.socket) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     write_lines()
-    app = create_app(lambda: open_parts(settings), on_failure=lambda: setattr(server, "should_exit", True))
+    app = create_app(
+        lambda: open_parts(settings), on_failure=lambda: setattr(server, "should_exit", True), redis=settings.redis
+    )
     server = uvicorn.Server(uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS))
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

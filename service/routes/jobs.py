@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -16,26 +14,29 @@ from starlette.responses import Response
 from service.context import PartsDep, RequestId
 from service.described import ONLY_EVENTS
 from service.guard import operators_only
-from service.jobs import JobRunner
+from service.idempotency import IdempotencyKey, scoped
+from service.jobs import ACTIVE, Announcer, queue_job
 from service.parts import Parts
 from service.refusals import with_error_frame
 from service.schemas import JobBody
 from service.sse import PING, EventStream, named_frame
 from store.errors import Conflict
-from store.records import Job, JobState
+from store.records import Job
 
 router = APIRouter(tags=["jobs"], dependencies=[operators_only])
 
-ACTIVE: tuple[JobState, ...] = ("queued", "running")
 LOOK_SECONDS = 0.5
 PING_LOOKS = 30  # looks without news between two comments
 
 
 @router.post("/v1/jobs", status_code=202)
-async def start_job(body: JobBody, request: Request, parts: PartsDep) -> dict[str, Any]:
-    job = await asyncio.to_thread(queue_job, body.task, parts)
-    runner: JobRunner = request.app.state.jobs
-    runner.wake()
+async def start_job(body: JobBody, request: Request, parts: PartsDep, key: IdempotencyKey = None) -> dict[str, Any]:
+    """Profile a task, or, as the task `generalist`, renew the mean of all. Asked again with the same Idempotency-Key it
+    gives the job of the first time."""
+    model, options = parts.catalogue.model, body.options()
+    job = await asyncio.to_thread(queue_job, parts.store, model, body.task, options, scoped(key, request))
+    announcer: Announcer = request.app.state.jobs
+    announcer.wake()
     return job_object(job)
 
 
@@ -61,22 +62,6 @@ async def job_events(job: str, name: RequestId, parts: PartsDep) -> Response:
 @router.delete("/v1/jobs/{job}")
 async def cancel_job(job: str, parts: PartsDep) -> dict[str, Any]:
     return job_object(await asyncio.to_thread(cancel, job, parts))
-
-
-def queue_job(task: str, parts: Parts) -> Job:
-    """Raises NotFound for a task without text, Conflict where a job of the task has not ended."""
-    parts.store.corpora.get(task)
-    refuse_active(task, parts)
-    now = datetime.now(UTC)
-    job = Job(f"job-{uuid.uuid4().hex}", parts.catalogue.model, task, "queued", 0.0, "waits for its turn", now, now)
-    parts.store.jobs.put(job)
-    return job
-
-
-def refuse_active(task: str, parts: Parts) -> None:
-    for job in parts.store.jobs.list():
-        if job.task == task and job.state in ACTIVE:
-            raise Conflict(f"Job {job.id} of task {task!r} is {job.state}. Wait for its end, or cancel it.")
 
 
 def cancel(name: str, parts: Parts) -> Job:

@@ -10,12 +10,13 @@ from fastapi import APIRouter, Request
 
 from service.context import PartsDep
 from service.guard import operators_only
+from service.idempotency import IdempotencyKey
+from service.jobs import refuse_active
 from service.parts import Parts
 from service.reloading import Reloader
-from service.routes.jobs import refuse_active
 from service.schemas import TaskBody
 from service.serving import Candidate, Policy, ProfiledTask, choose_candidate
-from store.errors import InvalidInput, MoepagerError
+from store.errors import Conflict, InvalidInput, MoepagerError
 from store.intervals import wilson
 from store.records import GENERALIST, StoredCorpus, TaskRecord
 
@@ -39,9 +40,10 @@ async def list_tasks(parts: PartsDep) -> dict[str, Any]:
 
 
 @router.post("/v1/tasks", status_code=201, dependencies=[operators_only])
-async def create_task(body: TaskBody, parts: PartsDep) -> dict[str, Any]:
-    """Stores the text. `POST /v1/jobs` then profiles it, and with its profile the task is in service."""
-    await asyncio.to_thread(store_task, body, parts)
+async def create_task(body: TaskBody, parts: PartsDep, key: IdempotencyKey = None) -> dict[str, Any]:
+    """Stores the text. `POST /v1/jobs` then profiles it, and with its profile the task is in service. With an
+    Idempotency-Key the same task may be sent again."""
+    await asyncio.to_thread(store_task, body, parts, again=key is not None)
     sizes = {"exemplars": len(body.exemplars), "calibration": len(body.calibration), "evaluation": len(body.evaluation)}
     return {"task": body.name, "description": body.description, **sizes}
 
@@ -55,16 +57,23 @@ async def delete_task(name: str, request: Request, parts: PartsDep) -> dict[str,
     return {"task": name, "deleted": True}
 
 
-def store_task(body: TaskBody, parts: Parts) -> None:
+def store_task(body: TaskBody, parts: Parts, again: bool) -> None:
+    """Raises Conflict where the name is taken, unless it may be sent `again` and is the same."""
     if body.name == GENERALIST:
         raise InvalidInput(f"The name {GENERALIST!r} stands for all tasks together; choose another.", param="name")
     items = [[item.json_item() for item in split] for split in (body.calibration, body.evaluation)]
     corpus = StoredCorpus(body.name, tuple(body.exemplars), tuple(items[0]), tuple(items[1]))
-    parts.store.corpora.create(TaskRecord(body.name, body.description), corpus, datetime.now(UTC))
+    task = TaskRecord(body.name, body.description)
+    try:
+        parts.store.corpora.create(task, corpus, datetime.now(UTC))
+    except Conflict:
+        same = again and parts.store.tasks.get(body.name) == task and parts.store.corpora.get(body.name) == corpus
+        if not same:
+            raise
 
 
 def remove_task(name: str, parts: Parts) -> None:
-    refuse_active(name, parts)
+    refuse_active(parts.store, name)
     parts.store.tasks.delete(name)
 
 

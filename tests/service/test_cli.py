@@ -168,7 +168,7 @@ def test_doctor_goes_on_after_a_failing_check_and_exits_with_2(
     done = invoke("doctor", *options, "--memory", "1MiB", "--json")
     checks = {check["name"]: check["ok"] for check in json.loads(done.output.splitlines()[-1])["checks"]}
     assert done.exit_code == 2
-    assert [name for name, ok in checks.items() if ok] == ["python", "model", "disk", "embedder"]
+    assert [name for name, ok in checks.items() if ok] == ["python", "model", "disk", "embedder", "redis"]
 
 
 @pytest.mark.parametrize(

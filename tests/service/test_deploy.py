@@ -44,7 +44,7 @@ def test_the_compose_client_accepts_the_file() -> None:
 
 def test_the_compose_file_names_only_what_there_is(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert {"moepager", "postgres", "redis"} == services.keys()
+    assert {"moepager", "worker", "postgres", "redis"} == services.keys()
     for service in services.values():
         for volume in service.get("volumes", ()):
             name = volume.split(":")[0]
@@ -61,7 +61,8 @@ def test_the_port_is_open_to_this_machine_only(compose: dict[str, Any]) -> None:
 
 def test_settings_that_the_files_name_are_settings(compose: dict[str, Any]) -> None:
     known = {"MOEPAGER_HOME", *(PREFIX + name.upper() for name in Settings.model_fields)}
-    assert compose["services"]["moepager"]["environment"].keys() <= known
+    for name in ("moepager", "worker"):
+        assert compose["services"][name]["environment"].keys() <= known
     set_there = set(re.findall(r"\b(MOEPAGER_[A-Z_]+)=", (DEPLOY / "Dockerfile").read_text()))
     assert set_there
     assert set_there <= known

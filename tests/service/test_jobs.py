@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +18,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-import service.jobs
+import service.attempt
 from service.app import create_app
-from service.jobs import Attempt, command, without_password
+from service.attempt import Attempt, command, without_password
 from service.parts import Parts, reread
+from service.workshop import workshop_of
 from store.database import open_store
 from store.errors import NotFound
 from store.records import Job, StoredCorpus, TaskRecord
@@ -72,8 +74,8 @@ def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     told = json.dumps({"progress": {"task": "garden", "stage": "calibrate", "done": 1, "total": 4}})
     tell = f"print({told!r}, flush=True); pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
     code = f"import os, pathlib; {tell}; os.read(0, 1)"
-    monkeypatch.setattr(service.jobs, "command", lambda task, parts, folder: [service.jobs.sys.executable, "-c", code])
-    monkeypatch.setattr(service.jobs, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(service.attempt, "command", lambda job, workshop, folder: [sys.executable, "-c", code])
+    monkeypatch.setattr(service.attempt, "BEAT_SECONDS", 0.05)
     return pid
 
 
@@ -189,7 +191,7 @@ def test_the_profiling_process_ends_with_its_parent(own: Parts, tmp_path: Path, 
     own.store.tasks.put(TaskRecord("garden"))
     own.store.jobs.put(job)
     stop = threading.Event()
-    attempt = Attempt(job, own, StoredCorpus("garden", tuple(GARDEN), (), ()), tmp_path)
+    attempt = Attempt(job, workshop_of(own), StoredCorpus("garden", tuple(GARDEN), (), ()), tmp_path)
     threading.Timer(0.5, stop.set).start()
     assert attempt.run(stop) == "stopped"
     written = [json.loads(line) for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
@@ -200,7 +202,12 @@ def test_a_command_shows_no_password_and_takes_names_for_no_options(own: Parts, 
     own.store.tasks.put(TaskRecord("--store", "-x"))
     for name in ("calibration", "evaluation"):
         (tmp_path / f"{name}.jsonl").write_text("")
-    words = command("--store", own, tmp_path)
+    now = datetime.now(UTC)
+    options = {"scorers": ["peu", "reap"], "keeps": [0.5], "search": True, "own_answers": 8}
+    job = Job("j", own.catalogue.model, "--store", "queued", 0.0, "", now, now, options)
+    words = command(job, workshop_of(own), tmp_path)
+    assert words[-4:] == ["--search", "--scorer=peu", "--scorer=reap", "--keep=0.5"]
+    assert "--own-answers=8" in words
     assert "--task=--store" in words
     assert not any(word.startswith("--eval") for word in words)
     assert without_password("postgresql://u:p%40ss@host:1/db") == ("postgresql://u@host:1/db", "p@ss")

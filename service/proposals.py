@@ -1,0 +1,135 @@
+"""New tasks out of queries that were near none: clustered by their embeddings, named by their words.
+
+Average linkage merges two groups by the mean similarity of their pairs; how similar is similar enough is read off the
+known tasks. Knows no HTTP. n queries, m exemplars, d dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.embedder import Embedder
+from store.records import F32, F64, Exemplar, UnmatchedQuery
+
+LEAST = 8  # different queries: fewer are no task
+NO_EVIDENCE = 0.5  # mean similarity inside a task, where known tasks can't tell
+MOST_REMEMBERED = 4096  # vectors
+WORD = r"(?u)\b[^\W\d_]{3,}\b"
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A group of queries that might be a task. `cohesion` is the mean similarity of their pairs."""
+
+    id: str
+    name: str
+    queries: tuple[UnmatchedQuery, ...]  # the most typical first
+    cohesion: float
+
+    @property
+    def asked(self) -> int:
+        return sum(query.count for query in self.queries)
+
+
+class Proposer:
+    """Remembers vectors of queries, so that each is embedded once. Called from any thread, one call at a time each."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+        self._vectors: OrderedDict[str, F32] = OrderedDict()
+
+    def propose(self, queries: Sequence[UnmatchedQuery], exemplars: Sequence[Exemplar]) -> list[Proposal]:
+        """The groups of at least `LEAST` queries, the most asked first."""
+        if len(queries) < LEAST:
+            return []
+        vectors = self._embed(queries)  # [n, d]
+        groups = grouped(vectors, level_of(exemplars))
+        taken = {exemplar.task for exemplar in exemplars}
+        names = named([[queries[i].text for i in group] for group in groups], [e.text for e in exemplars], taken)
+        made = [_proposal(name, group, queries, vectors) for name, group in zip(names, groups, strict=True)]
+        return sorted(made, key=lambda one: (-one.asked, one.id))
+
+    def _embed(self, queries: Sequence[UnmatchedQuery]) -> F64:
+        known = self._vectors.copy()
+        new = [query for query in queries if query.digest not in known]
+        if new:
+            embedded = self._embedder.embed([query.text for query in new])  # [new, d]
+            known.update(zip((query.digest for query in new), embedded, strict=True))
+        found = np.stack([known[query.digest] for query in queries]).astype(np.float64)  # [n, d]
+        while len(known) > MOST_REMEMBERED:
+            known.popitem(last=False)
+        self._vectors = known
+        return found
+
+
+def level_of(exemplars: Sequence[Exemplar]) -> float:
+    """The mean similarity that parts pairs inside a task from pairs of two tasks: half-way between nine tenths of
+    both."""
+    tasks: dict[str, list[F32]] = {}
+    for exemplar in exemplars:
+        tasks.setdefault(exemplar.task, []).append(exemplar.vector)
+    large = [np.stack(vectors).astype(np.float64) for vectors in tasks.values() if len(vectors) > 1]
+    if len(large) < 2:
+        return NO_EVIDENCE
+    means = [vectors.mean(axis=0) for vectors in large]
+    inside = [cohesion_of(vectors) for vectors in large]
+    across = [float(a @ b) for place, a in enumerate(means) for b in means[:place]]  # the mean over all pairs
+    return float(np.quantile(inside, 0.1) + np.quantile(across, 0.9)) / 2
+
+
+def cohesion_of(vectors: F64) -> float:
+    """The mean similarity of all pairs of `vectors` [n, d], each with another."""
+    count = len(vectors)
+    total = vectors.sum(axis=0)
+    return float((total @ total - (vectors * vectors).sum()) / (count * (count - 1)))
+
+
+def grouped(vectors: F64, level: float) -> list[npt.NDArray[np.intp]]:
+    """Rows of `vectors` [n, d] that belong together: groups of at least `LEAST`."""
+    from sklearn.cluster import AgglomerativeClustering  # noqa: PLC0415 - slow to import, and seldom wanted
+
+    distances = np.clip(1.0 - vectors @ vectors.T, 0.0, None)  # [n, n]
+    method = AgglomerativeClustering(
+        n_clusters=None, metric="precomputed", linkage="average", distance_threshold=1.0 - level
+    )
+    labels = method.fit_predict(distances)  # [n]
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return [group for group in groups if len(group) >= LEAST]
+
+
+def named(groups: Sequence[Sequence[str]], others: Sequence[str], taken: Collection[str]) -> list[str]:
+    """For each group the two words that set it apart from the other groups and from `others`; no name twice."""
+    from sklearn.feature_extraction.text import TfidfVectorizer  # noqa: PLC0415 - as above
+
+    names: list[str] = []
+    texts = [" ".join(group) for group in groups]
+    weights: Mapping[int, list[str]] = {}
+    try:
+        method = TfidfVectorizer(stop_words="english", token_pattern=WORD, sublinear_tf=True)
+        table = method.fit_transform([*texts, *others]).toarray()  # [groups + others, words]
+        words = method.get_feature_names_out()
+        weights = {place: [words[w] for w in np.argsort(-row, kind="stable")[:2] if row[w] > 0]
+                   for place, row in enumerate(table[: len(texts)])}  # fmt: skip
+    except ValueError:  # not one word among them
+        weights = {}
+    for place in range(len(groups)):
+        wanted = name = "-".join(weights.get(place, [])) or "new-task"
+        number = 2
+        while name in taken or name in names:
+            name, number = f"{wanted}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _proposal(name: str, group: npt.NDArray[np.intp], queries: Sequence[UnmatchedQuery], vectors: F64) -> Proposal:
+    members = vectors[group]  # [m, d]
+    typical = np.argsort(-(members @ members.mean(axis=0)), kind="stable")  # [m]
+    chosen = tuple(queries[int(group[i])] for i in typical)
+    digest = hashlib.sha256("".join(sorted(query.digest for query in chosen)).encode()).hexdigest()
+    return Proposal(digest[:16], name, chosen, cohesion_of(members))
