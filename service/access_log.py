@@ -42,6 +42,7 @@ def line_of(prepared: Prepared, outcome: str, finished: FinishedEvent | None) ->
         "swap_ms": served.swap_ms if served else None,
         "ttft_ms": served.ttft_ms if served else None,
         "coverage": served.coverage if served else None,
+        "escalated_at": served.escalated.at_token if served and served.escalated else None,
         "prompt_tokens": len(prepared.request.prompt),
         "tokens": finished.completion_tokens if finished else None,
         "outcome": outcome,

@@ -36,6 +36,7 @@ class Question:
     sampling: Sampling
     ignored: tuple[str, ...] = ()
     caller: Caller = ANYBODY
+    whole: bool = False  # nobody reads the answer before its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +53,21 @@ def prepare(question: Question, parts: Parts) -> Prepared:
     retrieval = retrieve(question, parts)
     if retrieval.task is None:
         parts.metrics.abstained()
-    mode: Mode = question.wish.mode or "mask"
+    mode: Mode = question.wish.mode or parts.policy.mode
     try:
         serving = choose_serving(question.wish, retrieval, parts.catalogue, parts.policy)
         mode = serving.mode
     finally:  # a refusal is a decision too
         parts.store.decisions.add(decision(question.id, question.text, retrieval, mode))
     request = GenerationRequest(
-        if question.caller.priority == "normal":  # a client's own chores are no task
-            parts.discovery.asked(question.text, retrieval)
         question.prompt,
         serving.selection,
         serving.mode,
         question.sampling,
         priority=question.caller.priority,
         session=question.caller.session,
+        guard=serving.guard,
+        restarts=serving.guard is not None and question.whole,
     )
     parts.engine.check(request)
     return Prepared(parts.model_id, question, serving, request)
@@ -131,7 +132,9 @@ def make_receipt(prepared: Prepared, finished: FinishedEvent) -> Receipt:
         mode=served.mode,
         keep=serving.keep,
         coverage=served.coverage,
-        escalated=served.mode != serving.mode,
+        level=served.level,
+        guard=serving.guard,
+        escalated=served.escalated,
         experts=served.experts,
         experts_paged=served.experts_paged,
         bytes_paged=served.bytes_paged,

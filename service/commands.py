@@ -42,6 +42,12 @@ def serve(
     threshold: Annotated[float | None, typer.Option(help="Least similarity. Default: calibrated.")] = None,
     keep: Keep = None,
     scorer: Scorer = None,
+    mode: Annotated[
+        str | None, typer.Option(help="Of requests that name none: mask, or auto (mask with a guard). Default: mask.")
+    ] = None,
+    alarm_rate: Annotated[
+        float | None, typer.Option(help="Share of a task's own queries that the guard may stop. Default: 0.05.")
+    ] = None,
     max_context: Context = None,
     max_batch: Batch = None,
     answer_tokens: Annotated[
@@ -60,9 +66,6 @@ def serve(
     threads: Threads = None,
 ) -> None:
     """Serve the model over HTTP: /v1/query, OpenAI's routes, /v1/retrieve, /v1/tasks."""
-    redis: Annotated[
-        str | None, typer.Option(help="Redis URL: `moepager worker`s run the jobs. Default: the service runs them.")
-    ] = None,
     settings = load_settings(**locals())
     from service.server import run_server
 
@@ -75,26 +78,6 @@ def plan(
     memory: Memory = None,
     store: StoreUrl = None,
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
-@app.command()
-def worker(
-    redis: Annotated[str | None, typer.Option(help="Redis URL, the same as the service's.")] = None,
-    model: Model = None,
-    store: StoreUrl = None,
-    memory: Memory = None,
-    embedder: Embedder = None,
-    max_context: Context = None,
-    max_batch: Batch = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-) -> None:
-    """Run the profiling jobs that services announce in Redis, one at a time, until it is told to stop."""
-    settings = load_settings(**locals())
-    from service.job_worker import serve_jobs
-
-    serve_jobs(settings)
-
-
     keep: Keep = None,
     scorer: Scorer = None,
     max_context: Context = None,

@@ -23,4 +23,5 @@ def expert_headers(prepared: Sequence[Prepared], finished: Sequence[FinishedEven
         columns["experts"] = [f.served.experts for f in finished]
         columns["experts-paged"] = [f.served.experts_paged for f in finished]
         columns["bytes-paged"] = [f.served.bytes_paged for f in finished]
+        columns["escalated"] = [e.at_token if (e := f.served.escalated) else "none" for f in finished]
     return {f"x-expert-{name}": ",".join(quote(str(v), safe=" ") for v in values) for name, values in columns.items()}

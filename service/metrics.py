@@ -29,13 +29,13 @@ class Metrics:
         of_task = ("task", "mode")
         self._requests = self._counter("requests", "Queries that ended, and how.", (*of_task, "outcome"))
         self._responses = self._counter("responses", "HTTP answers.", ("status",))
+        self._escalations = self._counter(
+            "escalations", "Queries of mode auto that were finished exactly, and where.", ("task", "at")
+        )
         self._abstentions = self._counter("abstentions", "Queries that were near no task.")
         self._tokens = self._counter("tokens", "Tokens read and written.", ("kind",))
         self._swaps = self._counter("swaps", "Queries that had to wait for experts.", of_task)
         self._bytes = self._counter("bytes_paged", "Bytes of experts read for queries.", of_task)
-        self._drifts = self._counter(
-            "drift", "Alarms that a task's traffic is not what its profile was made of.", ("task",)
-        )
         self._hits = self._counter("expert_hits", "Experts of a selection that were there already.", ("task",))
         self._misses = self._counter("expert_misses", "Experts of a selection that had to be paged in.", ("task",))
         self._ttft = self._histogram("ttft_seconds", "From the queue to the first token.", FIRST, of_task)
@@ -74,9 +74,6 @@ class Metrics:
     def answered(self, status: int) -> None:
         self._responses.labels(str(status)).inc()
 
-    def drifted(self, task: str) -> None:
-        self._drifts.labels(task).inc()
-
     def ended(self, task: str | None, mode: str, outcome: str) -> None:
         self._requests.labels(task or NO_TASK, mode, outcome).inc()
 
@@ -93,7 +90,9 @@ class Metrics:
             self._ttft.labels(name, served.mode).observe(served.ttft_ms / 1000)
         if each is not None:
             self._tpot.labels(name, served.mode).observe(each)
-        if served.mode == "mask":
+        if served.escalated is not None:
+            self._escalations.labels(name, "answer" if served.escalated.at_token else "prompt").inc()
+        elif served.mode != "exact":
             self._coverage.labels(name).observe(served.coverage)
             self._hits.labels(name).inc(max(0, served.experts - served.experts_paged))
             self._misses.labels(name).inc(served.experts_paged)

@@ -13,7 +13,6 @@ from engine.embedder import Embedder, open_embedder
 from engine.engine import Engine
 from engine.scheduler import Rules
 from engine.worker import EngineWorker
-from service.discovery import Discovery
 from service.keys import KeyRing
 from service.metrics import Metrics
 from service.model import engine_config, model_id
@@ -44,7 +43,6 @@ class Parts:
     metrics: Metrics
     policy: Policy
     sessions: Sessions
-    discovery: Discovery
     changes: int  # the store's count of changes when retriever and catalogue were read
     started: int  # seconds since 1970
 
@@ -67,14 +65,12 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         engine = stack.enter_context(Engine.open(config))
         changes = store.changes.count()  # before the rest: what changes in between is read again
         catalogue = Catalogue.read(store, engine.card.fingerprint)
-        policy = Policy(engine.plan, settings.unknown_task, settings.keep, settings.scorer)
+        policy = Policy.of(settings, engine.plan)
         if settings.unknown_task == "generalist":  # refused now rather than at the first query that needs it
             choose_candidate(catalogue.named(GENERALIST), settings.keep, settings.scorer, policy)
         retriever = open_retriever(settings, store, embedder, catalogue.retrievable)
         rules = Rules(background_seconds=settings.background_wait)
         worker = stack.enter_context(EngineWorker(engine, settings.queue_size, rules))
-        metrics = Metrics(engine, worker)
-        discovery = stack.enter_context(Discovery(store, settings, embedder, metrics, engine.card.fingerprint))
         yield Parts(
             settings=settings,
             model_id=model_id(settings.model, config.model),
@@ -84,10 +80,9 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
             retriever=retriever,
             catalogue=catalogue,
             keys=KeyRing(store.keys.list()),
-            metrics=metrics,
+            metrics=Metrics(engine, worker),
             policy=policy,
             sessions=Sessions(),
-            discovery=discovery,
             changes=changes,
             started=int(time.time()),
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from engine.guard import Escalated, Guard
 from engine.requests import Priority
 from store.records import Mode
 
@@ -16,14 +17,19 @@ Reason = Literal["pinned", "retrieved", "session", "below-threshold", "no-tasks"
 class Receipt:
     """`task` is what retrieval (or the request) named; `served_task` is whose profile was used, which differs for a
     generalist. `keep` is 1.0 and `profile_id` None in exact mode: every expert was within reach. What the swap would
-    cost was predicted when the request was submitted; null in exact mode, where only the routing tells."""
+    cost was predicted when the request was submitted; null in exact mode, where only the routing tells.
+
+    In mode auto `guard` is the bound and what it rests on, `level` the lowest that it saw. Where it `escalated` the
+    answer, the tokens from `at_token` on were routed freely; `coverage` is that of the part before."""
 
     task: str | None
     similarity: float | None
     mode: Mode
     keep: float
     coverage: float | None
-    escalated: bool
+    level: float | None
+    guard: Guard | None
+    escalated: Escalated | None
     experts: int
     experts_paged: int
     bytes_paged: int

@@ -14,7 +14,7 @@ from store.records import Mode
 
 MAX_STOPS = 16
 MOST_ITEMS = 20_000  # of a task's text; the body's own limit is mostly met before
-MODES: Mapping[str, Mode] = {"mask": "mask", "exact": "exact"}
+MODES: Mapping[str, Mode] = {"mask": "mask", "exact": "exact", "auto": "auto"}
 
 Tokens = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
@@ -128,37 +128,10 @@ class EmbeddingsBody(Body):
     user: str | None = None
 
 
-Names = Annotated[list[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]], Field(min_length=1, max_length=64)]
-
-
-class JobOptions(Body):
-    """Options of `moepager profile`."""
-
-    scorers: Names | None = None
-    allocators: Names | None = None
-    keeps: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1, max_length=32)] | None = None
-    search: bool = False
-    own_answers: Annotated[int, Field(gt=0, le=4096)] | None = None
-
-    def options(self) -> dict[str, Any]:
-        """What was chosen, by name."""
-        chosen = self.model_dump(include=set(JobOptions.model_fields))
-        return {name: value for name, value in chosen.items() if value not in (None, False)}
-
-
-class JobBody(JobOptions):
+class JobBody(Body):
     """`POST /v1/jobs`."""
 
     task: Text
-
-
-class AcceptBody(JobOptions):
-    """`POST /v1/proposals/{id}/accept`: the new task's name, the queries that are none of it, options of its job."""
-
-    name: Text | None = None
-    description: str = ""
-    without: list[str] = []
-    own_answers: Annotated[int, Field(gt=0, le=4096)] | None = 64
 
 
 class Turn(Body):
@@ -202,8 +175,8 @@ class TaskBody(Body):
 def checked_mode(mode: str | None) -> Mode | None:
     if mode is None or mode in MODES:
         return MODES[mode] if mode else None
-    why = "Mode auto (mask with a guard) is not built yet" if mode == "auto" else f"No mode is named {mode!r}"
     raise InvalidInput(
-        f"{why}: ask for mask (route only inside the task's selection) or exact (route freely, page in what misses).",
+        f"No mode is named {mode!r}: ask for mask (route only inside the task's selection), exact (route freely, page "
+        "in what misses) or auto (mask, finished exactly where the guard sees the query stray).",
         param="mode",
     )

@@ -1,6 +1,7 @@
 """What serves a request: which stored selection, or exact mode. Pure choices over a catalogue read from the store.
 
-The evidence rule lives here: mask mode is only ever served from a selection with a stored evaluation.
+The evidence rule lives here: modes mask and auto are only ever served from a selection with a stored evaluation, auto
+only with a bound that rests on enough items of it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from engine.guard import ALARM_RATE, Guard, draw_guard, items_needed
 from engine.plan import MemoryPlan
 from service.retrieval import Retrieval
-from service.settings import UnknownTask
+from service.settings import ServedMode, UnknownTask
 from store.errors import InvalidInput, MismatchError, NotFound
-from store.records import GENERALIST, Evaluation, Mode, Price, Selection, StoredSelection
+from store.records import GENERALIST, Evaluation, Mode, Selection, StoredSelection
 
 if TYPE_CHECKING:
+    from service.settings import Settings
     from store.database import Store
 
 BASELINES = frozenset({"random", "frequency"})  # scorers kept for comparison; they serve only where they are asked for
@@ -38,7 +41,6 @@ class ProfiledTask:
     description: str
     profile_id: str
     candidates: tuple[Candidate, ...]
-    prices: tuple[Price, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,7 @@ class Catalogue:
             profile = store.profiles.latest(model, task.name, proven=True)
             if profile is not None:
                 candidates = read_candidates(store, profile.id)
-                prices = tuple(store.prices.list(profile.id))
-                tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, candidates, prices)
+                tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, candidates)
             elif having := [other.name for other in others if store.profiles.latest(other.fingerprint, task.name)]:
                 elsewhere[task.name] = having[0]
         return cls(model, tasks, elsewhere)
@@ -108,17 +109,24 @@ class Policy:
     unknown_task: UnknownTask = "exact"
     keep: float | None = None
     scorer: str | None = None
+    mode: ServedMode = "mask"
+    alarm_rate: float = ALARM_RATE
+
+    @classmethod
+    def of(cls, settings: Settings, plan: MemoryPlan) -> Policy:
+        return cls(plan, settings.unknown_task, settings.keep, settings.scorer, settings.mode, settings.alarm_rate)
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What will serve one request. `candidate` is None in exact mode."""
+    """What will serve one request. `candidate` is None in exact mode; there is a `guard` in mode auto alone."""
 
     retrieval: Retrieval
     mode: Mode
     served_task: str | None
     profile_id: str | None
     candidate: Candidate | None
+    guard: Guard | None = None
 
     @property
     def selection(self) -> Selection | None:
@@ -134,7 +142,10 @@ class Serving:
 
 
 def choose_serving(wish: Wish, retrieval: Retrieval, catalogue: Catalogue, policy: Policy) -> Serving:
-    """Mask mode where a task is known; else what the policy says. Refuses what it can't do, never falls back."""
+    """Mask or auto mode where a task is known; else what the policy says. Refuses what it can't do, never falls back.
+
+    Mode auto leaves queries of no task to the policy as well: it promises what exact mode would say, or near it.
+    """
     task = catalogue.named(retrieval.task) if retrieval.task is not None else None
     if wish.mode == "exact":
         return _exact(wish, retrieval)
@@ -161,7 +172,24 @@ def _mask(task: ProfiledTask, wish: Wish, retrieval: Retrieval, policy: Policy) 
     keep = wish.keep if wish.keep is not None else policy.keep
     scorer = wish.scorer if wish.scorer is not None else policy.scorer
     candidate = choose_candidate(task, keep, scorer, policy)
-    return Serving(retrieval, "mask", task.name, task.profile_id, candidate)
+    mode = wish.mode or policy.mode
+    guard = choose_guard(task, candidate, policy.alarm_rate) if mode == "auto" else None
+    return Serving(retrieval, mode, task.name, task.profile_id, candidate, guard)
+
+
+def choose_guard(task: ProfiledTask, candidate: Candidate, alarm_rate: float) -> Guard:
+    """The bound that the selection's evaluation draws. Refuses one that rests on too few items."""
+    guard = draw_guard(candidate.evidence.levels, alarm_rate)
+    if guard is None:
+        raise InvalidInput(
+            f"Mode auto needs a bound, and at an alarm rate of {alarm_rate:g} that takes {items_needed(alarm_rate)} "
+            f"held-out items; the evaluation of task {task.name!r} at {candidate.stored.keep:g} of the experts metered "
+            f"{len(candidate.evidence.levels)}. Evaluate it on more (`moepager profile --task {task.name} "
+            "--calibration FILE --eval FILE`), raise MOEPAGER_ALARM_RATE, or ask for mode mask or exact.",
+            param="mode",
+            code="no_bound",
+        )
+    return guard
 
 
 def _no_task(retrieval: Retrieval) -> str:

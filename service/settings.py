@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.guard import ALARM_RATE
-from service.redaction import PRIVATE
 from store.errors import InvalidInput
 from store.sizes import parse_bytes
 
@@ -25,6 +23,7 @@ PREFIX = "MOEPAGER_"
 HOME = "MOEPAGER_HOME"  # read by store.home
 
 UnknownTask = Literal["exact", "generalist", "refuse"]
+ServedMode = Literal["mask", "auto"]
 
 
 def _memory(value: object) -> object:
@@ -37,14 +36,6 @@ def _memory(value: object) -> object:
 
 
 Memory = Annotated[int, BeforeValidator(_memory), Field(gt=0)]
-def _pattern(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    return value
-
-
 
 
 class Settings(BaseSettings):
@@ -63,6 +54,8 @@ class Settings(BaseSettings):
     threshold: float | None = Field(default=None, ge=-1, le=1)  # None: calibrated on the stored exemplars
     keep: float | None = Field(default=None, gt=0, le=1)  # None: the largest with evidence that fits the budget
     scorer: str | None = None  # None: the one with the best evidence
+    mode: ServedMode = "mask"  # of requests of a known task that name none; auto: mask with a guard
+    alarm_rate: float = Field(default=ALARM_RATE, gt=0, le=0.5)  # share of on-task queries that the guard may stop
     max_context: int | None = Field(default=None, gt=0)  # tokens; None: the engine's choice for this model
     max_batch: int = Field(default=8, gt=0)
     answer_tokens: int = Field(default=512, gt=0)  # the limit of an answer whose request names none
@@ -73,9 +66,6 @@ class Settings(BaseSettings):
     reload_seconds: float = Field(default=1.0, gt=0)  # between two looks whether tasks or keys in the store changed
     device: str = "cpu"
     dtype: str = "auto"
-    keep_unmatched: int = Field(default=0, ge=0, le=10_000)  # queries near no task that are kept for proposals; 0: none
-    redact: Annotated[str, AfterValidator(_pattern)] = PRIVATE  # what of their text is left out, a regular expression
-    redis: str | None = None  # a Redis URL: jobs go to `moepager worker`s by it; None: the service runs them itself
     threads: int | None = Field(default=None, gt=0)  # None: torch's own choice
 
 

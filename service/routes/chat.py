@@ -69,7 +69,9 @@ def prepare_chat(body: ChatBody, name: str, parts: Parts, caller: Caller) -> Con
     constraint = None if wanted is None else compiled(wanted, tokenizer)
     sampling = sampling_for(body, prompt, body.limit(), parts, Asked(body.scores, constraint=constraint))
     text = text_to_retrieve(body.messages)
-    question = Question(name, "messages", text, prompt, wish, sampling, tuple(sorted((*ignored, *unread))), caller)
+    question = Question(
+        name, "messages", text, prompt, wish, sampling, tuple(sorted((*ignored, *unread))), caller, not body.stream
+    )
     return Conversation(spread([question], body.choices, parts), form)
 
 

@@ -68,7 +68,7 @@ def prepare_completions(body: CompletionBody, name: str, parts: Parts, caller: C
         prompt, text = encode_prompt(written, parts.engine.tokenizer, parts.engine.card)
         sampling = sampling_for(body, prompt, limit, parts, asked)
         own = name if len(prompts) == 1 else f"{name}/{place}"
-        questions.append(Question(own, "prompt", text, prompt, wish, sampling, ignored, caller))
+        questions.append(Question(own, "prompt", text, prompt, wish, sampling, ignored, caller, not body.stream))
     return spread(questions, tries, parts)
 
 

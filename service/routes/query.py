@@ -41,7 +41,8 @@ async def query(body: QueryBody, request: Request, name: RequestId, caller: Call
 def prepare_query(body: QueryBody, name: str, parts: Parts, caller: Caller) -> Prepared:
     prompt = encode_query(body.query, parts.engine.tokenizer)
     sampling = sampling_for(body, prompt, body.max_tokens, parts)
-    return prepare(Question(name, "query", body.query, prompt, body.wish(), sampling, caller=caller), parts)
+    question = Question(name, "query", body.query, prompt, body.wish(), sampling, caller=caller, whole=not body.stream)
+    return prepare(question, parts)
 
 
 async def query_frames(running: Running) -> AsyncIterator[bytes]:

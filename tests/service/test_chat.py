@@ -208,7 +208,7 @@ def test_both_names_of_the_limit_work(client: TestClient) -> None:
             "messages[0].content[0].type",
         ),
         ({"expert": {"tau": 0.5}}, 400, "expert.tau"),
-        ({"expert": {"mode": "auto"}}, 400, "mode"),
+        ({"expert": {"mode": "automatic"}}, 400, "mode"),
         ({"expert": {"task": "knitting"}}, 404, None),
         ({"model": "tiny:sql", "expert": {"task": "cooking"}}, 400, "expert.task"),
         ({"model": "tiny:knitting"}, 404, None),

@@ -57,7 +57,7 @@ def test_the_receipt_says_what_was_served(client: TestClient, parts: Parts, sele
         "reap",
     )
     assert (receipt["experts"], receipt["selection"]) == (len(selection), selection.digest)
-    assert (receipt["model"], receipt["profile_id"], receipt["escalated"]) == ("tiny", "p-cooking", False)
+    assert (receipt["model"], receipt["profile_id"], receipt["escalated"]) == ("tiny", "p-cooking", None)
     assert receipt["similarity"] > parts.retriever.threshold
     assert 0 < receipt["coverage"] <= 1
     assert receipt["bytes_paged"] == receipt["experts_paged"] * parts.engine.card.expert_bytes
@@ -197,7 +197,7 @@ def test_a_refused_choice_is_stored_too(client: TestClient, parts: Parts) -> Non
         ({"query": EGG, "stop": ["x"] * 17}, 400, "stop", "at most 16"),
         ({"query": EGG, "keep": 0}, 400, "keep", "greater than 0"),
         ({"query": EGG, "temprature": 1}, 400, "temprature", "not a field"),
-        ({"query": EGG, "mode": "auto"}, 400, "mode", "not built yet"),
+        ({"query": EGG, "mode": "automatic"}, 400, "mode", "No mode is named"),
         ({"query": EGG, "mode": "fast"}, 400, "mode", "No mode is named 'fast'"),
         ({"query": EGG, "mode": "exact", "keep": 0.5}, 400, "keep", "exact mode uses none"),
         ({"query": EGG, "keep": 0.7}, 400, "keep", "it has: 0.25, 0.5, 1"),
