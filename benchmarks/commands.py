@@ -73,6 +73,38 @@ def load_command(
     _answer(asdict(bench_load(model or bundled_model(), keep, runs)), as_json)
 
 
+@app.command("ttft")
+def ttft_command(
+    model: Model = None,
+    keep: Annotated[float, typer.Option(help="Share of the experts in the selection, at most 0.5.")] = 0.5,
+    prompts: Annotated[str, typer.Option(help="Prompt lengths in tokens, by commas.")] = "32,128,256,512",
+    runs: Annotated[int, typer.Option(min=1)] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """A request's time to first token with its experts on the disk, beside reading them and beside its prefill."""
+    from benchmarks.ttft import bench_ttft
+    from store.home import bundled_model
+
+    rows = [asdict(row) for row in bench_ttft(model or bundled_model(), keep, _numbers(prompts), runs)]
+    _table("time to first token", rows)
+    if as_json:
+        _answer({"rows": rows}, as_json)
+
+
+def _numbers(text: str) -> list[int]:
+    from store.errors import InvalidInput
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise InvalidInput(
+            f"--prompts wants whole numbers above 0, separated by commas; got {text!r}.", param="prompts"
+        )
+    return numbers
+
+
 @app.command("profile")
 def profile_command(
     model: Model = None,

@@ -65,6 +65,7 @@ class Paged:
     bytes_needed: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
+    waited: float = 0.0  # seconds in which the owner stood still for reads
 
     def count(self, experts: int, needed: int) -> None:
         self.experts += experts
@@ -304,6 +305,7 @@ class Bank:
         assert delivery is not None or slot not in self.residency.unfilled, key
         if delivery is None:
             return
+        began = time.perf_counter()
         try:
             while not delivery.transfer.wait(delivery.group[key], GLANCE_SECONDS if self.interrupted else seconds):
                 if self.interrupted is None:
@@ -315,6 +317,8 @@ class Bank:
         except BaseException:
             self._settle(delivery)
             raise
+        finally:
+            self.paged.waited += time.perf_counter() - began
         if delivery.transfer.landed:
             self._settle(delivery)
         else:
