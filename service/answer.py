@@ -59,6 +59,8 @@ def prepare(question: Question, parts: Parts) -> Prepared:
         mode = serving.mode
     finally:  # a refusal is a decision too
         parts.store.decisions.add(decision(question.id, question.text, retrieval, mode))
+        if question.caller.priority == "normal":  # a client's own chores are no task
+            parts.discovery.asked(question.text, retrieval)
     request = GenerationRequest(
         question.prompt,
         serving.selection,

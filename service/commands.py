@@ -60,6 +60,9 @@ def serve(
     request_timeout: Annotated[float | None, typer.Option(help="Seconds an answer may take.")] = None,
     index: Annotated[Path | None, typer.Option(help="Folder of the vector index. Default: in memory.")] = None,
     job_memory: Annotated[str | None, typer.Option(help="Bytes for a profiling job. Default: as --memory.")] = None,
+    redis: Annotated[
+        str | None, typer.Option(help="Redis URL: `moepager worker`s run the jobs. Default: the service runs them.")
+    ] = None,
     reload_seconds: Annotated[float | None, typer.Option(help="Between two looks at the store. Default: 1.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -70,6 +73,26 @@ def serve(
     from service.server import run_server
 
     run_server(settings)
+
+
+@app.command()
+def worker(
+    redis: Annotated[str | None, typer.Option(help="Redis URL, the same as the service's.")] = None,
+    model: Model = None,
+    store: StoreUrl = None,
+    memory: Memory = None,
+    embedder: Embedder = None,
+    max_context: Context = None,
+    max_batch: Batch = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:
+    """Run the profiling jobs that services announce in Redis, one at a time, until it is told to stop."""
+    settings = load_settings(**locals())
+    from service.job_worker import serve_jobs
+
+    serve_jobs(settings)
 
 
 @app.command()

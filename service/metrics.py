@@ -33,6 +33,9 @@ class Metrics:
             "escalations", "Queries of mode auto that were finished exactly, and where.", ("task", "at")
         )
         self._abstentions = self._counter("abstentions", "Queries that were near no task.")
+        self._drifts = self._counter(
+            "drift", "Alarms that a task's traffic is not what its profile was made of.", ("task",)
+        )
         self._tokens = self._counter("tokens", "Tokens read and written.", ("kind",))
         self._swaps = self._counter("swaps", "Queries that had to wait for experts.", of_task)
         self._bytes = self._counter("bytes_paged", "Bytes of experts read for queries.", of_task)
@@ -70,6 +73,9 @@ class Metrics:
 
     def abstained(self) -> None:
         self._abstentions.inc()
+
+    def drifted(self, task: str) -> None:
+        self._drifts.labels(task).inc()
 
     def answered(self, status: int) -> None:
         self._responses.labels(str(status)).inc()

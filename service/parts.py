@@ -13,6 +13,7 @@ from engine.embedder import Embedder, open_embedder
 from engine.engine import Engine
 from engine.scheduler import Rules
 from engine.worker import EngineWorker
+from service.discovery import Discovery
 from service.keys import KeyRing
 from service.metrics import Metrics
 from service.model import engine_config, model_id
@@ -43,6 +44,7 @@ class Parts:
     metrics: Metrics
     policy: Policy
     sessions: Sessions
+    discovery: Discovery
     changes: int  # the store's count of changes when retriever and catalogue were read
     started: int  # seconds since 1970
 
@@ -71,6 +73,8 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         retriever = open_retriever(settings, store, embedder, catalogue.retrievable)
         rules = Rules(background_seconds=settings.background_wait)
         worker = stack.enter_context(EngineWorker(engine, settings.queue_size, rules))
+        metrics = Metrics(engine, worker)
+        discovery = stack.enter_context(Discovery(store, settings, embedder, metrics, engine.card.fingerprint))
         yield Parts(
             settings=settings,
             model_id=model_id(settings.model, config.model),
@@ -80,9 +84,10 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
             retriever=retriever,
             catalogue=catalogue,
             keys=KeyRing(store.keys.list()),
-            metrics=Metrics(engine, worker),
+            metrics=metrics,
             policy=policy,
             sessions=Sessions(),
+            discovery=discovery,
             changes=changes,
             started=int(time.time()),
         )

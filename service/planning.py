@@ -10,10 +10,12 @@ from engine.card import ModelCard
 from engine.plan import MemoryPlan, plan_memory
 from service.disk import DiskSpeed, measure_disk
 from service.model import engine_config
+from service.price_tags import price_tag, smallest_as_good
 from service.serving import Candidate, Catalogue, Policy, ProfiledTask, best_by_size, choose_candidate
 from service.settings import Settings
 from store.database import open_store
 from store.errors import MoepagerError
+from store.records import Price
 from store.sizes import show_bytes
 
 
@@ -25,6 +27,12 @@ class TaskPlan:
     serves: Candidate | None
     refusal: str | None
     sizes: tuple[Candidate, ...]
+    prices: tuple[Price, ...] = ()
+
+    @property
+    def as_good(self) -> Candidate | None:
+        """A smaller size that the evidence can't tell from the one that serves, the smallest of them."""
+        return smallest_as_good(self.serves, self.sizes, self.prices) if self.serves else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ class ModelPlan:
         """Nothing is resident before loading, so every byte of the selection is missing."""
         return len(candidate.stored.selection) * self.card.expert_bytes / self.disk.bytes_per_second
 
-    def size(self, candidate: Candidate) -> dict[str, Any]:
+    def size(self, candidate: Candidate, prices: Sequence[Price]) -> dict[str, Any]:
         evidence = candidate.evidence
         return {
             "keep": candidate.stored.keep,
@@ -48,14 +56,17 @@ class ModelPlan:
             "quality": evidence.retention,
             "accuracy": evidence.accuracy,
             "nll": evidence.nll,
+            **asdict(price_tag(candidate, prices)),
             "load_seconds": self.load_seconds(candidate),
         }
 
     def task(self, each: TaskPlan) -> dict[str, Any]:
-        nothing = dict.fromkeys(("keep", "scorer", "bytes", "quality", "accuracy", "nll", "load_seconds"))
-        chosen = self.size(each.serves) if each.serves else {**nothing, "fits": False}
-        sizes = [self.size(candidate) for candidate in each.sizes]
-        return {"task": each.task, **chosen, "refusal": each.refusal, "sizes": sizes}
+        sizes = [self.size(candidate, each.prices) for candidate in each.sizes]
+        names = ("keep", "scorer", "bytes", "quality", "accuracy", "nll", "low", "high", "draws", "load_seconds")
+        nothing = {**dict.fromkeys((*names, "others", "others_quality")), "fits": False}
+        chosen = self.size(each.serves, each.prices) if each.serves else nothing
+        as_good = each.as_good.stored.keep if each.as_good else None
+        return {"task": each.task, **chosen, "refusal": each.refusal, "as_good_keep": as_good, "sizes": sizes}
 
     def json(self) -> dict[str, Any]:
         plan = self.plan
@@ -87,9 +98,10 @@ def make_plan(settings: Settings, task: str | None = None) -> ModelPlan:
 def plan_task(task: ProfiledTask, policy: Policy) -> TaskPlan:
     sizes = best_by_size(task, policy.scorer)
     try:
-        return TaskPlan(task.name, choose_candidate(task, policy.keep, policy.scorer, policy), None, sizes)
+        serves = choose_candidate(task, policy.keep, policy.scorer, policy)
+        return TaskPlan(task.name, serves, None, sizes, task.prices)
     except MoepagerError as error:
-        return TaskPlan(task.name, None, str(error), sizes)
+        return TaskPlan(task.name, None, str(error), sizes, task.prices)
 
 
 def show_memory(card: ModelCard, plan: MemoryPlan) -> str:
@@ -114,18 +126,36 @@ def show_plan(found: ModelPlan) -> str:
     lines = [show_memory(found.card, found.plan), f"{'disk':>14}  {show_bytes(found.disk.bytes_per_second)}/s", ""]
     if not found.tasks:
         return "\n".join([*lines, "No task has a profile of this model yet: `moepager profile` makes one."])
-    lines.append(f"{'task':<20} {'keep':>6} {'bytes':>11} {'quality':>8} {'load':>8}  scorer")
+    lines.append(
+        f"{'task':<16} {'keep':>6} {'bytes':>11} {'keeps':>7} {'accuracy (95%)':>18} {'off task':>8} {'load':>8}"
+    )
     return "\n".join([*lines, *(line for each in found.tasks for line in _task_lines(found, each))])
 
 
 def _task_lines(found: ModelPlan, each: TaskPlan) -> Sequence[str]:
     lines = []
     for candidate in each.sizes:
-        size = found.size(candidate)
-        quality = "-" if size["quality"] is None else f"{size['quality']:.1%}"
+        size = found.size(candidate, each.prices)
         mark = "served" if candidate == each.serves else "fits" if size["fits"] else "too big"
         lines.append(
-            f"{each.task:<20} {size['keep']:>6.1%} {show_bytes(size['bytes']):>11} {quality:>8} "
-            f"{size['load_seconds']:>6.2f} s  {size['scorer']} ({mark})"
+            f"{each.task:<16} {size['keep']:>6.1%} {show_bytes(size['bytes']):>11} {_percent(size['quality']):>7} "
+            f"{_sure(size):>18} {_percent(size['others']):>8} {size['load_seconds']:>6.2f} s  {size['scorer']} ({mark})"
         )
-    return [*lines, *([f"{each.task:<20} {each.refusal}"] if each.refusal else [])]
+    if each.refusal:
+        lines.append(f"{each.task:<16} {each.refusal}")
+    if each.as_good:
+        lines.append(
+            f"{each.task:<16} {each.as_good.stored.keep:.1%} is as good, as far as these items and draws tell: its "
+            "accuracy lies inside the interval of the size that serves."
+        )
+    return lines
+
+
+def _sure(size: dict[str, Any]) -> str:
+    if size["low"] is None:
+        return f"nll {size['nll']:.3f}"
+    return f"{size['accuracy']:.1%} ({size['low']:.0%}-{size['high']:.0%})"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -128,10 +128,37 @@ class EmbeddingsBody(Body):
     user: str | None = None
 
 
-class JobBody(Body):
+Names = Annotated[list[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]], Field(min_length=1, max_length=64)]
+
+
+class JobOptions(Body):
+    """Options of `moepager profile`."""
+
+    scorers: Names | None = None
+    allocators: Names | None = None
+    keeps: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1, max_length=32)] | None = None
+    search: bool = False
+    own_answers: Annotated[int, Field(gt=0, le=4096)] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What was chosen, by name."""
+        chosen = self.model_dump(include=set(JobOptions.model_fields))
+        return {name: value for name, value in chosen.items() if value not in (None, False)}
+
+
+class JobBody(JobOptions):
     """`POST /v1/jobs`."""
 
     task: Text
+
+
+class AcceptBody(JobOptions):
+    """`POST /v1/proposals/{id}/accept`: the new task's name, the queries that are none of it, options of its job."""
+
+    name: Text | None = None
+    description: str = ""
+    without: list[str] = []
+    own_answers: Annotated[int, Field(gt=0, le=4096)] | None = 64
 
 
 class Turn(Body):

@@ -16,7 +16,7 @@ from engine.plan import MemoryPlan
 from service.retrieval import Retrieval
 from service.settings import ServedMode, UnknownTask
 from store.errors import InvalidInput, MismatchError, NotFound
-from store.records import GENERALIST, Evaluation, Mode, Selection, StoredSelection
+from store.records import GENERALIST, Evaluation, Mode, Price, Selection, StoredSelection
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -41,6 +41,7 @@ class ProfiledTask:
     description: str
     profile_id: str
     candidates: tuple[Candidate, ...]
+    prices: tuple[Price, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ class Catalogue:
             profile = store.profiles.latest(model, task.name, proven=True)
             if profile is not None:
                 candidates = read_candidates(store, profile.id)
-                tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, candidates)
+                prices = tuple(store.prices.list(profile.id))
+                tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, candidates, prices)
             elif having := [other.name for other in others if store.profiles.latest(other.fingerprint, task.name)]:
                 elsewhere[task.name] = having[0]
         return cls(model, tasks, elsewhere)

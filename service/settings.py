@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.guard import ALARM_RATE
+from service.redaction import PRIVATE
 from store.errors import InvalidInput
 from store.sizes import parse_bytes
 
@@ -33,6 +35,14 @@ def _memory(value: object) -> object:
         return parse_bytes(value)
     except InvalidInput as error:
         raise ValueError(str(error)) from None
+
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return value
 
 
 Memory = Annotated[int, BeforeValidator(_memory), Field(gt=0)]
@@ -63,6 +73,9 @@ class Settings(BaseSettings):
     background_wait: float = Field(default=30.0, ge=0)  # seconds that a background request waits for its experts
     request_timeout: float = Field(default=600.0, gt=0)  # seconds
     job_memory: Memory | None = None  # bytes for a profiling job, beside the service's own; None: the same as memory
+    keep_unmatched: int = Field(default=0, ge=0, le=10_000)  # queries near no task that are kept for proposals; 0: none
+    redact: Annotated[str, AfterValidator(_pattern)] = PRIVATE  # what of their text is left out, a regular expression
+    redis: str | None = None  # a Redis URL: jobs go to `moepager worker`s by it; None: the service runs them itself
     reload_seconds: float = Field(default=1.0, gt=0)  # between two looks whether tasks or keys in the store changed
     device: str = "cpu"
     dtype: str = "auto"
