@@ -60,6 +60,7 @@ def test_the_receipt_is_in_headers_too(client: TestClient) -> None:
         "experts": str(receipt["experts"]),
         "experts-paged": str(receipt["experts_paged"]),
         "bytes-paged": str(receipt["bytes_paged"]),
+        "escalated": "none",
     }
 
 
