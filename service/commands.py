@@ -60,6 +60,10 @@ def serve(
     request_timeout: Annotated[float | None, typer.Option(help="Seconds an answer may take.")] = None,
     index: Annotated[Path | None, typer.Option(help="Folder of the vector index. Default: in memory.")] = None,
     job_memory: Annotated[str | None, typer.Option(help="Bytes for a profiling job. Default: as --memory.")] = None,
+    keep_unmatched: Annotated[
+        int | None, typer.Option(help="Queries of no task that are kept for proposals of new ones. Default: none.")
+    ] = None,
+    redact: Annotated[str | None, typer.Option(help="A regular expression: what of their text is left out.")] = None,
     redis: Annotated[
         str | None, typer.Option(help="Redis URL: `moepager worker`s run the jobs. Default: the service runs them.")
     ] = None,
