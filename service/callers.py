@@ -30,7 +30,9 @@ SPEAKER = re.compile(r"^(USER|ASSISTANT|SYSTEM|TOOL): ", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`session` names the conversation, None where nothing tells; it `begins` where nothing was said in it before."""
+    """`session` names the conversation of an `owner` (the id of an API key), None where nothing tells; it `begins`
+    where nothing was said in it before.
+    """
 
     owner: str = ""
     session: str | None = None
@@ -54,7 +56,7 @@ ANYBODY = Caller()
 def caller_of(request: Request) -> Caller:
     """What the headers say."""
     key: ApiKey | None = request.scope.get("api_key")
-    caller = Caller(key.name if key else "")
+    caller = Caller(key.id if key else "")
     session = next((request.headers[name] for name in HEADERS if request.headers.get(name)), None)
     return caller.named(session) if session else caller
 
