@@ -6,6 +6,7 @@ import { askForKey } from "./key.js";
 import { Jobs } from "./jobs.js";
 import { Plan } from "./plan.js";
 import { Playground } from "./playground.js";
+import { Proposals } from "./proposals.js";
 import { Residency } from "./residency.js";
 import { Tasks } from "./tasks.js";
 
@@ -16,6 +17,7 @@ const SECTIONS = [
   ["tasks", "Tasks", Tasks],
   ["jobs", "Jobs", Jobs],
   ["plan", "Plan", Plan],
+  ["proposals", "Proposals", Proposals],
 ];
 
 const main = document.getElementById("main");

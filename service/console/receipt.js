@@ -17,10 +17,12 @@ const ROWS = [
   ["similarity", "Similarity", (r) => fixed(r.similarity, 3)],
   ["served_task", "Profile of", (r) => r.served_task ?? "none: every expert was within reach"],
   ["mode", "Mode", (r) => r.mode],
-  ["escalated", "Escalated", (r) => (r.escalated ? `from token ${r.escalated.at_token}: level ${r.escalated.coverage.toFixed(3)} under ${r.escalated.bound.toFixed(3)}` : "no")],
+  ["escalated", "Escalated", (r) => (r.escalated ? escalation(r.escalated) : "no")],
   ["keep", "Experts kept", (r) => percent(r.keep)],
   ["scorer", "Scorer", (r) => r.scorer ?? "–"],
   ["coverage", "Coverage", (r) => percent(r.coverage)],
+  ["level", "Lowest level", (r) => percent(r.level)],
+  ["guard", "Guard", (r) => (r.guard ? `bound ${percent(r.guard.bound)}, from ${r.guard.items} items` : "none")],
   ["experts", "Experts leased", (r) => count(r.experts)],
   ["experts_paged", "Experts paged in", (r) => count(r.experts_paged)],
   ["bytes_paged", "Bytes paged in", (r) => bytes(r.bytes_paged)],
@@ -45,6 +47,10 @@ export function receiptList(receipt) {
   const others = Object.entries(receipt).filter(([name]) => !names.has(name));
   return h("dl", {}, known, others.map(([name, value]) =>
     row(name, name.replaceAll("_", " "), typeof value === "string" ? value : JSON.stringify(value))));
+}
+
+function escalation({ at_token, coverage, bound }) {
+  return `routed freely from token ${at_token} on: level ${percent(coverage)} under ${percent(bound)}`;
 }
 
 function row(name, label, text) {

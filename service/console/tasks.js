@@ -113,8 +113,7 @@ export class Tasks {
     for (const each of task.evidence) {
       if (each.accuracy === null) continue;
       const points = scorers.get(each.scorer) ?? scorers.set(each.scorer, []).get(each.scorer);
-      const [low, high] = each.interval;
-      points.push({ x: each.bytes, y: each.accuracy, low, high,
+      points.push({ x: each.bytes, y: each.accuracy, low: each.low, high: each.high,
         title: `${each.scorer}, ${percent(each.keep)} of the experts: ${accuracy(each)} of ${each.items} items` });
     }
     const series = [...scorers].map(([name, points]) => ({ name, points }));
@@ -126,7 +125,8 @@ export class Tasks {
       series.length > 0
         ? chart(`Accuracy of ${task.task} over the memory of its experts, one line for each scorer`, series, marks)
         : h("p", { class: "empty" }, "The evaluation has no accuracy: its items have no answers to compare with."),
-      h("p", { class: "hint" }, "Bars are 95% intervals of the accuracy. random and frequency are baselines."));
+      h("p", { class: "hint" }, "Bars are 95% intervals of the accuracy, over items and, where there are any, draws of the "
+        + "calibration text. random and frequency are baselines."));
   }
 
   async profile(name) {
@@ -155,18 +155,17 @@ function link(name) {
   return h("a", { href: `#/tasks/${encodeURIComponent(name)}`, class: "clip" }, name);
 }
 
-function accuracy(each) {
+export function accuracy(each) {
   if (each.accuracy === null) return "–";
-  const [low, high] = each.interval;
-  return `${percent(each.accuracy)} (${percent(low, 0)}–${percent(high, 0)})`;
+  return `${percent(each.accuracy)} (${percent(each.low, 0)}–${percent(each.high, 0)})`;
 }
 
 // What the numbers themselves say against a selection.
 function doubtsOf(task, served) {
-  const found = [...(task.doubts ?? [])];
+  const found = [];
   if (!served) return found;
   if (served.items < 30) found.push(`Only ${served.items} held-out items were measured; the interval is wide.`);
-  if (served.interval && served.full_accuracy !== null && served.interval[1] < served.full_accuracy) {
+  if (served.high !== null && served.full_accuracy !== null && served.high < served.full_accuracy) {
     found.push(`It is worse than the whole model (${percent(served.full_accuracy)}), beyond what chance explains.`);
   }
   for (const base of task.evidence.filter((each) => BASELINES.includes(each.scorer) && each.keep === served.keep && served.keep < 1)) {
@@ -179,9 +178,10 @@ function doubtsOf(task, served) {
 
 function evidenceTable(task) {
   const columns = [["Scorer"], ["Experts kept", true], ["Memory", true], ["Accuracy, 95%", true], ["Of the whole", true],
-    ["NLL", true], ["Coverage", true], ["Items", true], ["Fits"]];
+    ["NLL", true], ["Coverage", true], ["Off its task", true], ["Items", true], ["Draws", true], ["Fits"]];
   const rows = task.evidence.map((each) => [
     each.scorer + (each.selection === task.serves ? " (serves)" : ""), percent(each.keep), bytes(each.bytes), accuracy(each),
-    percent(each.retention), fixed(each.nll, 3), percent(each.coverage), String(each.items), each.fits ? "yes" : "no"]);
+    percent(each.retention), fixed(each.nll, 3), percent(each.coverage), percent(each.others_quality),
+    String(each.items), String(each.draws), each.fits ? "yes" : "no"]);
   return table("Evidence", columns, rows);
 }

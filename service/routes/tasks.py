@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,11 +14,11 @@ from service.guard import operators_only
 from service.idempotency import IdempotencyKey
 from service.jobs import refuse_active
 from service.parts import Parts
+from service.price_tags import price_tag
 from service.reloading import Reloader
 from service.schemas import TaskBody
 from service.serving import Candidate, Policy, ProfiledTask, choose_candidate
 from store.errors import Conflict, InvalidInput, MoepagerError
-from store.intervals import wilson
 from store.records import GENERALIST, StoredCorpus, TaskRecord
 
 router = APIRouter(tags=["tasks"])
@@ -97,22 +98,23 @@ def task_object(task: ProfiledTask, policy: Policy) -> dict[str, Any]:
         "profile_id": task.profile_id,
         "serves": serves,
         "refusal": refusal,
-        "evidence": [evidence_object(c, policy) for c in sorted(task.candidates, key=_by_size)],
+        "evidence": [evidence_object(c, task, policy) for c in sorted(task.candidates, key=_by_size)],
     }
 
 
-def evidence_object(candidate: Candidate, policy: Policy) -> dict[str, Any]:
+def evidence_object(candidate: Candidate, task: ProfiledTask, policy: Policy) -> dict[str, Any]:
     stored, evidence = candidate.stored, candidate.evidence
     return {
         "selection": stored.id,
         "scorer": stored.scorer,
+        "stand_in": stored.stand_in,
         "keep": stored.keep,
         "experts": len(stored.selection),
         "bytes": policy.plan.bytes_of(stored.selection),
         "fits": policy.plan.fits(stored.selection),
         "items": evidence.items,
         "accuracy": evidence.accuracy,
-        "interval": None if evidence.accuracy is None else wilson(evidence.accuracy, evidence.items),
+        **asdict(price_tag(candidate, task.prices)),
         "full_accuracy": evidence.full_accuracy,
         "retention": evidence.retention,
         "nll": evidence.nll,

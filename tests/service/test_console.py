@@ -151,7 +151,7 @@ def test_tasks_without_a_profile_are_listed_apart(client: TestClient) -> None:
 def test_accuracy_comes_with_its_interval(client: TestClient) -> None:
     for task in client.get("/v1/tasks").json()["tasks"]:
         for each in task["evidence"]:
-            low, high = each["interval"]
+            low, high = each["low"], each["high"]
             assert 0 <= low <= each["accuracy"] <= high + 1e-9 <= 1 + 1e-9
             assert high - low > 0.1  # twenty items can't say it more exactly
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,21 @@ from fastapi import FastAPI
 from playwright.sync_api import Page, expect
 
 from service.app import create_app
+from service.discovery import Discovery
 from service.keys import KeyRing, make_key
 from service.parts import Parts, reread
 from service.serving import Catalogue
 from store.database import open_store
-from store.records import Role
+from store.records import Event, Role
 
 Visit = Callable[..., Page]
 Live = Callable[[FastAPI], AbstractContextManager[str]]
 
 EGG = "how long do I boil an egg"
-SECTIONS = ("Playground", "Residency", "Tasks", "Jobs", "Plan")
+SECTIONS = ("Playground", "Residency", "Tasks", "Jobs", "Plan", "Proposals")
+PLANTS = [
+    f"when do I plant {plant} in the garden" for plant in "beans kale leeks peas corn mint dill sage chard".split()
+]
 HOSTILE = "<img src=x onerror=hacked=1><script>hacked=1</script>"
 
 
@@ -216,6 +221,8 @@ def test_keys_open_what_their_role_may_do(parts: Parts, live: Live, visit: Visit
         answered(page)
         section(page, "Jobs")
         expect(page.get_by_text("Jobs are for operators")).to_be_visible()
+        section(page, "Proposals")
+        expect(page.get_by_text("Proposals are for operators")).to_be_visible()
         section(page, "Residency")
         expect(page.get_by_role("button", name="Evict what is idle")).to_be_disabled()
         section(page, "Tasks")
@@ -375,15 +382,53 @@ def test_everything_can_be_reached_by_keyboard_alone(site: str, visit: Visit) ->
 
 
 @pytest.fixture
-def workshop(parts: Parts, stock: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
-    """The application over a store and a data folder of the test's own."""
+def own(parts: Parts, stock: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
+    """The parts over a store and a data folder of the test's own; queries near no task are kept."""
     monkeypatch.setenv("MOEPAGER_HOME", str(tmp_path))
     url = f"sqlite:///{tmp_path / 'store.db'}"
     stock(url)
-    update = {"store": url, "reload_seconds": 0.05, "job_memory": 2**30}
-    store = open_store(url)
-    own = reread(replace(parts, settings=parts.settings.model_copy(update=update), store=store))
+    update = {"store": url, "reload_seconds": 0.05, "job_memory": 2**30, "keep_unmatched": 30, "threshold": 0.5}
+    settings, embedder = parts.settings.model_copy(update=update), parts.retriever.embedder
+    with (
+        open_store(url) as store,
+        Discovery(store, settings, embedder, parts.metrics, parts.catalogue.model) as discovery,
+    ):
+        yield reread(replace(parts, settings=settings, store=store, discovery=discovery))
+
+
+@pytest.fixture
+def workshop(own: Parts) -> FastAPI:
     return create_app(lambda: nullcontext(own))
+
+
+def test_a_proposal_becomes_a_task_without_what_was_unticked(
+    workshop: FastAPI, own: Parts, live: Live, visit: Visit
+) -> None:
+    own.store.events.add(Event("drift", own.catalogue.model, "cooking", 0.4, 0.3, HOSTILE, datetime.now(UTC)))
+    with live(workshop) as url:
+        for text in [*PLANTS, HOSTILE]:
+            httpx.post(f"{url}/v1/query", json={"query": text, "max_tokens": 1}, timeout=60).raise_for_status()
+        page = visit(url)
+        section(page, "Proposals")
+        expect(page.get_by_role("table", name="Events")).to_contain_text(HOSTILE)
+        expect(page.get_by_text("10 of at most 30 queries are kept")).to_be_visible()
+        queries = page.get_by_role("list", name="Queries").get_by_role("checkbox")
+        expect(queries).to_have_count(len(PLANTS))
+        check_accessible(page)
+        page.get_by_label(PLANTS[0]).uncheck()
+        page.get_by_label("Name of the task").fill("garden")
+        page.get_by_role("button", name="Make it a task").click()
+        page.get_by_role("button", name="Cancel the job of garden").click()
+        page.get_by_role("dialog").get_by_role("button", name="Cancel the job").click()
+        expect(page.get_by_role("table", name="Jobs").locator("tbody tr")).to_contain_text("cancelled")
+        assert sorted(own.store.corpora.get("garden").exemplars) == sorted(PLANTS[1:])
+        section(page, "Proposals")
+        expect(page.get_by_text("Nothing to propose")).to_be_visible()
+        page.get_by_role("button", name="Forget all queries").click()
+        page.get_by_role("dialog").get_by_role("button", name="Forget them").click()
+        expect(page.get_by_role("button", name="Forget all queries")).to_be_disabled()
+        assert own.store.unmatched.list() == []
+        assert page.evaluate("typeof hacked") == "undefined"
 
 
 def jsonl(items: list[dict[str, str]]) -> dict[str, Any]:
