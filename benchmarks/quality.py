@@ -17,9 +17,10 @@ from benchmarks.quality_runs import Runs
 from demo.prepare import DTYPE, THREADS, corpus
 from engine.config import EngineConfig
 from engine.engine import Engine
-from profiler.allocation import UNIFORM, allocate, needs_of_allocators
+from profiler.allocation import UNIFORM, needs_of_allocators, select
 from profiler.allocators import PLAIN
 from profiler.batches import Encoded, encode_corpus
+from profiler.channels.weights import of_weights
 from profiler.draws import draw
 from profiler.evaluate import Measured, judged_role
 from profiler.forced import evaluate_forced
@@ -96,9 +97,8 @@ class _Bench:
         statistics = self._statistics(text, needs)
         found = []
         for scorer in wanted:
-            scores = scorer.score(statistics)
             for allocator, keep in product(allocators, keeps):
-                kept = allocate(allocator, scores, float(keep), statistics.top_k, None, statistics)
+                kept = select(scorer, allocator, statistics, float(keep))
                 found.append(StoredSelection("", "", scorer.name, allocator, keep, kept))
         return found
 
@@ -120,7 +120,8 @@ class _Bench:
                 run = Run(Path(folder), "pass", plan="")
                 found = gather_statistics(self.engine, text.items, run, self.task, ROWS, ignore, needs)
             looks = second_looks(self.engine, text.items, ROWS, needs)
-            return found.with_extras(of_router(self.engine.card.folder, needs, None) | looks)
+            static = of_router(self.engine.card.folder, needs, None) | of_weights(self.engine, needs)
+            return found.with_extras(static | looks)
 
         return self.runs.statistics(name, make)
 

@@ -12,6 +12,7 @@ from profiler.scorers.registry import DEFAULTS, SCORERS, choose
 from store.errors import InvalidInput
 
 ALL = "all"
+UNAVAILABLE = frozenset({"router_growth", "subset_losses"})  # the demo has no base checkpoint, and too many experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def grid_of(
     automatic: bool,
 ) -> Grid:
     """From a command's options. Raises InvalidInput for a name that nobody knows and numbers that are none."""
-    names = [name for name, one in SCORERS.items() if "router_growth" not in one.needs]  # the demo has no base
+    names = [name for name, one in SCORERS.items() if not one.needs & UNAVAILABLE]
     chosen = names if scorers == [ALL] else [one.name for one in choose(scorers)]
     shared = list(ALLOCATORS) if allocators == [ALL] else list(choose_allocators(allocators or [UNIFORM]))
     parts = [part for part in few_shot.replace(" ", "").split(",") if part]

@@ -214,6 +214,12 @@ class Engine:
             return self._forward(ids.to(self.device), mask.to(self.device), routing), routing.coverage()
 
     @property
+    def router_names(self) -> tuple[str, ...]:
+        """What transformers calls the routers, a MoE layer each."""
+        names = {module: name for name, module in self._model.named_modules()}
+        return tuple(names[joint.router] for joint in self._joints)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """The decoder layers that hold the MoE layers, in order."""
         return tuple(decoder_layers(self._model, [joint.experts for joint in self._joints])[1])

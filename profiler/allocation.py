@@ -9,6 +9,7 @@ import numpy as np
 
 from profiler.allocators import ALLOCATORS, Allocator, Layers
 from profiler.extras import NOTHING, Needs
+from profiler.scorers.base import Picker, Scorer
 from profiler.statistics import Statistics
 from store.errors import BudgetError, InvalidInput
 from store.records import F64, Selection
@@ -59,6 +60,21 @@ def allocate(
     counts = layer_counts(allocator, scores, budget, top_k, expert_bytes, statistics)
     order = np.argsort(-scores, axis=1, kind="stable")  # [L, E]  stable: the lower id wins a tie
     return Selection.of([row[:count].tolist() for row, count in zip(order, counts, strict=True)])
+
+
+def select(
+    scorer: Scorer,
+    allocator: str,
+    statistics: Statistics,
+    budget: float | int,
+    expert_bytes: Sequence[int] | None = None,
+) -> Selection:
+    """What scorer and allocator keep together."""
+    scores = scorer.score(statistics)
+    if isinstance(scorer, Picker):
+        counts = layer_counts(allocator, scores, budget, statistics.top_k, expert_bytes, statistics)
+        return scorer.pick(statistics, counts)
+    return allocate(allocator, scores, budget, statistics.top_k, expert_bytes, statistics)
 
 
 def layer_counts(

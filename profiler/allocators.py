@@ -101,9 +101,9 @@ def least_error(layers: Layers, budget: int) -> list[int]:
 
 
 def learned(layers: Layers, budget: int) -> list[int]:
-    """One threshold on shares times a weight of the layer that was learned by gradients (DiEP, arXiv 2509.16105)."""
+    """One threshold on shares times a weight of the layer, learned by gradients (DiEP's beta, arXiv 2509.16105)."""
     assert layers.guide is not None, "the caller sees to the needs"
-    return _best_first(layers, layers.shares * layers.guide[:, None], budget)
+    return _best_first(layers, layers.shares * layers.guide.mean(axis=1, keepdims=True), budget)
 
 
 ALLOCATORS: Mapping[str, Allocator] = {
@@ -113,6 +113,7 @@ ALLOCATORS: Mapping[str, Allocator] = {
     "knapsack": Allocator(knapsack),
     "logistic": Allocator(logistic),
     "lexi": Allocator(least_error, frozenset({"elimination"})),
+    "diep": Allocator(learned, frozenset({"relaxation"})),
 }
 
 PLAIN: tuple[str, ...] = tuple(name for name, one in ALLOCATORS.items() if not one.needs)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from engine.engine import Engine
-from profiler.allocation import UNIFORM, allocate, kept
+from profiler.allocation import UNIFORM, kept, select
 from profiler.batches import Encoded
 from profiler.evaluate import Measured, evaluate
 from profiler.progress import Progress, Report
@@ -92,9 +92,8 @@ def make_selections(
     sizes = [engine.plan.slot_bytes] * engine.card.layers
     made = []
     for scorer in scorers:
-        scores = scorer.score(statistics)
         for budget, allocator in product(budgets, allocators):
-            selection = allocate(allocator, scores, budget, engine.card.top_k, sizes, statistics)
+            selection = select(scorer, allocator, statistics, budget, sizes)
             size = f"{budget}B" if isinstance(budget, int) else f"{budget:g}"
             name = f"{profile.id}-{scorer.name}.{scorer.version}-{allocator}-{size}"
             keep = share_of(engine, budget)

@@ -1,7 +1,7 @@
 """Statistics that only some scorers need, collected only when one is asked for. Declares them, no more.
 
-In `dims`, the first 2 is the halves, L MoE layers, E experts, H the hidden size, F the channels of an expert (another 2
-is gate and up).
+In `dims`, the first 2 is the halves, L MoE layers, E experts, P their 2^E sets, H the hidden size, F the channels of an
+expert (another 2 is gate and up).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Extra:
     largest: bool = False
 
     def shape(self, layers: int, experts: int, hidden: int, inner: int = 0) -> tuple[int, ...]:
-        sizes = {"2": 2, "L": layers, "E": experts, "H": hidden, "F": inner}
+        sizes = {"2": 2, "L": layers, "E": experts, "H": hidden, "F": inner, "P": 1 << min(experts, 8)}
         return tuple(sizes[letter] for letter in self.dims)
 
     @property
@@ -41,6 +41,9 @@ EXTRAS: Mapping[str, Extra] = {
     "logit_products": Extra("1", "2LEE", True, "ZG: + z z^T, z being a token's logits less their mean"),
     "output_sums": Extra("1", "2LEH", True, "S1: + o, the unweighted output"),
     "router_distances": Extra("1", "LEE", False, "|Wg_i - Wg_j|, the distance of two experts' router rows"),
+    "subset_losses": Extra("1", "LP", False, "what the layer's output is off by inside each set of experts, by bits"),
+    "dropping": Extra("1", "LE", False, "the window at whose end e is dropped, and its last share of router weight"),
+    "relaxation": Extra("1", "LE", False, "beta_l E softmax(alpha_l)_e, learned by gradients with all weights frozen"),
     "elimination": Extra("1", "LE", False, "the share of the layer's output that is lost once e is dropped, greedily"),
     "channel_sums": Extra("1", "2LEF", True, "SH: + h, what the down projection takes"),
     "channel_squares": Extra("1", "2LEF", True, "SH2: + h^2"),

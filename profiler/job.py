@@ -6,6 +6,7 @@ The store sees a profile only when its statistics are complete; selections and e
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +17,6 @@ from engine.embedder import Embedder
 from engine.engine import Engine
 from profiler.allocation import UNIFORM, choose_allocators, needs_of_allocators
 from profiler.batches import Encoded, encode_corpus, token_limit
-from profiler.channels import gradients
 from profiler.channels.weights import of_weights
 from profiler.corpus import Corpus, refuse_overlap
 from profiler.evidence import KEEPS, HeldOut, Size, check_sizes, make_selections, put_evaluations, put_selections
@@ -29,7 +29,7 @@ from profiler.run import Run, hold
 from profiler.scorers.base import Scorer
 from profiler.scorers.registry import BASELINES, choose, computable, needs_of, versions
 from profiler.search import search
-from profiler.second_looks import second_looks
+from profiler.second_looks import announce, second_looks
 from profiler.statistics import VERSION
 from profiler.stream import pays, stream_statistics
 from store.checkpoint import CheckpointMap
@@ -37,6 +37,8 @@ from store.database import Store
 from store.errors import InvalidInput, NotFound
 from store.home import data_folder
 from store.records import GENERALIST, Exemplar, ModelRecord, Profile, TaskRecord
+
+log = logging.getLogger("moepager.profiler")
 
 EXEMPLARS = 32
 
@@ -215,7 +217,8 @@ def _gather(
         needs |= found[-1].statistics.keys() & EXTRAS.keys()
         static = of_router(engine.card.folder, needs, options.base)
     identity = profile_id(model, task, calibration.content_hash, needs, options.base)
-    gradients.announce(engine, needs)
+    for said in announce(engine, needs):
+        log.warning("%s", said)
     static |= of_weights(engine, needs)
     stream = pays(engine, text, options.rows) if options.stream is None else options.stream
     sizes = f"rows={min(options.rows, engine.plan.max_batch)},tokens={token_limit(engine)}"
@@ -223,8 +226,6 @@ def _gather(
     collect = stream_statistics if stream else gather_statistics
     statistics = collect(engine, text, run, task, options.rows, report, needs).with_extras(static)
     statistics = statistics.with_extras(second_looks(engine, text, options.rows, needs))
-    if gradients.NAME in needs:
-        statistics = statistics.with_extras({gradients.NAME: gradients.mean_squares(engine, text, options.rows)})
     return Profile(
         id=identity,
         model=model,

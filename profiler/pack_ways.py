@@ -18,10 +18,10 @@ from profiler.batches import Encoded
 from profiler.channels.base import per_token
 from profiler.channels.registry import CHANNEL_SCORERS
 from profiler.channels.widths import covered_by, equal_coverage
-from profiler.elimination import sample_routing
 from profiler.extras import NOTHING, Needs
 from profiler.pack_mixtures import ClusterMeans, Outputs, Recombined
 from profiler.pack_recipes import FewerChannels, Recipe, rounded
+from profiler.sample import sample_routing
 from profiler.scorers.registry import choose as choose_scorers
 from profiler.statistics import Statistics
 from store.errors import InvalidInput

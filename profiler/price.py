@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import stdev
 
 from engine.engine import Engine
-from profiler.allocation import allocate, needs_of_allocators
+from profiler.allocation import needs_of_allocators, select
 from profiler.batches import Encoded
+from profiler.channels.weights import of_weights
 from profiler.draws import draw
 from profiler.evaluate import Measured
 from profiler.evidence import HeldOut
@@ -151,7 +152,7 @@ def _statistics(
     run = Run(pricing.folder, f"{profile.id}-draw{number}", plan=f"draw={number}")
     found = gather_statistics(engine, text, run, profile.task, pricing.rows, ignore, needs)
     static = of_router(engine.card.folder, needs, pricing.base)
-    found = found.with_extras(static | second_looks(engine, text, pricing.rows, needs))
+    found = found.with_extras(static | of_weights(engine, needs) | second_looks(engine, text, pricing.rows, needs))
     run.forget()
     return found
 
@@ -160,8 +161,7 @@ def _reselect(engine: Engine, one: StoredSelection, statistics: Statistics) -> S
     """What the same scorer and allocator would keep in as many bytes."""
     sizes = [engine.plan.slot_bytes] * engine.card.layers
     size = len(one.selection) * engine.plan.slot_bytes
-    scores = SCORERS[one.scorer].score(statistics)
-    kept = allocate(one.allocator, scores, size, engine.card.top_k, sizes, statistics)
+    kept = select(SCORERS[one.scorer], one.allocator, statistics, size, sizes)
     return attach(replace(one, selection=kept), statistics.arrays).selection
 
 

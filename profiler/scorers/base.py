@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from profiler.extras import Needs
 from profiler.statistics import Statistics
-from store.records import F64
+from store.records import F64, Selection
 
 
 class Scorer(Protocol):
@@ -28,6 +29,13 @@ class Scorer(Protocol):
     def needs(self) -> Needs: ...
 
     def score(self, statistics: Statistics) -> F64: ...
+
+
+@runtime_checkable
+class Picker(Protocol):
+    """A scorer whose best sets are no ranking: it names the set for each layer's number of experts itself."""
+
+    def pick(self, statistics: Statistics, counts: Sequence[int]) -> Selection: ...
 
 
 def per_token(statistics: Statistics, name: str) -> F64:

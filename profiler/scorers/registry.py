@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from profiler.extras import Needs
 from profiler.scorers.act_logits import ActLogits
 from profiler.scorers.base import Scorer
+from profiler.scorers.diep import Diep
 from profiler.scorers.ean import Ean
 from profiler.scorers.easy_ep import EasyEp
 from profiler.scorers.frequency import Frequency
@@ -15,12 +16,14 @@ from profiler.scorers.gate_norm import GateNorm
 from profiler.scorers.man import Man, Msan
 from profiler.scorers.mone import Mone
 from profiler.scorers.naee import Naee
+from profiler.scorers.naee_exact import NaeeExact
 from profiler.scorers.peu import Peu
 from profiler.scorers.random import Random
 from profiler.scorers.reap import Reap
 from profiler.scorers.router_growth import RouterGrowth
 from profiler.scorers.stun import Stun
 from profiler.scorers.tcess import Tcess
+from profiler.scorers.tsep import Tsep
 from profiler.scorers.uncurl import Uncurl
 from profiler.statistics import Statistics
 from store.errors import InvalidInput
@@ -38,6 +41,9 @@ _OTHERS: tuple[Scorer, ...] = (
     Stun("router"),
     Uncurl(),
     Naee(),
+    NaeeExact(),
+    Tsep(),
+    Diep(),
     RouterGrowth(),
 )
 

@@ -1,0 +1,135 @@
+"""DiEP's relaxation (arXiv 2509.16105): gradients by one number an expert and one a layer, all weights frozen.
+
+`y_l = beta_l * sum over S_t of E softmax(alpha_l)_e w_te o_te`. The source sums over all experts, without a router,
+which costs E/K times a forward and forgets who is routed where; here the router chooses as ever (ours). The loss is
+that of the next token plus how far the logits move. The plain transformers model does the arithmetic, whole in memory.
+T tokens, L MoE layers, E experts, K = top_k, V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from engine.engine import Engine
+from profiler.batches import Batch, Encoded, cut, pad
+from store.errors import BudgetError, CheckpointError
+from store.records import F64
+from store.sizes import show_bytes
+
+EPOCHS, RATE, MOVED = 10, 5e-3, 0.01  # of the source: passes over the text, learning rate, weight of moved logits
+TURNS = 4  # of four steps three move alpha, the fourth beta
+ROWS = 16
+
+Routed = tuple[Tensor, Tensor, Tensor]  # logits [T, E], weights [T, K], index [T, K]
+
+
+class Relaxed:
+    """The parameters, and the hooks by which a model's routers multiply their weights with them."""
+
+    def __init__(self, layers: int, experts: int, device: torch.device) -> None:
+        self.alpha = torch.zeros(layers, experts, device=device, requires_grad=True)  # [L, E]
+        self.beta = torch.ones(layers, device=device, requires_grad=True)  # [L]
+        self.active = True
+
+    def importance(self) -> Tensor:
+        """`beta_l E softmax(alpha_l)_e`, [L, E]: 1 everywhere to begin with; a layer's mean is its beta."""
+        return self.beta[:, None] * self.alpha.softmax(dim=1) * self.alpha.shape[1]
+
+    def watch(self, layer: int, router: Any) -> None:
+        def hook(_: Any, __: tuple[Any, ...], routed: Routed) -> Routed | None:
+            if not self.active:
+                return None
+            logits, weights, index = routed
+            return logits, weights * self.importance()[layer][index].to(weights.dtype), index
+
+        router.register_forward_hook(hook)
+
+
+def check_relaxation(engine: Engine) -> str:
+    """What will be loaded, to be said before it is. Raises BudgetError where a budget forbids it."""
+    plan = engine.plan
+    size = plan.dense_bytes + plan.layers * plan.experts * plan.slot_bytes
+    if plan.budget is not None and size + plan.total_bytes > plan.budget:
+        raise BudgetError(
+            f"diep takes gradients through a second copy of the whole model, {show_bytes(size)} and activations, "
+            f"beside the engine's {show_bytes(plan.total_bytes)}; the budget is {show_bytes(plan.budget)}. Raise "
+            "--memory or give none, or choose another scorer and allocator."
+        )
+    return f"diep takes gradients: a second copy of the model ({show_bytes(size)}) is loaded whole, beside the engine."
+
+
+def relaxations(engine: Engine, text: Sequence[Encoded]) -> F64:
+    """The learned importance, f64 `[L, E]`. The same text gives the same numbers on the same machine."""
+    model, routers = _open(engine)
+    relaxed = Relaxed(engine.card.layers, engine.card.experts, engine.device)
+    for layer, router in enumerate(routers):
+        relaxed.watch(layer, router)
+    batches = [pad(part) for part in cut(engine, text, ROWS)]
+    train(model, relaxed, batches)
+    found: F64 = relaxed.importance().detach().double().cpu().numpy()
+    if not math.isfinite(found.sum()):
+        raise CheckpointError(
+            "The gradients of diep are not finite (NaN or infinity). Check the checkpoint's weights, or profile in "
+            "float32."
+        )
+    return found
+
+
+def train(model: Any, relaxed: Relaxed, batches: Sequence[Batch], epochs: int = EPOCHS) -> None:
+    """Cosine schedule to 0. A batch is a step, in the order of the text."""
+    optimisers = [torch.optim.Adam([parameter], RATE) for parameter in (relaxed.alpha, relaxed.beta)]
+    steps = epochs * len(batches)
+    for step in range(steps):
+        chosen = optimisers[step % TURNS == TURNS - 1]
+        for group in chosen.param_groups:
+            group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for each in optimisers:
+            each.zero_grad()
+        with torch.enable_grad():
+            loss(model, relaxed, batches[step % len(batches)]).backward()  # type: ignore[no-untyped-call]
+        chosen.step()
+
+
+def loss(model: Any, relaxed: Relaxed, batch: Batch) -> Tensor:
+    """Of the next tokens, plus MOVED times how far a token's logits lie from the plain model's, on average."""
+    device = relaxed.alpha.device
+    ids, mask = batch.ids.to(device), batch.mask.to(device)
+    relaxed.active = False
+    with torch.no_grad():
+        before = _logits(model, ids, mask)  # [B, S, V]
+    relaxed.active = True
+    after = _logits(model, ids, mask)  # [B, S, V]
+    valid = mask.bool()
+    moved = (after - before)[valid]  # [n, V]
+    # The length of no difference at all has no gradient; a hair beside it has.
+    distance = (moved.square().sum(dim=-1) + 1e-12).sqrt().mean()
+    wanted = ids[:, 1:].masked_fill(~valid[:, 1:], -100)  # [B, S - 1]
+    told = F.cross_entropy(after[:, :-1].flatten(0, 1), wanted.flatten())
+    return told + MOVED * distance
+
+
+def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return logits.float()
+
+
+def _open(engine: Engine) -> tuple[Any, list[Any]]:
+    """The model and its routers, which are found by the engine's own names for them."""
+    model = AutoModelForCausalLM.from_pretrained(
+        engine.card.folder,
+        dtype=getattr(torch, engine.plan.dtype),
+        experts_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    model.config.use_cache = False
+    model.eval().requires_grad_(False).to(engine.device)
+    return model, [model.get_submodule(name) for name in engine.router_names]

@@ -1,0 +1,99 @@
+"""A sample of tokens on which every expert of a layer is run, for what has to be tried out instead of summed up.
+
+m tokens, n of them, E experts, K = top_k, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.engine import Engine
+from profiler.batches import Encoded, cut, pad
+
+TOKENS = 256
+OUTPUT_BYTES = 256 << 20  # of all experts on all sampled tokens, one layer at a time
+
+Route = Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]  # tokens i64 [n], experts -> weights, index [n, K]
+
+
+class LayerSample(NamedTuple):
+    """`outputs` [m, E, H]; `weights`, `chosen` [m, K] as the whole layer routes; `route` limits it to some experts."""
+
+    outputs: Tensor
+    weights: Tensor
+    chosen: Tensor
+    route: Route
+
+
+def sample_routing(engine: Engine, text: Sequence[Encoded], rows: int) -> Callable[[int], tuple[Tensor, ...]]:
+    """For each layer x [m, H], logits [m, E], weights [m, K] and index [m, K] of tokens spread evenly over the text, so
+    many that the outputs of all experts on them are of a bearable size.
+    """
+    card = engine.card
+    count = max(32, min(TOKENS, OUTPUT_BYTES // (4 * card.experts * card.hidden)))
+    sample = _Sample(card.layers)
+    for part in cut(engine, _spread(text, count), rows):
+        batch = pad(part)
+        engine.forward(batch.ids, batch.mask, [None] * len(part), sample)
+    return lambda layer: sample.layer(layer, count)
+
+
+def on_layers(engine: Engine, text: Sequence[Encoded], rows: int) -> Iterator[LayerSample]:
+    """Each MoE layer in turn, on the same tokens."""
+    sample = sample_routing(engine, text, rows)
+    for layer in range(engine.card.layers):
+        yield _of_layer(engine, layer, sample(layer))
+
+
+def combine(outputs: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """`outputs` [n, E, H], `weights`, `index` [n, K] -> f64 [n, H]."""
+    chosen = outputs.gather(1, index[:, :, None].expand(-1, -1, outputs.shape[2]))  # [n, K, H]
+    return (chosen.to(torch.float64) * weights[:, :, None].to(torch.float64)).sum(dim=1)
+
+
+def _of_layer(engine: Engine, layer: int, seen: tuple[Tensor, ...]) -> LayerSample:
+    x, logits, weights, index = seen
+
+    def route(tokens: Tensor, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return engine.route_within(layer, x[tokens], logits[tokens], experts)
+
+    return LayerSample(engine.expert_outputs(layer, x), weights, index, route)
+
+
+def _spread(text: Sequence[Encoded], tokens: int) -> list[Encoded]:
+    """Items with at least twice as many tokens as are wanted, spread evenly over the corpus; all if there are fewer."""
+    items = sorted(text, key=lambda one: one.number)
+    wanted = 2 * tokens
+    mean = sum(len(one.tokens) for one in items) / len(items)
+    count = min(len(items), max(1, round(wanted / mean)))
+    picked = [items[at * len(items) // count] for at in range(count)]
+    return sorted(picked, key=lambda one: (len(one.tokens), one.number))
+
+
+class _Sample:
+    """An observer that keeps what every layer's router saw and said, padding left out."""
+
+    def __init__(self, layers: int) -> None:
+        self._seen: list[list[tuple[Tensor, ...]]] = [[] for _ in range(layers)]
+
+    def layer(self, layer: int, count: int) -> tuple[Tensor, ...]:
+        """x [m, H], logits [m, E], weights [m, K], index [m, K] of at most `count` tokens, evenly spread."""
+        x, logits, weights, index = (torch.cat(each) for each in zip(*self._seen[layer], strict=True))
+        take = torch.arange(min(count, len(x))) * len(x) // min(count, len(x))  # [m]
+        return x[take], logits[take], weights[take], index[take].long()
+
+    def routed(self, layer: int, x: Tensor, logits: Tensor, weights: Tensor, index: Tensor, valid: Tensor) -> None:
+        self._seen[layer].append((x[valid], logits[valid], weights[valid], index[valid]))
+
+    def residual(self, layer: int, h: Tensor) -> None:
+        pass
+
+    def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
+        pass
+
+    def combined(self, layer: int, y: Tensor) -> None:
+        pass
