@@ -47,7 +47,8 @@ LIGHT = {
 TEMPLATE = (
     "{% if tools %}{% for t in tools %}[{{ t.function.name }}]{% endfor %}\n{% endif %}"
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}[call {{ c.function.name }}] {{ c.function.arguments | tojson }} [done]{% endfor %}"
+    "{% for c in m.tool_calls or [] %}"
+    "[call {{ c.function.name }}] {{ c.function.arguments | tojson }} [done]{% endfor %}"
     "<|end|>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
