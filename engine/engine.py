@@ -43,7 +43,6 @@ from store.checkpoint import CheckpointMap
 from store.errors import BudgetError, InvalidInput, UnsupportedFamily
 from store.experts import ExpertMap
 from store.records import Selection
-from store.sizes import show_bytes
 
 GUESSED_BYTES_PER_SECOND = 1e9
 
@@ -361,11 +360,6 @@ class Engine:
                 f"The stand-ins {selection.stand_in.id} are {list(got)}, this model has {list(wanted)} (layers, "
                 "experts, width). They were made for another model: profile this one.",
                 param="selection",
-            )
-        if not self.plan.stand_ins:
-            raise BudgetError(
-                f"The selection has stand-ins of {show_bytes(selection.stand_in.nbytes)}, and the memory plan foresees "
-                "none. Open the engine with stand_ins (MOEPAGER_STAND_INS) of 1 or more."
             )
 
     def has_room(self, selection: Selection | None, *, spare: bool) -> bool:

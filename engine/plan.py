@@ -74,10 +74,12 @@ class MemoryPlan:
 
     def fits(self, selection: Selection) -> bool:
         """Whether the whole selection is resident at once, every layer with enough experts for one token."""
-        return len(selection) <= self.slots and all(len(ids) >= self.top_k for ids in selection.experts)
+        enough = len(selection) <= self.slots and all(len(ids) >= self.top_k for ids in selection.experts)
+        return enough and (selection.stand_in is None or self.stand_ins > 0)
 
     def bytes_of(self, selection: Selection) -> int:
-        return len(selection) * self.slot_bytes
+        """Of its experts, and of what stands in for the others."""
+        return len(selection) * self.slot_bytes + (selection.stand_in.nbytes if selection.stand_in else 0)
 
     def memory_for(self, keep: float) -> int:
         """The budget under which this share of every layer's experts is resident."""
@@ -88,6 +90,11 @@ class MemoryPlan:
         """Raises BudgetError with the numbers and the fix unless the selection fits."""
         if self.fits(selection):
             return
+        if selection.stand_in is not None and not self.stand_ins:
+            raise BudgetError(
+                f"The selection has stand-ins of {show_bytes(selection.stand_in.nbytes)}, and the memory plan foresees "
+                "none. Open the engine with stand_ins (MOEPAGER_STAND_INS) of 1 or more."
+            )
         needed = self.fixed_bytes + self.bytes_of(selection)
         raise BudgetError(
             f"The selection has {len(selection)} experts, {show_bytes(self.bytes_of(selection))}; {self.slots} slots "

@@ -14,10 +14,12 @@ from profiler.corpus import Corpus, read_corpus
 from profiler.evidence import KEEPS
 from profiler.job import Options
 from profiler.scorers.registry import BASELINES, SCORERS, choose
+from profiler.stand_ins import choose as choose_stand_ins
 from store.errors import InvalidInput
 from store.hub import model_folder
 from store.records import GENERALIST
 from store.sizes import parse_bytes
+from store.stand_ins import NOTHING
 
 SHOWN = 5  # repeated lines of a file that are named one by one
 
@@ -34,6 +36,7 @@ class Asked:
     memory: str | None
     scorer: list[str] | None
     allocator: list[str] | None
+    stand_in: list[str] | None
     search: bool
     base: Path | None
     keep: list[str] | None
@@ -68,6 +71,7 @@ class Asked:
             max_context=self.max_context,
             max_batch=self.batch,
             threads=self.threads,
+            stand_ins=int(choose_stand_ins(self.stand_in) != [NOTHING]),
             # An item goes through in one piece.
             chunk_tokens=max(self.max_context or 2048, 4096 if budget is None else 0),
         )
@@ -79,6 +83,7 @@ class Asked:
             allocators=tuple(choose_allocators(self.allocator or (PLAIN if self.search else (UNIFORM,)))),
             keeps=tuple(size for size in sizes if isinstance(size, float)),
             budgets=tuple(size for size in sizes if isinstance(size, int)),
+            stand_ins=tuple(choose_stand_ins(self.stand_in)),
             draws=self.draws,
             rows=self.batch,
             model_name=self._model_name(),

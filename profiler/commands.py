@@ -38,6 +38,10 @@ Allocators = Annotated[
     list[str] | None,
     typer.Option(help="Repeatable; docs/methods.md lists them. Default: uniform, in a search all that need no extras."),
 ]
+StandIns = Annotated[
+    list[str] | None,
+    typer.Option(help="Repeatable: nothing, novice (an expert left out gives its mean output). Default: nothing."),
+]
 Search = Annotated[
     bool, typer.Option("--search", help="Find the best scorer and allocator on growing slices of --eval.")
 ]
@@ -83,6 +87,7 @@ def profile(
     memory: Memory = None,
     scorer: Scorers = None,
     allocator: Allocators = None,
+    stand_in: StandIns = None,
     search: Search = False,
     base: Base = None,
     keep: Keep = None,

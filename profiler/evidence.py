@@ -15,11 +15,13 @@ from profiler.batches import Encoded
 from profiler.evaluate import Measured, evaluate
 from profiler.progress import Progress, Report
 from profiler.scorers.base import Scorer
+from profiler.stand_ins import pay
 from profiler.statistics import Statistics
 from store.database import Store
 from store.errors import BudgetError, InvalidInput
 from store.records import Evaluation, Profile, Selection, StoredSelection
 from store.sizes import show_bytes
+from store.stand_ins import NOTHING
 
 KEEPS = (1.0, 0.5, 0.25, 0.125)
 
@@ -76,28 +78,42 @@ def put_selections(
     scorers: Sequence[Scorer],
     budgets: Sequence[Size],
     allocators: Sequence[str] = (UNIFORM,),
+    stand_ins: Sequence[str] = (NOTHING,),
 ) -> list[StoredSelection]:
     """Scores the profile and stores what each scorer and allocator keeps at each size."""
-    stored = make_selections(engine, profile, scorers, budgets, allocators)
+    stored = make_selections(engine, profile, scorers, budgets, allocators, stand_ins)
     for one in stored:
         store.selections.put(one)
     return stored
 
 
 def make_selections(
-    engine: Engine, profile: Profile, scorers: Sequence[Scorer], budgets: Sequence[Size], allocators: Sequence[str]
+    engine: Engine,
+    profile: Profile,
+    scorers: Sequence[Scorer],
+    budgets: Sequence[Size],
+    allocators: Sequence[str],
+    stand_ins: Sequence[str] = (NOTHING,),
 ) -> list[StoredSelection]:
-    """A slot is a slot in every layer, so all layers' experts cost the same bytes of the device."""
+    """A slot is a slot in every layer, so all layers' experts cost the same bytes of the device.
+
+    All experts need nothing that stands in for others.
+    """
     statistics = Statistics.from_arrays(profile.statistics)
     sizes = [engine.plan.slot_bytes] * engine.card.layers
     made = []
     for scorer in scorers:
-        for budget, allocator in product(budgets, allocators):
+        for asked, allocator, kind in product(budgets, allocators, stand_ins):
+            keep = share_of(engine, asked)
+            if kind != NOTHING and keep == 1:
+                continue
+            budget, stand_in = pay(kind, asked, statistics, sizes, profile.id)
             selection = select(scorer, allocator, statistics, budget, sizes)
-            size = f"{budget}B" if isinstance(budget, int) else f"{budget:g}"
+            size = f"{asked}B" if isinstance(asked, int) else f"{asked:g}"
             name = f"{profile.id}-{scorer.name}.{scorer.version}-{allocator}-{size}"
-            keep = share_of(engine, budget)
-            made.append(StoredSelection(name, profile.id, scorer.name, allocator, keep, selection))
+            name += "" if kind == NOTHING else f"-{kind}"
+            kept_here = replace(selection, stand_in=stand_in)
+            made.append(StoredSelection(name, profile.id, scorer.name, allocator, keep, kept_here, kind))
     return made
 
 
@@ -116,20 +132,25 @@ def put_evaluations(
         if found.evaluation_hash == held_out.content_hash and found.levels  # else it was made before the guard
     ]
     ids = {one.id for one, _ in known}
-    measured = {one.selection: found for one, found in known}
+    measured = {_served(one): found for one, found in known}
     missing = [one for one in selections if one.id not in ids]
     whole: Measured | None = None
     for done, stored in enumerate(missing):
         report(Progress(profile.task, "evaluate", done, len(missing)))
-        if stored.selection in measured:
-            store.evaluations.put(replace(measured[stored.selection], selection=stored.id))
+        if _served(stored) in measured:
+            store.evaluations.put(replace(measured[_served(stored)], selection=stored.id))
             continue
         whole = whole or evaluate(engine, held_out.items, None, held_out.rows)
         complete = len(stored.selection) == engine.card.layers * engine.card.experts
         here = whole if complete else evaluate(engine, held_out.items, stored.selection, held_out.rows)
-        measured[stored.selection] = as_evaluation(stored, held_out, here, whole)
-        store.evaluations.put(measured[stored.selection])
+        measured[_served(stored)] = as_evaluation(stored, held_out, here, whole)
+        store.evaluations.put(measured[_served(stored)])
     report(Progress(profile.task, "evaluate", len(missing), len(missing)))
+
+
+def _served(stored: StoredSelection) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """What two selections of a profile that serve alike have in common, read from the store or with their vectors."""
+    return stored.stand_in, stored.selection.experts
 
 
 def as_evaluation(stored: StoredSelection, held_out: HeldOut, here: Measured, whole: Measured) -> Evaluation:

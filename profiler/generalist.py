@@ -13,6 +13,7 @@ from profiler.extras import Needs
 from profiler.job import (
     DEFAULTS,
     Options,
+    check_stand_ins,
     digest,
     lock_name,
     model_record,
@@ -45,6 +46,7 @@ def profile_generalist(
     """
     scorers, sizes = choose(options.scorers), check_sizes(engine, options.keeps, options.budgets)
     allocators = list(choose_allocators(options.allocators))
+    check_stand_ins(engine, options)
     parts = task_profiles(store, engine.card.fingerprint)
     _require(parts, options.needs)
     held_out: HeldOut | None = None

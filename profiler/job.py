@@ -30,13 +30,16 @@ from profiler.scorers.base import Scorer
 from profiler.scorers.registry import BASELINES, choose, computable, needs_of, versions
 from profiler.search import search
 from profiler.second_looks import announce, second_looks
+from profiler.stand_ins import choose as choose_stand_ins
+from profiler.stand_ins import needs_of as needs_of_stand_ins
 from profiler.statistics import VERSION
 from profiler.stream import pays, stream_statistics
 from store.checkpoint import CheckpointMap
 from store.database import Store
-from store.errors import InvalidInput, NotFound
+from store.errors import BudgetError, InvalidInput, NotFound
 from store.home import data_folder
 from store.records import GENERALIST, Exemplar, ModelRecord, Profile, TaskRecord
+from store.stand_ins import NOTHING as STAND_IN
 
 log = logging.getLogger("moepager.profiler")
 
@@ -51,12 +54,15 @@ class Options:
     layer by layer; None: where the budget does not hold the whole model. `search` measures only a few items for most of
     the scorers and allocators, and all items for the best and the baselines. `budgets` are sizes in bytes beside the
     shares in `keeps`. `draws` is how often the text is drawn anew to see what other text would have chosen.
+    `stand_ins` are kinds of store/stand_ins.py, `extras` statistics that nothing of all this reads.
     """
 
     scorers: Sequence[str] | None = None
     allocators: Sequence[str] = (UNIFORM,)
     keeps: Sequence[float] = KEEPS
     budgets: Sequence[int] = ()
+    stand_ins: Sequence[str] = (STAND_IN,)
+    extras: Needs = NOTHING
     draws: int = 0
     exemplars: int = EXEMPLARS
     rows: int = ROWS
@@ -72,8 +78,9 @@ class Options:
 
     @property
     def needs(self) -> Needs:
-        """The extras that its scorers and allocators read."""
-        return needs_of(choose(self.scorers)) | needs_of_allocators(self.allocators)
+        """The extras that its scorers, allocators and stand-ins read."""
+        read = needs_of(choose(self.scorers)) | needs_of_allocators(self.allocators)
+        return read | needs_of_stand_ins(self.stand_ins) | self.extras
 
 
 DEFAULTS = Options()
@@ -101,6 +108,7 @@ def profile_task(
         raise InvalidInput(f"The task name {GENERALIST!r} stands for all tasks together; choose another.", param="task")
     scorers, sizes = choose(options.scorers), check_sizes(engine, options.keeps, options.budgets)
     allocators = list(choose_allocators(options.allocators))
+    check_stand_ins(engine, options)
     if options.search and evaluation is None:
         raise InvalidInput("A search judges by held-out items: give --eval FILE.", param="eval")
     text, held_out = _encode(engine, calibration, evaluation, options.rows)
@@ -118,6 +126,12 @@ def profile_task(
     return profile
 
 
+def check_stand_ins(engine: Engine, options: Options) -> None:
+    """Raises InvalidInput for an unknown kind, BudgetError where they would be measured and have no memory."""
+    if choose_stand_ins(options.stand_ins) != [STAND_IN] and not engine.plan.stand_ins:
+        raise BudgetError("Selections with stand-ins can't be measured: open the engine with stand_ins of 1 or more.")
+
+
 def put_evidence(
     engine: Engine,
     store: Store,
@@ -131,11 +145,11 @@ def put_evidence(
     scorers, allocators, sizes = ways
     if options.search and held_out is not None:
         rivals = [scorer for scorer in scorers if scorer.name not in BASELINES]
-        candidates = make_selections(engine, profile, rivals, sizes, allocators)
+        candidates = make_selections(engine, profile, rivals, sizes, allocators, options.stand_ins)
         candidates += make_selections(engine, profile, choose(BASELINES), sizes, [UNIFORM])
         search(engine, store, profile, candidates, held_out, report)
         return
-    selections = put_selections(engine, store, profile, scorers, sizes, allocators)
+    selections = put_selections(engine, store, profile, scorers, sizes, allocators, options.stand_ins)
     if held_out is not None:
         put_evaluations(engine, store, profile, selections, held_out, report)
 

@@ -151,6 +151,7 @@ def make_receipt(prepared: Prepared, finished: FinishedEvent) -> Receipt:
         reason=retrieval.reason,
         served_task=serving.served_task,
         scorer=serving.scorer,
+        stand_in=serving.stand_in,
         selection=serving.selection.digest if serving.selection else None,
         prompt_tokens=finished.prompt_tokens,
         completion_tokens=finished.completion_tokens,

@@ -71,6 +71,9 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
+    stand_ins: Annotated[
+        int | None, typer.Option(help="Tasks whose stand-ins for experts are in memory at once. Default: 0, none serve.")
+    ] = None,
 ) -> None:
     """Serve the model over HTTP: /v1/query, OpenAI's routes, /v1/retrieve, /v1/tasks."""
     settings = load_settings(**locals())

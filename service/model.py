@@ -21,6 +21,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_context=settings.max_context,
         max_batch=settings.max_batch,
         threads=settings.threads,
+        stand_ins=settings.stand_ins,
     )
 
 

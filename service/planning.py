@@ -51,6 +51,7 @@ class ModelPlan:
         return {
             "keep": candidate.stored.keep,
             "scorer": candidate.stored.scorer,
+            "stand_in": candidate.stored.stand_in,
             "bytes": self.plan.bytes_of(candidate.stored.selection),
             "fits": self.plan.fits(candidate.stored.selection),
             "quality": evidence.retention,
@@ -63,7 +64,7 @@ class ModelPlan:
     def task(self, each: TaskPlan) -> dict[str, Any]:
         sizes = [self.size(candidate, each.prices) for candidate in each.sizes]
         names = ("keep", "scorer", "bytes", "quality", "accuracy", "nll", "low", "high", "draws", "load_seconds")
-        nothing = {**dict.fromkeys((*names, "others", "others_quality")), "fits": False}
+        nothing = {**dict.fromkeys((*names, "stand_in", "others", "others_quality")), "fits": False}
         chosen = self.size(each.serves, each.prices) if each.serves else nothing
         as_good = each.as_good.stored.keep if each.as_good else None
         return {"task": each.task, **chosen, "refusal": each.refusal, "as_good_keep": as_good, "sizes": sizes}

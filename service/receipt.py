@@ -44,6 +44,7 @@ class Receipt:
     reason: Reason
     served_task: str | None
     scorer: str | None
+    stand_in: str | None
     selection: str | None
     prompt_tokens: int
     completion_tokens: int

@@ -16,7 +16,8 @@ from engine.plan import MemoryPlan
 from service.retrieval import Retrieval
 from service.settings import ServedMode, UnknownTask
 from store.errors import InvalidInput, MismatchError, NotFound
-from store.records import GENERALIST, Evaluation, Mode, Price, Selection, StoredSelection
+from store.records import GENERALIST, Evaluation, Mode, Price, Profile, Selection, StoredSelection
+from store.stand_ins import attach_all
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -59,7 +60,7 @@ class Catalogue:
         for task in store.tasks.list():
             profile = store.profiles.latest(model, task.name, proven=True)
             if profile is not None:
-                candidates = read_candidates(store, profile.id)
+                candidates = read_candidates(store, profile)
                 prices = tuple(store.prices.list(profile.id))
                 tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, candidates, prices)
             elif having := [other.name for other in others if store.profiles.latest(other.fingerprint, task.name)]:
@@ -87,10 +88,14 @@ class Catalogue:
         return tuple(sorted(name for name in self.tasks if name != GENERALIST))
 
 
-def read_candidates(store: Store, profile: str) -> tuple[Candidate, ...]:
-    """One for each selection: of several evaluations the one made last counts, not the one that flatters."""
-    found = {stored.id: Candidate(stored, evidence) for stored, evidence in store.evaluations.list(profile)}
-    return tuple(found.values())
+def read_candidates(store: Store, profile: Profile) -> tuple[Candidate, ...]:
+    """One for each selection: of several evaluations the one made last counts, not the one that flatters.
+
+    What stands in for experts comes from the profile's statistics, once for all of its selections.
+    """
+    found = {stored.id: (stored, evidence) for stored, evidence in store.evaluations.list(profile.id)}
+    shared = attach_all([stored for stored, _ in found.values()], profile.statistics)
+    return tuple(Candidate(stored, found[stored.id][1]) for stored in shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,10 @@ class Serving:
     @property
     def keep(self) -> float:
         return self.candidate.stored.keep if self.candidate else 1.0
+
+    @property
+    def stand_in(self) -> str | None:
+        return self.candidate.stored.stand_in if self.candidate else None
 
     @property
     def scorer(self) -> str | None:

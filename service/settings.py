@@ -80,6 +80,7 @@ class Settings(BaseSettings):
     device: str = "cpu"
     dtype: str = "auto"
     threads: int | None = Field(default=None, gt=0)  # None: torch's own choice
+    stand_ins: int = Field(default=0, ge=0)  # tasks whose stand-ins are in memory at once; 0: none are served
 
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ its mean is unknown. A profile's id pins model, text and statistics, so it names
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -60,5 +60,15 @@ def attach(stored: StoredSelection, statistics: Arrays) -> StoredSelection:
             f"The selection {stored.id} has stand-ins of kind {stored.stand_in!r}; known are {', '.join(KINDS)}. "
             "Upgrade moepager, or profile its task again."
         )
-    vectors = novices(stored.profile, statistics)
+    return _with(stored, novices(stored.profile, statistics))
+
+
+def attach_all(stored: Sequence[StoredSelection], statistics: Arrays) -> list[StoredSelection]:
+    """As `attach`, for selections of one profile, which share one set of vectors."""
+    having = [one for one in stored if one.stand_in != NOTHING]
+    shared = attach(having[0], statistics).selection.stand_in if having else None
+    return [one if one.stand_in == NOTHING or shared is None else _with(one, shared) for one in stored]
+
+
+def _with(stored: StoredSelection, vectors: StandIn) -> StoredSelection:
     return replace(stored, selection=replace(stored.selection, stand_in=vectors))
