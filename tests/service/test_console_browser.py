@@ -30,9 +30,8 @@ Live = Callable[[FastAPI], AbstractContextManager[str]]
 
 EGG = "how long do I boil an egg"
 SECTIONS = ("Playground", "Residency", "Tasks", "Jobs", "Plan", "Proposals")
-PLANTS = [
-    f"when do I plant {plant} in the garden" for plant in "beans kale leeks peas corn mint dill sage chard".split()
-]
+NAMES = ("beans", "kale", "leeks", "peas", "corn", "mint", "dill", "sage", "chard")
+PLANTS = [f"when do I plant {name} in the garden" for name in NAMES]
 HOSTILE = "<img src=x onerror=hacked=1><script>hacked=1</script>"
 
 
