@@ -1,4 +1,4 @@
-"""The accuracy-against-memory picture of `bench quality`. The only file that imports matplotlib."""
+"""The accuracy-against-memory picture of `bench quality`. The only file of this room that imports matplotlib."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from profiler.report.commands import report
+from store.errors import InvalidInput
 from store.records import TaskRecord
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from profiler.progress import Report
 
 app = typer.Typer()
+app.command("report")(report)
 
 TaskName = Annotated[str, typer.Option(help="The task's name; `generalist` is the mean of all profiled tasks.")]
 Calibration = Annotated[
