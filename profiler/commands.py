@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from profiler.report.commands import report
-from store.errors import InvalidInput
 from store.records import TaskRecord
 
 if TYPE_CHECKING:
