@@ -6,7 +6,7 @@ Knows spans and bytes, not routing or text. Owned by one thread. S slots.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,6 +18,7 @@ import torch
 from engine.delivery import Delivery
 from engine.guesses import Guesses
 from engine.layout import SlotLayout
+from engine.paged import Paged
 from engine.reader import Reader
 from engine.residency import ABSENT, NOBODY, Load, Residency
 from engine.transfer import Bytes, Extent
@@ -52,24 +53,6 @@ class Lease:
 
     def __hash__(self) -> int:
         return id(self)
-
-
-@dataclass(slots=True)
-class Paged:
-    """Running totals since open. `bytes_read` counts alignment and holes too, `bytes_needed` the experts alone.
-
-    A guess counts as needed once it proved right, and only then; `seconds` are those of reads that were no guess.
-    """
-
-    experts: int = 0
-    bytes_needed: int = 0
-    bytes_read: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0  # seconds in which the owner stood still for reads
-
-    def count(self, experts: int, needed: int) -> None:
-        self.experts += experts
-        self.bytes_needed += needed
 
 
 class Bank:
@@ -159,6 +142,12 @@ class Bank:
             self._read_staged([self._queued.pop(next(iter(self._queued)))])
             if time.perf_counter() >= until:
                 return
+
+    def holds(self, keys: Iterable[ExpertKey]) -> bool:
+        """Whether all of them are in memory, to the last byte."""
+        residency = self.residency
+        slots = [residency.slot(key) for key in keys]
+        return ABSENT not in slots and residency.unfilled.isdisjoint(slots)
 
     def missing_bytes(self, lease: Lease) -> int:
         """What has still to come of a lease that was taken ahead."""

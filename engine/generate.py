@@ -67,8 +67,17 @@ class Batch:
 
     def fits(self, selection: Selection | None) -> bool:
         """Whether there is a row, and slots for a request's experts beside all that are leased; None: it is exact."""
+        if self.full or not (self.may_swap or self._engine.bank.holds(selection or ())):
+            return False
         spare = selection is None or any(row.request.mode == "exact" for row in self._rows())
-        return not self.full and self._engine.has_room(selection, spare=spare)
+        return self._engine.has_room(selection, spare=spare)
+
+    @property
+    def may_swap(self) -> bool:
+        """Whether one more row may wait for the disk: at most half of all do while others run, so that whoever needs
+        nothing from it finds a row."""
+        reading = sum(not row.there for row in self._rows())
+        return not self._running.rows or reading < max(1, self._engine.plan.max_batch // 2)
 
     def admit(self, number: int, request: GenerationRequest, submission: Submission | None = None) -> None:
         """Take the request in, and begin to read the experts that it lacks. It was checked, and fits. Events carry

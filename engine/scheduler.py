@@ -12,6 +12,7 @@ admission whose experts are not all resident; what is resident is *settled*.
    everybody waits for too long, swapping for each would make all wait longer.
 5. Background requests never cause a swap: they are admitted when nobody else waits and their experts are resident.
    One that has waited for `background_seconds` is given up.
+6. While as many rows wait for the disk as may, swaps are not considered and hold nobody up.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class Room(Protocol):
     @property
     def idle(self) -> bool:
         """Nothing runs: whatever can be served at all fits."""
+
+    @property
+    def may_swap(self) -> bool:
+        """Whether one more row may wait for the disk. True where nothing runs."""
 
     def fits(self, selection: Selection | None) -> bool:
         """Whether there is a row, and slots beside those leased."""
@@ -137,7 +142,7 @@ class Scheduler(Generic[T]):
         front = [waiting for waiting in queue if not waiting.background]
         if not front:
             return _fitting([waiting for waiting in queue if costs[waiting.selection] == 0], room)
-        swaps = [waiting for waiting in front if costs[waiting.selection] > 0]
+        swaps = [waiting for waiting in front if costs[waiting.selection] > 0 and (room.idle or room.may_swap)]
         settled = [waiting for waiting in front if costs[waiting.selection] == 0]
         if first := self._first(swaps, costs, now):
             return first if room.idle or room.fits(first.selection) else None

@@ -59,6 +59,10 @@ class _Room:
     def idle(self) -> bool:
         return not len(self.batch)
 
+    @property
+    def may_swap(self) -> bool:
+        return self.batch.may_swap
+
     def fits(self, selection: Selection | None) -> bool:
         return self.batch.fits(selection)
 

@@ -339,6 +339,27 @@ def test_a_disk_that_stalls_costs_the_rows_that_run_nothing(
     assert _leased(worker) == 0
 
 
+def test_cold_requests_do_not_take_every_row_from_those_that_need_no_disk(
+    checkpoint: Checkpoint, open_engine: Open, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, disk = open_engine(checkpoint("qwen2_moe"), max_batch=4), Disk()
+    engine.tokenizer.eos = frozenset()
+    *_, right = engine.generate([ask(PROMPT, EARLY, max_tokens=4)])
+    assert isinstance(right, FinishedEvent)
+    monkeypatch.setattr(reader_module.os, "preadv", disk)
+    with EngineWorker(engine) as worker:
+        running = worker.submit(ask(PROMPT, EARLY, max_tokens=450))
+        _tokens(running, 2)
+        disk.hold()
+        cold = [worker.submit(ask(PROMPT, selection, max_tokens=4)) for selection in (LATE, LATE, LATE, BOTH, BOTH)]
+        assert disk.asked.wait(20)
+        for _ in range(3):
+            assert _done(worker.submit(ask(PROMPT, EARLY, max_tokens=4))).text == right.text
+        running.close()
+        disk.gate.set()
+        assert [_done(stream).completion_tokens for stream in cold] == [4] * 5
+
+
 def test_a_client_that_goes_away_while_its_prompt_goes_through_is_let_go(
     checkpoint: Checkpoint, open_engine: Open, ask: Ask
 ) -> None:

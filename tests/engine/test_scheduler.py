@@ -22,6 +22,7 @@ class FakeRoom:
     resident: set[Selection | None] = field(default_factory=set)
     fitting: set[Selection | None] | None = None  # None: all
     idle: bool = False
+    may_swap: bool = True
     cost: dict[Selection | None, float] = field(default_factory=dict)
 
     def fits(self, selection: Selection | None) -> bool:
@@ -108,6 +109,14 @@ def test_a_session_that_was_served_lately_goes_first_among_the_settled() -> None
     for order, (name, session) in enumerate((("old", None), ("late", "s")), start=4):
         scheduler.add(Waiting(name, A, 1.0, order, session=session))
     assert _all(scheduler, room, 33.0) == ["old", "late"]
+
+
+def test_while_enough_rows_wait_for_the_disk_swaps_hold_nobody_up() -> None:
+    scheduler = _queue(("b1", B), *((f"a{n}", A) for n in range(6)))
+    room = FakeRoom({A}, fitting={A}, may_swap=False)
+    assert _all(scheduler, room) == [f"a{n}" for n in range(6)]
+    room.fitting, room.may_swap = None, True
+    assert _all(scheduler, room) == ["b1"]
 
 
 def test_background_requests_wait_for_their_experts_and_never_cause_a_swap() -> None:
