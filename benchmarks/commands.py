@@ -269,6 +269,45 @@ def mixed_command(
 
 @app.command("cache")
 def cache_command(
+@app.command("guard")
+def guard_command(
+    keep: Annotated[list[float] | None, typer.Option(help="Repeatable share of the experts.")] = None,
+    items: Annotated[int, typer.Option(min=1, max=100, help="Test items a task, and as many of the others.")] = 100,
+    alarm_rate: Annotated[float, typer.Option(help="False alarms that the bound is drawn for.")] = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """Mode auto on the demo's test items, of a selection's own task and of others: alarms, accuracy, cost."""
+    from benchmarks.guard import bench_guard, guard_means
+    from profiler.bar import bar
+
+    with bar() as report:
+        rows = bench_guard(keep or (0.5, 0.25, 0.125), items, alarm_rate, report)
+    flat = [{name: value for name, value in asdict(row).items() if name not in ("own", "others")} for row in rows]
+    _table("the guard", flat)
+    means = [asdict(mean) for mean in guard_means(rows)]
+    for mean in means:
+        _answer(mean, as_json=False)
+    if as_json:
+        _answer({"rows": [asdict(row) for row in rows], "means": means}, as_json)
+
+
+@app.command("soak")
+def soak_command(
+    minutes: Annotated[float, typer.Option(help="How long clients ask.")] = 30.0,
+    clients: Annotated[int, typer.Option(min=1, help="That ask at a time.")] = 6,
+    keep: Annotated[float, typer.Option(help="Share of the experts that the budget holds.")] = 0.4,
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Mixed traffic with faults against a real service: wrong answers, leases left, memory. Exits 1 if one is amiss."""
+    from benchmarks.soak import bench_soak
+
+    found = bench_soak(minutes, clients, keep, seed)
+    _answer({**asdict(found), "flat": found.flat, "ok": found.ok}, as_json)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
     model: Model = None,
     keep: Annotated[list[float] | None, typer.Option(help="Repeatable share of the experts held.")] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests in each workload.")] = 200,
