@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.engine import Engine
 from profiler.corpus import Corpus, Item
 from profiler.statistics import PROMPT, RESPONSE
-from store.errors import InvalidInput
+from store.errors import InvalidInput, MismatchError
 
 LOGITS_BYTES = 256 << 20  # a forward gives f32 [B, S, V]: a large vocabulary decides how many rows go together
 
@@ -91,6 +91,7 @@ def pad(shard: Sequence[Encoded]) -> Batch:
 def _encode(engine: Engine, corpus: Corpus, number: int, item: Item) -> Encoded:
     prompt = _encode_prompt(engine, item)
     response = engine.tokenizer.encode(item.response, special_tokens=False) if item.response is not None else ()
+    _check_vocabulary(engine, (*prompt, *response))
     limit = item_limit(engine)
     if len(prompt) + len(response) > limit:
         raise InvalidInput(
@@ -98,6 +99,14 @@ def _encode(engine: Engine, corpus: Corpus, number: int, item: Item) -> Encoded:
             "Shorten the item, or raise --max-context (an engine's max_context and chunk_tokens)."
         )
     return Encoded(item, number, prompt, response)
+
+
+def _check_vocabulary(engine: Engine, tokens: Sequence[int]) -> None:
+    if max(tokens, default=0) >= engine.card.vocab:
+        raise MismatchError(
+            f"The tokenizer of {engine.card.folder} gives token {max(tokens)}, and the model knows {engine.card.vocab} "
+            "tokens: the tokenizer belongs to another model. Put the tokenizer files there that came with the weights."
+        )
 
 
 def _encode_prompt(engine: Engine, item: Item) -> tuple[int, ...]:

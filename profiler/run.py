@@ -5,6 +5,7 @@ A file is written beside and renamed, so it is whole or absent; it is read again
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from profiler.statistics import Statistics
-from store.errors import Conflict, CorruptStore
+from store.errors import BudgetError, Conflict, CorruptStore
+from store.sizes import show_bytes
 
 
 class Run:
@@ -41,12 +43,26 @@ class Run:
             return None  # nothing but work is lost: the shards are run again
 
     def save(self, shards: int, statistics: Statistics) -> None:
+        """Raises BudgetError where the disk is full; what was saved before stays."""
         beside = self._path.with_suffix(".partial")
-        with beside.open("wb") as file:
-            np.savez(file, allow_pickle=False, plan=np.str_(self._plan), shards=np.int64(shards), **statistics.arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self._path)
+        try:
+            with beside.open("wb") as file:
+                np.savez(
+                    file, allow_pickle=False, plan=np.str_(self._plan), shards=np.int64(shards), **statistics.arrays
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self._path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                size = sum(array.nbytes for array in statistics.arrays.values())
+                raise BudgetError(
+                    f"The partial sums of the pass take {show_bytes(size)} in {self.folder}, twice while they are "
+                    "saved, and the disk is full. Make room, or set MOEPAGER_HOME to a larger disk; what the run has "
+                    "finished is kept."
+                ) from error
+            raise
 
     def forget(self) -> None:
         self._path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from engine.engine import Engine
 from engine.requests import FinishedEvent, GenerationRequest, Sampling
 from engine.tiny import write_tiny
 from profiler import evidence
-from profiler.allocators import ALLOCATORS
+from profiler.allocators import PLAIN
 from profiler.corpus import Corpus, Item, gather
 from profiler.evaluate import evaluate
 from profiler.extras import EXTRAS
@@ -172,12 +172,12 @@ def test_another_scorer_later_needs_no_second_pass_over_the_calibration(engine, 
 
 def test_layers_of_different_sizes_are_stored_measured_and_generate(engine, store, options):
     """The engine answers inside the odd ones, and they take no more slots than uniform ones."""
-    chosen = Options(scorers=["easy_ep"], allocators=list(ALLOCATORS), keeps=(1.0, 0.5), rows=4, runs=options.runs)
+    chosen = Options(scorers=["easy_ep"], allocators=list(PLAIN), keeps=(1.0, 0.5), rows=4, runs=options.runs)
     made = profile_task(
         engine, store, TaskRecord("t"), texts(1, 8), texts(2, 3), embedder=HashEmbedder(), options=chosen
     )
     pairs = store.evaluations.list(made.id)
-    assert {(stored.allocator, stored.keep) for stored, _ in pairs} == set(itertools.product(ALLOCATORS, (1.0, 0.5)))
+    assert {(stored.allocator, stored.keep) for stored, _ in pairs} == set(itertools.product(PLAIN, (1.0, 0.5)))
     odd = [stored for stored, _ in pairs if len({len(ids) for ids in stored.selection.experts}) > 1]
     assert odd
     for stored in odd:
@@ -198,13 +198,13 @@ def test_selections_of_the_same_experts_are_measured_once(engine, store, options
 
     monkeypatch.setattr(evidence, "evaluate", counted)
     chosen = Options(
-        scorers=["gate", "random"], allocators=list(ALLOCATORS), keeps=(1.0, 0.5), rows=4, runs=options.runs
+        scorers=["gate", "random"], allocators=list(PLAIN), keeps=(1.0, 0.5), rows=4, runs=options.runs
     )
     made = profile_task(
         engine, store, TaskRecord("t"), texts(1, 8), texts(2, 3), embedder=HashEmbedder(), options=chosen
     )
     pairs = store.evaluations.list(made.id)
-    assert len(pairs) == 2 * 2 * len(ALLOCATORS)
+    assert len(pairs) == 2 * 2 * len(PLAIN)
     assert len(calls) == len({stored.selection for stored, _ in pairs})
     found = {stored.selection: measured.nll for stored, measured in pairs}
     assert all(measured.nll == found[stored.selection] for stored, measured in pairs)

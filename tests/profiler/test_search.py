@@ -12,7 +12,7 @@ from engine.embedder import HashEmbedder
 from engine.engine import Engine
 from engine.tiny import write_tiny
 from profiler import search as search_module
-from profiler.allocators import ALLOCATORS
+from profiler.allocators import PLAIN
 from profiler.corpus import Item, gather
 from profiler.evaluate import Measured, evaluate
 from profiler.halving import badness
@@ -46,7 +46,7 @@ def store(tmp_path):
 @pytest.fixture
 def run(engine, store, tmp_path):
     def call(**fields):
-        chosen = {"scorers": ["reap", "easy_ep", "gate", "man"], "allocators": list(ALLOCATORS), "keeps": (0.5,)}
+        chosen = {"scorers": ["reap", "easy_ep", "gate", "man"], "allocators": list(PLAIN), "keeps": (0.5,)}
         options = Options(rows=16, runs=tmp_path / "runs", search=True, **(chosen | fields))
         return profile_task(
             engine, store, TaskRecord("t"), texts(1, 8), texts(2, 20), embedder=HashEmbedder(), options=options
