@@ -126,6 +126,18 @@ def profile_task(
     return profile
 
 
+def gather_profile(
+    engine: Engine, store: Store, task: TaskRecord, calibration: Corpus, options: Options, report: Report
+) -> Profile:
+    """The statistics that `options` need, stored: no selections, no evidence, and the task's exemplars as they were."""
+    text = encode_corpus(engine, calibration)
+    with hold(options.folder, lock_name(engine.card, task.name)):
+        profile = _gather(engine, store, task.name, calibration, text, options, report)
+        put_profile(store, model_record(engine.card, options.model_name), task, profile)
+        Run(options.folder, profile.id, plan="").forget()
+    return profile
+
+
 def check_stand_ins(engine: Engine, options: Options) -> None:
     """Raises InvalidInput for an unknown kind, BudgetError where they would be measured and have no memory."""
     if choose_stand_ins(options.stand_ins) != [STAND_IN] and not engine.plan.stand_ins:

@@ -43,8 +43,7 @@ def write_pack(engine: Engine, recipe: Recipe, folder: Path, finish: Finish) -> 
     Raises Conflict where `folder` exists, UnsupportedFamily where the pack could not be loaded, BudgetError where the
     disk has no room; whatever goes wrong, nothing is left of it.
     """
-    if folder.exists():
-        raise Conflict(f"{folder} exists. A pack is never written over anything: choose another folder, or remove it.")
+    refuse_existing(folder)
     _check(engine, recipe)
     source = CheckpointMap.open(engine.card.folder)
     config = shrunken(engine.card.folder, engine.channels, engine.card.experts, recipe.kept, recipe.width)
@@ -59,6 +58,11 @@ def write_pack(engine: Engine, recipe: Recipe, folder: Path, finish: Finish) -> 
         card = {**_card(engine, recipe), **finish(made)}
         (made / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return card
+
+
+def refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise Conflict(f"{folder} exists. A pack is never written over anything: choose another folder, or remove it.")
 
 
 def _check(engine: Engine, recipe: Recipe) -> None:

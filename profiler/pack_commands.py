@@ -1,0 +1,80 @@
+"""`moepager pack`: a smaller checkpoint of a model, made for a task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def pack(
+    out: Annotated[Path, typer.Option(help="The new model's folder, which must not exist yet.")],
+    task: Annotated[str, typer.Option(help="The task's name.")],
+    calibration: Annotated[Path, typer.Option(help="JSONL, as for `moepager profile`.")],
+    way: Annotated[
+        str,
+        typer.Option(
+            help="A channel scorer (camera, heapr, heapr_used, coverage, wifv, router_wanda, random), or experts, "
+            "dern, sub_moe: docs/methods.md says what they do."
+        ),
+    ] = "camera",
+    channels: Annotated[float, typer.Option(help="The share of every expert's channels that stays.")] = 1.0,
+    experts: Annotated[float, typer.Option(help="The share of each layer's experts that stays.")] = 1.0,
+    scorer: Annotated[str, typer.Option(help="By which experts stay.")] = "gate",
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Put what lost channels give on the average into the experts' bias.")
+    ] = False,
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="JSONL of other items: the card says what the pack does on them.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A folder or hub id. Default: the bundled demo model.")] = None,
+    store: Annotated[str | None, typer.Option("--store", help="Database URL. Default: the embedded store.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Bytes for everything on the device, such as 2GiB.")] = None,
+    max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and response together.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Items that run at once.")] = 16,
+    threads: Annotated[int | None, typer.Option(help="Threads of the model's arithmetic.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")] = False,
+) -> None:
+    """Write a new checkpoint with fewer channels or experts, which every engine loads, and a card of what it can do."""
+    from engine.config import EngineConfig
+    from profiler.bar import bar
+    from profiler.corpus import read_corpus
+    from profiler.job import Options
+    from profiler.pack_job import pack_task
+    from profiler.pack_ways import Pack
+    from store.database import open_store
+    from store.hub import model_folder
+    from store.records import TaskRecord
+    from store.sizes import parse_bytes
+
+    wanted = Pack(way, channels, experts, scorer, compensate)
+    budget = None if memory is None else parse_bytes(memory)
+    chunk = max(max_context or 2048, 4096 if budget is None else 0)  # an item goes through in one piece
+    config = EngineConfig(
+        model_folder(model),
+        memory=budget,
+        max_context=max_context,
+        max_batch=batch,
+        threads=threads,
+        chunk_tokens=chunk,
+    )
+    texts = read_corpus(calibration), None if evaluation is None else read_corpus(evaluation)
+    options = Options(rows=batch, model_name="demo" if model is None else None)
+    with open_store(store) as opened, bar() as report:
+        card = pack_task(config, opened, TaskRecord(task), texts, wanted, out, options, report)
+    before, after = card["expert_bytes"]
+    typer.echo(
+        f"{out}: experts of {after:,} bytes, where {card['packed_from'][:16]} has {before:,} ({after / before:.1%})"
+    )
+    if found := card["evaluation"]:
+        shown = [
+            f"{name}: accuracy {found[name]['accuracy']}, nll {found[name]['nll']:.3f}" for name in ("whole", "pack")
+        ]
+        typer.echo("; ".join(shown) + f" on {found['pack']['items']} items")
+    if as_json:
+        typer.echo(json.dumps(card))
