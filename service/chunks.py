@@ -12,7 +12,7 @@ from service.bodies import StreamOptions
 from service.replies import Reply, delta_choice, prompt_tokens, text_choice, token_usage, usage
 from service.running import Running, merged
 from service.scores import chat_scores, completion_scores
-from service.sse import DONE, PING, data_frame
+from service.sse import DONE, data_frame
 from service.tools import Arguments, Begun, CallReader, Piece, call_object
 
 Choices = Callable[[Event], list[dict[str, Any]]]  # of one event of one answer; none: nothing to show yet
@@ -26,8 +26,8 @@ async def stream_frames(
     finished: dict[int, FinishedEvent] = {}
     counts = [0] * len(running)
     async for found in merged(running):
-        if found is None:
-            yield PING
+        if isinstance(found, bytes):
+            yield found
             continue
         place, event = found
         more: dict[str, object] = {}

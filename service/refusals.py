@@ -11,11 +11,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from store.errors import Busy, MoepagerError, NotFound, TooMany, Unauthorized
+from store.errors import Busy, MoepagerError, NotFound, StoreUnreachable, TooMany, Unauthorized
 
 log = logging.getLogger("moepager.service")
 
 RETRY_AFTER = "1"  # seconds; short, for a queue place frees as soon as one answer ends
+NO_RETRY = (409, 504)  # which these clients would try again by themselves
 INTERNAL = "The service failed on this request; its log has the details under the request's id."
 
 
@@ -57,11 +58,14 @@ def refusal(error: MoepagerError) -> JSONResponse:
 
 
 def _headers(error: MoepagerError) -> dict[str, str]:
+    """OpenAI's clients obey `x-should-retry`: an answer that took too long would take as long again."""
     if isinstance(error, TooMany):
-        return {"retry-after": str(error.seconds)}
+        return {"retry-after": str(error.seconds), "x-should-retry": "true"}
     if isinstance(error, Unauthorized):
         return {"www-authenticate": "Bearer"}
-    return {"retry-after": RETRY_AFTER} if isinstance(error, Busy) else {}
+    if isinstance(error, Busy | StoreUnreachable):
+        return {"retry-after": RETRY_AFTER, "x-should-retry": "true"}
+    return {"x-should-retry": "false"} if error.status in NO_RETRY else {}
 
 
 async def _refuse_body(_request: Request, error: Exception) -> JSONResponse:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 from fastapi import Request
 
@@ -19,18 +20,28 @@ from service.discovery import Discovery
 from service.metrics import Metrics
 from service.parts import Parts
 from service.receipt import Receipt
+from service.sse import PING, comment_frame
 from store.errors import Busy, MoepagerError, TimedOut
+from store.records import Selection
 
 PING_SECONDS = 15.0  # a silent stream sends a comment this often
+GLANCE_SECONDS = 0.5  # between two looks at how far paging has come, before the first token
 
 
 class Running:
     """A submitted prompt. `cancel` may be called at any time, from any thread, and more than once."""
 
     def __init__(
-        self, prepared: Prepared, stream: TokenStream, metrics: Metrics, discovery: Discovery, timeout: float
+        self,
+        prepared: Prepared,
+        stream: TokenStream,
+        metrics: Metrics,
+        discovery: Discovery,
+        timeout: float,
+        here: Callable[[], int],
     ) -> None:
         self.prepared = prepared
+        self._here = here  # how many of the experts that it will use are in memory
         self._stream = stream
         self._metrics = metrics
         self._discovery = discovery
@@ -43,6 +54,17 @@ class Running:
     def predicted(self) -> SwapCost | None:
         """What it would wait for, as things stood when it was submitted."""
         return self._stream.predicted
+
+    @property
+    def begun(self) -> bool:
+        return self._first is not None
+
+    def progress(self) -> tuple[int, int] | None:
+        """How many of its experts are in memory, and of how many; None where it waits for none."""
+        selection = self.prepared.request.selection
+        if self.begun or selection is None or (here := self._here()) == len(selection):
+            return None
+        return here, len(selection)
 
     def cancel(self) -> None:
         """Harmless once it has ended; before, it is the end."""
@@ -108,7 +130,8 @@ def submit(prepared: Sequence[Prepared], parts: Parts) -> list[Running]:
     try:
         for one in prepared:
             stream = parts.worker.submit(one.request)
-            running.append(Running(one, stream, parts.metrics, parts.discovery, parts.settings.request_timeout))
+            running.append(Running(one, stream, parts.metrics, parts.discovery, parts.settings.request_timeout,
+                                   partial(_in_memory, parts, one.request.selection)))  # fmt: skip
     except MoepagerError:
         cancel_all(running)
         raise
@@ -136,21 +159,38 @@ async def _cancel_when_gone(request: Request, running: Sequence[Running]) -> Non
     cancel_all(running)
 
 
-async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, Event] | None]:
-    """Events of several prompts as they come, each with its prompt's place; None where all were silent for a while."""
+async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, Event] | bytes]:
+    """Events of several prompts as they come, each with its prompt's place; where all are silent, comments: how far the
+    paging of experts has come while that changes, and a sign of life now and then.
+    """
     iterators = [one.events() for one in running]
     pending = {asyncio.ensure_future(anext(iterator)): place for place, iterator in enumerate(iterators)}
+    told, heard = PING, time.monotonic()
     try:
         while pending:
-            done, _ = await asyncio.wait(pending, timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            glance = PING_SECONDS if all(one.begun for one in running) else min(GLANCE_SECONDS, PING_SECONDS)
+            done, _ = await asyncio.wait(pending, timeout=glance, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                yield None
+                comment = _waiting(running)
+                if comment != told or time.monotonic() - heard >= PING_SECONDS:
+                    told, heard = comment, time.monotonic()
+                    yield comment
             for task in done:
                 place = pending.pop(task)
-                event = task.result()
+                event, heard = task.result(), time.monotonic()
                 yield place, event
                 if not isinstance(event, FinishedEvent):
                     pending[asyncio.ensure_future(anext(iterators[place]))] = place
     finally:
         for task in pending:
             task.cancel()
+
+
+def _waiting(running: Sequence[Running]) -> bytes:
+    found = next((progress for one in running if (progress := one.progress()) is not None), None)
+    return PING if found is None else comment_frame(f"waiting: {found[0]} of {found[1]} experts are in memory")
+
+
+def _in_memory(parts: Parts, selection: Selection | None) -> int:
+    """As things are at this moment, by a look that disturbs nobody."""
+    return sum(parts.engine.bank.holds((key,)) for key in selection or ())

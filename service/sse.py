@@ -12,6 +12,10 @@ DONE = b"data: [DONE]\n\n"
 PING = b": waiting\n\n"  # a comment: every client skips it, and a dead connection shows
 
 
+def comment_frame(text: str) -> bytes:
+    return f": {text}\n\n".encode()
+
+
 def data_frame(body: Mapping[str, object]) -> bytes:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
 

@@ -22,7 +22,7 @@ from service.refusals import with_error_frame
 from service.running import Running, cancel_all, finish_all, merged, submit
 from service.sampling import sampling_for
 from service.schemas import QueryBody
-from service.sse import PING, EventStream, named_frame
+from service.sse import EventStream, named_frame
 
 router = APIRouter(tags=["query"])
 
@@ -49,8 +49,8 @@ async def query_frames(running: Running) -> AsyncIterator[bytes]:
     """`task`, then each `token`, then `done` with what the plain answer would have been."""
     yield named_frame("task", query_task(running))
     async for found in merged([running]):
-        if found is None:
-            yield PING
+        if isinstance(found, bytes):
+            yield found
         elif isinstance(found[1], FinishedEvent):
             yield named_frame("done", query_answer(running, found[1]))
         elif found[1].text:

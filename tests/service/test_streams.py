@@ -16,7 +16,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 import service.running
-from store.errors import CheckpointError
+from engine.engine import Engine
+from store.errors import Busy, CheckpointError, Conflict, MoepagerError, TimedOut
 
 EGG = "how long do I boil an egg"
 Events = Callable[[str], list[tuple[str, Any]]]
@@ -106,7 +107,47 @@ def test_a_silent_stream_sends_comments(
 ) -> None:
     monkeypatch.setattr(service.running, "PING_SECONDS", 0.02)
     worker.text, worker.delay = "a", 0.1
-    assert ": waiting\n\n" in scripted.post(path, json={**body, "stream": True}).text
+    assert "\n\n: waiting" in "\n\n" + scripted.post(path, json={**body, "stream": True}).text
+
+
+def test_comments_tell_how_far_the_paging_has_come(
+    scripted: TestClient, worker: Any, parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each state once, until the first token; a client that skips comments, as all do, sees the plain stream."""
+    monkeypatch.setattr(service.running, "GLANCE_SECONDS", 0.01)
+    here = iter([0, 0, 5, 5, 5, 11, 11, 12] + [12] * 1000)
+    monkeypatch.setattr(service.running, "_in_memory", lambda _parts, _selection: next(here))
+    worker.text, worker.delay = "ab", 0.3
+    body = {"model": "tiny:cooking", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    text = scripted.post("/v1/chat/completions", json=body).text
+    comments = [line for line in text.splitlines() if line.startswith(":")]
+    assert comments == [*(f": waiting: {count} of 12 experts are in memory" for count in (0, 5, 11)), ": waiting"]
+    assert text.index(comments[-1]) < text.index("data: ")
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_what_is_in_memory_is_looked_up_in_the_bank(parts: Any, selection_named: Any) -> None:
+    selection = selection_named("cooking-reap-0.5")
+    parts.worker.run(lambda engine: engine.evict()).result()
+    assert service.running._in_memory(parts, selection) == 0
+
+    def count(engine: Engine) -> int:
+        with engine.lease(selection):
+            return service.running._in_memory(parts, selection)
+
+    assert parts.worker.run(count).result() == len(selection)
+
+
+@pytest.mark.parametrize("error", [(Busy("full"), "true"), (TimedOut("late"), "false"), (Conflict("held"), "false")])
+def test_openais_clients_are_told_whether_to_try_again(
+    scripted: TestClient, worker: Any, monkeypatch: pytest.MonkeyPatch, error: tuple[MoepagerError, str]
+) -> None:
+    def refuse(_request: object) -> None:
+        raise error[0]
+
+    monkeypatch.setattr(worker, "submit", refuse)
+    answer = scripted.post("/v1/query", json={"query": "x", "task": "sql"})
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (error[0].status, error[1])
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
