@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 WIDTH = 1280
-HEIGHTS = (760, 690)  # of the playground, and of the map below it
+HEIGHTS = (800, 650)  # of the playground, and of the map below it
 QUESTIONS = ("What is 7 plus 5?", "Translate into French: the green house")
 TASK = "french"  # whose selection the map shows
 

@@ -20,6 +20,7 @@ const ROWS = [
   ["escalated", "Escalated", (r) => (r.escalated ? escalation(r.escalated) : "no")],
   ["keep", "Experts kept", (r) => percent(r.keep)],
   ["scorer", "Scorer", (r) => r.scorer ?? "–"],
+  ["stand_in", "Stands in for the rest", (r) => r.stand_in],
   ["coverage", "Coverage", (r) => percent(r.coverage)],
   ["level", "Lowest level", (r) => percent(r.level)],
   ["guard", "Guard", (r) => (r.guard ? `bound ${percent(r.guard.bound)}, from ${r.guard.items} items` : "none")],
