@@ -164,6 +164,32 @@ def _plot_quality(rows: Sequence[Row], averages: Sequence[Mean], plot: Path) -> 
     draw([row for row in rows if row.shots is None], [mean for mean in averages if mean.shots is None], budgets, plot)
 
 
+@app.command("packs")
+def packs_command(
+    items: Annotated[int, typer.Option(min=1, help="Test items a task, at most 100.")] = 40,
+    task: Annotated[list[str] | None, typer.Option(help="Repeatable; all of the demo's tasks if none.")] = None,
+    way: Annotated[list[str] | None, typer.Option(help="Repeatable; every way to pack if none.")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Repeatable; 0.5, 0.25 and 0.125 if none.")] = None,
+    draws: Annotated[int, typer.Option(min=0, help="Draws of the calibration text; 0 takes it as it is.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A folder that keeps what is measured: a killed run goes on from it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Packed models and stand-ins for experts beside limited routers, at equal bytes, on the demo's test items."""
+    from benchmarks.packs import PACK_WAYS, bench_packs, pack_means
+    from demo.tasks.registry import TASKS
+    from profiler.bar import bar
+
+    tasks = task or [one.name for one in TASKS]
+    with bar() as report:
+        rows = bench_packs(tasks, keep or [0.5, 0.25, 0.125], way or PACK_WAYS, items, draws, report, checkpoint)
+    averages = pack_means(rows)
+    _table("mean over the tasks", [asdict(mean) for mean in averages])
+    if as_json:
+        _answer({"rows": [asdict(row) for row in rows], "means": [asdict(mean) for mean in averages]}, as_json)
+
+
 @app.command("retrieve")
 def retrieve_command(
     public: Annotated[bool, typer.Option(help="Also on public text; see benchmarks/public-text.txt.")] = False,
