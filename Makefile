@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test lint types imports unit check fix clean
+.PHONY: setup demo test lint types imports unit audit fix clean
 
 setup: $(READY)
 
@@ -36,9 +36,15 @@ imports: setup
 unit: setup
 	$(BIN)/pytest --durations=10
 
+# Of the pins in constraints.txt, in an environment of its own: what audits is no dependency.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'
+	.venv-audit/bin/python .ci/audit
+
 fix: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-audit .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
