@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.guard import NEWEST
 from engine.kernels import pad_rows
 from engine.lookahead import Lookahead
+from engine.masked_router import MaskedRouter
 from engine.observer import Observer
 from engine.restriction import Restriction, Route, Routed, call_router, check_router, restrict
 from engine.stand_ins import DeviceStandIns, Replacement
@@ -32,13 +33,14 @@ class Switchboard:
     def __init__(
         self, routers: Sequence[Any], experts: int, top_k: int, remembered: int, stand_ins: DeviceStandIns
     ) -> None:
-        """`remembered` bounds how many selections keep their sliced routers."""
+        """`remembered` bounds how many selections keep their restrictions (sliced routers, where they need them)."""
         self.experts = experts
         self.top_k = top_k
         self.routing: Routing | None = None
         self.stand_ins = stand_ins
         self.added: dict[int, Tensor] = {}  # by layer, [T, H]: what the pass adds for experts that are left out
         self.lookahead: Lookahead | None = None  # where exact mode reads ahead
+        self.masked: list[MaskedRouter] = []  # one a layer, or none at all
         self._routers = [_Router(layer, module, self) for layer, module in enumerate(routers)]
         self._remembered = remembered
         self._cache: OrderedDict[Selection, Restrictions] = OrderedDict()
@@ -56,6 +58,10 @@ class Switchboard:
         """Raises UnsupportedFamily unless every router can be limited to a set. Needs the weights."""
         for router in self._routers:
             check_router(router.module, router.inner, hidden)
+        masked = [MaskedRouter.of(router.module, router.inner, hidden) for router in self._routers]
+        self.masked = [router for router in masked if router is not None]
+        if len(self.masked) < self.layers:
+            self.masked = []
 
     def check_selection(self, selection: Selection) -> None:
         """Raises InvalidInput for a selection of another shape, of unknown experts, or too small for one token."""
@@ -81,12 +87,20 @@ class Switchboard:
         if selection.stand_in is not None:
             return self._replacements(selection, self.stand_ins.vectors(selection.stand_in))
         if selection not in self._cache:
-            routers = zip(self._routers, selection.experts, strict=True)
-            self._cache[selection] = tuple(restrict(router.module, ids) for router, ids in routers)
+            self._cache[selection] = tuple(self._restrict(layer, ids) for layer, ids in enumerate(selection.experts))
             while len(self._cache) > self._remembered:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(selection)
         return self._cache[selection]
+
+    def _restrict(self, layer: int, ids: Sequence[int]) -> Restriction:
+        if not self.masked:
+            return restrict(self._routers[layer].module, ids)
+        device = next(self._routers[layer].module.parameters()).device
+        kept = torch.tensor(list(ids), device=device)  # [M]
+        allowed = torch.zeros(self.experts, dtype=torch.bool, device=device).index_fill_(0, kept, True)  # [E]
+        forbidden, router = ~allowed, self.masked[layer]
+        return Restriction(allowed, lambda _, logits: router(logits, forbidden))
 
     def _replacements(self, selection: Selection, vectors: Tensor) -> Restrictions:
         """`vectors` [L, E, H]: nothing is copied, so nothing needs to be remembered."""
@@ -137,6 +151,8 @@ class Routing:
         self._inside_sum = torch.zeros(self._rows, dtype=torch.float64, device=device)
         self._tokens_seen = torch.zeros(self._rows, dtype=torch.float64, device=device)
         self._level = torch.ones(self._rows, dtype=torch.float64, device=device)
+        self._forbidden = self._forbidden_table() if self._board.masked else None  # bool [B, L, E]
+        self._forbidden_tokens: Sequence[Tensor] = ()  # of the pass: one a layer, [T, E]
         self._valid: Tensor | None = None
         self._free: Tensor | slice | None = None
         self._width = 0
@@ -152,6 +168,8 @@ class Routing:
             places = torch.arange(self._rows * width, device=self._device).view(self._rows, width)  # [B, S]
             for group in self._groups:
                 group.tokens = places[group.rows].flatten()
+            if self._forbidden is not None:
+                self._forbidden_tokens = self._forbidden.repeat_interleave(width, 0).unbind(1)  # L of [T, E]
         self._free = None if self._board.lookahead is None else self._free_tokens()
         self._board.routing = self
 
@@ -261,6 +279,8 @@ class Routing:
                 return limit.route(x, logits)
             index, self._board.added[layer] = limit.apply(weights, index)
             return weights, index
+        if self._forbidden is not None:
+            return self._board.masked[layer](logits, self._forbidden_tokens[layer])
         weights, index = weights.clone(), index.clone()
         for group in self._groups:
             if group.restrictions is None or group.tokens is None:
@@ -283,6 +303,13 @@ class Routing:
             if group.restrictions is not None:
                 table[group.rows] = torch.stack([restriction.allowed for restriction in group.restrictions])
         return table
+
+    def _forbidden_table(self) -> Tensor | None:
+        """Where one call can route all rows: groups differ, and no row has stand-ins."""
+        limits = [group.restrictions for group in self._groups if group.restrictions is not None]
+        if self._inside is None or len(self._groups) == 1:
+            return None
+        return None if any(isinstance(limit[0], Replacement) for limit in limits) else ~self._inside
 
     def _inside_of(self, index: Tensor) -> Tensor:
         """`index` [L, T, k] -> bool [L, T, k]: whether each choice lies inside its own row's selection."""
