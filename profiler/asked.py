@@ -41,6 +41,7 @@ class Asked:
     base: Path | None
     keep: list[str] | None
     draws: int
+    evolve: int
     stream: bool | None
     max_context: int | None
     batch: int
@@ -54,10 +55,14 @@ class Asked:
             made_of = f"--task {GENERALIST} takes no --calibration: it is made of the other tasks' profiles."
             missing = self.calibration is None
             raise InvalidInput("A task needs --calibration FILE." if missing else made_of, param="calibration")
-        for name, given in (("--others", self.others is not None), ("--draws", self.draws > 0)):
+        for name, given in (
+            ("--others", self.others is not None),
+            ("--draws", self.draws > 0),
+            ("--evolve", self.evolve > 0),
+        ):
             if given and self.task == GENERALIST:
                 raise InvalidInput(f"The generalist takes no {name}: it has no text, and all tasks are its own.")
-            if given and self.evaluation is None:
+            if given and self.evaluation is None and name != "--evolve":
                 raise InvalidInput(f"{name} prices what is measured on held-out items: give --eval FILE.", param="eval")
         return _read(self.calibration), _read(self.evaluation), _read(self.others)
 
@@ -85,6 +90,7 @@ class Asked:
             budgets=tuple(size for size in sizes if isinstance(size, int)),
             stand_ins=tuple(choose_stand_ins(self.stand_in)),
             draws=self.draws,
+            evolve=self.evolve,
             rows=self.batch,
             model_name=self._model_name(),
             base=self.base,

@@ -55,6 +55,9 @@ Keep = Annotated[
 Draws = Annotated[
     int, typer.Option(min=0, help="Draw the calibration text anew so often, a pass each, to see how sure a size is.")
 ]
+Evolve = Annotated[
+    int, typer.Option(min=0, help="Breed so many children of the selections at each size (EEP), on calibration items.")
+]
 Embedder = Annotated[str, typer.Option(help="minilm, hash, or a sentence-transformers name or folder.")]
 Description = Annotated[str, typer.Option(help="What the task is, for people.")]
 OwnAnswers = Annotated[
@@ -94,6 +97,7 @@ def profile(
     base: Base = None,
     keep: Keep = None,
     draws: Draws = 0,
+    evolve: Evolve = 0,
     embedder: Embedder = "minilm",
     description: Description = "",
     own_answers: OwnAnswers = None,

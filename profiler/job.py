@@ -17,6 +17,7 @@ from engine.embedder import Embedder
 from engine.engine import Engine
 from profiler.allocation import UNIFORM, choose_allocators, needs_of_allocators
 from profiler.batches import Encoded, encode_corpus, token_limit
+from profiler.bred import put_evolved
 from profiler.channels.weights import of_weights
 from profiler.corpus import Corpus, refuse_overlap
 from profiler.evidence import KEEPS, HeldOut, Size, check_sizes, make_selections, put_evaluations, put_selections
@@ -53,7 +54,8 @@ class Options:
     `base` is the checkpoint that the model was tuned from, for scorers that compare the two. `stream` runs the pass
     layer by layer; None: where the budget does not hold the whole model. `search` measures only a few items for most of
     the scorers and allocators, and all items for the best and the baselines. `budgets` are sizes in bytes beside the
-    shares in `keeps`. `draws` is how often the text is drawn anew to see what other text would have chosen.
+    shares in `keeps`. `draws` is how often the text is drawn anew to see what other text would have chosen,
+    `evolve` how many children of the selections are tried at each size.
     `stand_ins` are kinds of store/stand_ins.py, `extras` statistics that nothing of all this reads.
     """
 
@@ -64,6 +66,7 @@ class Options:
     stand_ins: Sequence[str] = (STAND_IN,)
     extras: Needs = NOTHING
     draws: int = 0
+    evolve: int = 0
     exemplars: int = EXEMPLARS
     rows: int = ROWS
     runs: Path | None = None  # where unfinished runs lie; the data folder's `runs` by default
@@ -120,6 +123,8 @@ def profile_task(
         Run(options.folder, profile.id, plan="").forget()
         store.exemplars.replace(task.name, exemplars)
         put_evidence(engine, store, profile, (scorers, allocators, sizes), held_out, options, report)
+        if options.evolve:
+            put_evolved(engine, store, profile, text, options.evolve, held_out, report)
         if held_out is not None:
             pricing = Pricing(text, options.draws, foreign, options.folder, options.rows, options.base)
             put_prices(engine, store, profile, held_out, pricing, report)

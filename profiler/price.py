@@ -57,7 +57,9 @@ def put_prices(
     best = best_by_size(store, profile, held_out)
     mine = [one for one in best if known.get((one[0].id, "own", held_out.content_hash), -1) < pricing.draws]
     whole = engine.card.layers * engine.card.experts
-    drawn = _drawn(engine, profile, [one for one, _ in mine if len(one.selection) < whole], held_out, pricing, report)
+    # What was bred has no formula that a draw could be put into; all experts are all experts.
+    redone = [one for one, _ in mine if len(one.selection) < whole and one.scorer in SCORERS]
+    drawn = _drawn(engine, profile, redone, held_out, pricing, report)
     for stored, evidence in mine:
         store.prices.put(own_price(engine, stored, evidence, drawn.get(stored.id, ())))
     others = pricing.others
