@@ -20,7 +20,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from engine.engine import Engine
 from profiler.batches import Encoded, cut, pad
 from profiler.extras import Needs
-from store.errors import BudgetError, CheckpointError
+from store.checkpoint import CheckpointMap
+from store.errors import BudgetError, CheckpointError, UnsupportedFamily
 from store.records import F64
 from store.sizes import show_bytes
 
@@ -36,9 +37,17 @@ def needed_bytes(engine: Engine) -> int:
 
 
 def announce(engine: Engine, needs: Needs) -> str | None:
-    """What will be loaded, to be said before it is. Raises BudgetError where a budget forbids it."""
+    """What will be loaded, to be said before it is. Raises BudgetError where a budget forbids it, UnsupportedFamily for
+
+    a quantised checkpoint.
+    """
     if NAME not in needs:
         return None
+    if CheckpointMap.open(engine.card.folder).config.get("quantization_config"):
+        raise UnsupportedFamily(
+            "Gradients need the weights as plain numbers, and this checkpoint is quantised. Use its bfloat16 version, "
+            "or scorers that need no gradients: camera, wifv, router_wanda, coverage."
+        )
     size, budget = needed_bytes(engine), engine.plan.budget
     if budget is not None and size > budget:
         raise BudgetError(
