@@ -26,6 +26,8 @@ ALLOCATORS = ("coverage",)
 # take more memory than the model; and handing them to a second thread costs more than it saves.
 DTYPE, THREADS = "float32", 1
 EVALUATED = 24  # items a task: enough to choose by; `bench quality` measures on more, and on other items
+DRAWS = 3  # of the calibration text, so that `plan` can say how sure a size is
+FOREIGN = 3  # items of every other task, so that it can say what a selection does off its task
 
 
 def prepare(
@@ -42,7 +44,7 @@ def prepare(
     report: Report = ignore,
 ) -> list[Profile]:
     """A profile with evidence for every demo task, and the generalist; what is stored already is not measured again."""
-    options = Options(scorers=scorers, allocators=allocators, model_name=MODEL_NAME, runs=runs)
+    options = Options(scorers=scorers, allocators=allocators, draws=DRAWS, model_name=MODEL_NAME, runs=runs)
     with Engine.open(EngineConfig(model, max_context=256, max_batch=32, dtype=DTYPE, threads=THREADS)) as engine:
         profiles = [
             profile_task(
@@ -52,6 +54,7 @@ def prepare(
                 corpus(task.name, "calibration"),
                 corpus(task.name, split, items),
                 embedder=embedder,
+                others=pooled_corpus(split, FOREIGN, without=task.name),
                 options=options,
                 report=report,
             )
@@ -59,7 +62,8 @@ def prepare(
         ]
         if generalist:
             pooled = pooled_corpus(split, max(1, (items or EVALUATED) // 4))
-            profiles.append(profile_generalist(engine, store, pooled, options=options, report=report))
+            whole = replace(options, draws=0)  # made of profiles, not of text
+            profiles.append(profile_generalist(engine, store, pooled, options=whole, report=report))
     return profiles
 
 
@@ -68,7 +72,7 @@ def corpus(task: str, split: str, items: int | None = None) -> Corpus:
     return whole if items is None else replace(whole, items=whole.items[:items])
 
 
-def pooled_corpus(split: str, each: int) -> Corpus:
-    """The first `each` items of every task, for judging the generalist."""
-    parts = [corpus(task.name, split, each) for task in TASKS]
+def pooled_corpus(split: str, each: int, without: str | None = None) -> Corpus:
+    """The first `each` items of every task, but for one: for judging the generalist, and selections off their task."""
+    parts = [corpus(task.name, split, each) for task in TASKS if task.name != without]
     return replace(parts[0], items=tuple(item for part in parts for item in part.items))

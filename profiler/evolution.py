@@ -61,8 +61,8 @@ def _child(parents: Sequence[Selection], experts: int, random: np.random.Generat
                 layers[layer] = list(ids)
     touched = random.random(len(layers)) < CHANGED
     touched[int(random.integers(len(layers)))] = True
-    for layer in np.flatnonzero(touched):
-        layers[layer] = _mutated(layers[layer], experts, random)
+    for at in np.flatnonzero(touched).tolist():
+        layers[at] = _mutated(layers[at], experts, random)
     return Selection.of(layers)
 
 
