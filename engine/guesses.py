@@ -62,18 +62,17 @@ class Guesses:
     def begin(self) -> None:
         """Read what is missing of the expected, into slots that are free now. None of the expected is evicted."""
         keys, self.expected = self.expected, ()
-        for key in keys:
-            if (slot := self._residency.slot(key)) != ABSENT:
-                self._residency.touch(slot)
-        for key in keys:
-            if len(self._under_way) >= self.most or not self._residency.available:
+        present = [key for key in keys if self._residency.slot(key) != ABSENT]
+        for key in present:
+            self._residency.touch(self._residency.slot(key))
+        room = min(self.most - len(self._under_way), self._residency.room_beside(present))
+        missing = [key for key in keys if self._residency.slot(key) == ABSENT]
+        for key in missing[: max(0, room)]:
+            try:
+                self._under_way[key] = self._begin(key)
+            except CheckpointError:  # a file that is gone: who really needs it will say so
                 return
-            if self._residency.slot(key) == ABSENT:
-                try:
-                    self._under_way[key] = self._begin(key)
-                except CheckpointError:  # a file that is gone: who really needs it will say so
-                    return
-                self.totals.experts += 1
+            self.totals.experts += 1
 
     def judge(self, layer: int, experts: Collection[int]) -> list[Delivery]:
         """The layer wants `experts`: other guesses about it end. Gives the reads that are now waited for."""
