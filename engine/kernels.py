@@ -66,6 +66,11 @@ class Kernels:
         module.forward = forward
 
 
+def kernel_name(wish: str, dtype: str, device: str) -> str:
+    """What an engine would use. Raises InvalidInput as `Kernels.choose` does."""
+    return Kernels.choose(wish, getattr(torch, dtype), torch.device(device)).name
+
+
 def _reason_against(wish: str, dtype: torch.dtype, device: torch.device) -> str:
     """Why our own products are not used; empty where they are."""
     if wish == "torch":

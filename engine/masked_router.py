@@ -82,6 +82,6 @@ def _with_identity(router: Any, dtype: torch.dtype) -> Any:
 
 def _same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], logits: Tensor) -> bool:
     """Whether two choices agree: in the logits of what they chose, for of two experts that tie either may be taken."""
-    found = [logits.gather(1, index).float().sort(-1).values for _, index in (ours, theirs)]  # [T, k] each
-    given = [weights.float().sort(-1).values for weights, _ in (ours, theirs)]  # [T, k] each
-    return torch.allclose(*found, rtol=0.02, atol=0.02) and torch.allclose(*given, rtol=0.02, atol=0.01)
+    mine, other = (logits.gather(1, index).float().sort(-1).values for _, index in (ours, theirs))  # [T, k] each
+    given, wanted = (weights.float().sort(-1).values for weights, _ in (ours, theirs))  # [T, k] each
+    return torch.allclose(mine, other, rtol=0.02, atol=0.02) and torch.allclose(given, wanted, rtol=0.02, atol=0.01)

@@ -72,7 +72,11 @@ def serve(
     dtype: Dtype = None,
     threads: Threads = None,
     stand_ins: Annotated[
-        int | None, typer.Option(help="Tasks whose stand-ins for experts are in memory at once. Default: 0, none serve.")
+        int | None,
+        typer.Option(help="Tasks whose stand-ins for experts are in memory at once. Default: 0, none serve."),
+    ] = None,
+    kernel: Annotated[
+        str | None, typer.Option(help="Decoding's matrix products: auto (own where built), own or torch.")
     ] = None,
 ) -> None:
     """Serve the model over HTTP: /v1/query, OpenAI's routes, /v1/retrieve, /v1/tasks."""

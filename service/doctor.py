@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.card import ModelCard
 from engine.embedder import open_embedder
+from engine.kernels import kernel_name
 from engine.plan import plan_memory
 from service.disk import measure_disk
 from service.model import engine_config
@@ -39,6 +40,7 @@ def examine(settings: Settings) -> list[Check]:
         "python": check_python,
         "threads": check_threads,
         "model": check_model,
+        "kernel": check_kernel,
         "budget": check_budget,
         "memory": check_memory,
         "disk": check_disk,
@@ -82,6 +84,13 @@ def check_model(settings: Settings) -> str:
     card = ModelCard.read(engine_config(settings).model)
     shape = f"{card.layers} MoE layers x {card.experts} experts of {show_bytes(card.expert_bytes)}"
     return f"{card.folder}: {card.family}, {shape}, fingerprint {card.fingerprint[:16]}"
+
+
+def check_kernel(settings: Settings) -> str:
+    """Who multiplies few rows; "own" where it can't be had fails, torch in its place does not, but is named."""
+    config = engine_config(settings)
+    dtype = ModelCard.read(config.model).geometry.dtype if config.dtype == "auto" else config.dtype
+    return f"{kernel_name(config.kernel, dtype, config.device)} multiplies few rows, as in decoding"
 
 
 def check_budget(settings: Settings) -> str:

@@ -22,6 +22,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_batch=settings.max_batch,
         threads=settings.threads,
         stand_ins=settings.stand_ins,
+        kernel=settings.kernel,
     )
 
 

@@ -65,6 +65,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         store = stack.enter_context(open_store(settings.store))
         embedder = open_embedder(settings.embedder)
         engine = stack.enter_context(Engine.open(config))
+        log.info("Kernel of few rows, as in decoding: %s", engine.kernel)
         changes = store.changes.count()  # before the rest: what changes in between is read again
         catalogue = Catalogue.read(store, engine.card.fingerprint)
         policy = Policy.of(settings, engine.plan)

@@ -81,6 +81,7 @@ class Settings(BaseSettings):
     dtype: str = "auto"
     threads: int | None = Field(default=None, gt=0)  # None: torch's own choice
     stand_ins: int = Field(default=0, ge=0)  # tasks whose stand-ins are in memory at once; 0: none are served
+    kernel: str = "auto"  # who multiplies few rows, as in decoding: auto, own (refuses to start without) or torch
 
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:

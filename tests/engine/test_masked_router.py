@@ -20,7 +20,7 @@ SERVED = {"qwen2_moe", "qwen3_moe", "mixtral", "olmoe"}
 
 
 def _ranked(weights: Tensor, index: Tensor, logits: Tensor) -> Tensor:
-    """[T, 2k]: the logits of what was chosen, and the weights, each in order, for of experts that tie either will do."""
+    """[T, 2k]: the logits of what was chosen, and the weights, each in order, of ties either will do."""
     return torch.cat([logits.gather(1, index).float().sort(-1).values, weights.float().sort(-1).values], 1)
 
 

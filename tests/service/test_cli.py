@@ -156,6 +156,7 @@ def test_doctor_finds_a_healthy_set_up(
     assert done.exit_code == 0, done.output
     assert all(set(check) == {"name", "ok", "detail"} and check["ok"] for check in checks.values())
     assert "6 exemplars" in checks["index"]["detail"]
+    assert checks["kernel"]["detail"].startswith(("own (", "torch (")), checks["kernel"]
     assert "3 tasks have a profile of this model, 2 of them with evidence" in checks["profiles"]["detail"]
 
 
@@ -168,7 +169,7 @@ def test_doctor_goes_on_after_a_failing_check_and_exits_with_2(
     done = invoke("doctor", *options, "--memory", "1MiB", "--json")
     checks = {check["name"]: check["ok"] for check in json.loads(done.output.splitlines()[-1])["checks"]}
     assert done.exit_code == 2
-    assert [name for name, ok in checks.items() if ok] == ["python", "model", "disk", "embedder", "redis"]
+    assert [name for name, ok in checks.items() if ok] == ["python", "model", "kernel", "disk", "embedder", "redis"]
 
 
 @pytest.mark.parametrize(
