@@ -19,8 +19,8 @@ class Mone:
     `phi_e` is `sum_t w_te` (`mone`, as the released code does: frequency counts) or its mean over routed tokens
     (`mone_mean`, as the paper writes). The covariance comes from exact sums, `(R2 - |S1|^2 / n) / (n - 1)`, not from
     the code's recursion, which leaves out the first batch. A mean over tasks is no count: there n stands for n - 1.
-    The method keeps a dropped expert's mean output as its stand-in; here the router re-routes instead, so its score is
-    judged without the half that it was made for.
+    The method keeps a dropped expert's mean output as its stand-in, which here is `--stand-in novice`;
+    without it the score is judged without the half that it was made for.
     """
 
     version = "1"
