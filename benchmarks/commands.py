@@ -131,7 +131,9 @@ def quality_command(
     few_shot: Annotated[
         str, typer.Option(help="Numbers of calibration items, such as 5,10,25, each drawn as often as --draws says.")
     ] = "",
-    automatic: Annotated[bool, typer.Option(help="Also what `profile --search` would choose from the text as it is.")] = False,
+    automatic: Annotated[
+        bool, typer.Option(help="Also what `profile --search` would choose from the text as it is.")
+    ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A folder that keeps what is measured: a killed run goes on from it.")
     ] = None,
@@ -232,7 +234,7 @@ def retrieve_command(
 def decode_command(
     model: Annotated[Path, typer.Option(help="Model folder, such as one of `bench make-model`.")],
     cap: Annotated[str | None, typer.Option(help="Hard memory cap of every arm, page cache included.")] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="mask, exact-lru, transformers or accelerate.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="mask, exact-lru, exact-ahead, transformers, accelerate.")] = None,
     keep: Annotated[float, typer.Option(help="Share of the experts in the mask arm's selection.")] = 0.25,
     tokens: Annotated[int, typer.Option(min=2)] = 48,
     threads: Annotated[int, typer.Option(min=1)] = 1,
@@ -293,8 +295,24 @@ def mixed_command(
     _answer({"arms": [asdict(arm) for arm in arms], "ratios": ratios, "work": asdict(work)}, as_json)
 
 
-@app.command("cache")
-def cache_command(
+@app.command("service")
+def service_command(
+    requests: Annotated[int, typer.Option(min=2, help="Prompts, each to every arm.")] = 60,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 16,
+    idle: Annotated[int, typer.Option(min=0, help="Silent streams beside the working clients.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs with and without idle streams.")] = 5,
+    embedder: str = "minilm",
+    as_json: AsJson = False,
+) -> None:
+    """What HTTP adds to the engine's time for a request, and what idle streams cost."""
+    from benchmarks.service_overhead import Work, bench_service
+
+    work = Work(requests=requests, tokens=tokens, idle=idle, rounds=rounds, embedder=embedder)
+    arms, throughput = bench_service(work)
+    _table("the engine alone and over HTTP", [asdict(arm) for arm in arms])
+    _answer({"arms": [asdict(arm) for arm in arms], **throughput, "work": asdict(work)}, as_json)
+
+
 @app.command("guard")
 def guard_command(
     keep: Annotated[list[float] | None, typer.Option(help="Repeatable share of the experts.")] = None,
@@ -334,6 +352,8 @@ def soak_command(
         raise typer.Exit(1)
 
 
+@app.command("cache")
+def cache_command(
     model: Model = None,
     keep: Annotated[list[float] | None, typer.Option(help="Repeatable share of the experts held.")] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests in each workload.")] = 200,

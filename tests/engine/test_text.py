@@ -112,3 +112,21 @@ def test_messages_that_the_template_refuses_are_bad_input(tmp_path: Path) -> Non
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InvalidInput, match="refuses these messages: System role not supported"):
         Tokenizer(tmp_path).encode_chat([{"role": "system", "content": "hi"}])
+
+
+def test_stop_strings_may_stay_in_the_text() -> None:
+    stops = StopFilter(["END", "E"], include=True)
+    assert [stops.push("abE"), stops.stopped] == ["abE", True]
+    longer = StopFilter(["wait", "ai"], include=True)
+    assert [longer.push("x wa"), longer.push("it y"), longer.stopped] == ["x ", "wait", True]
+
+
+def test_tokens_are_spelt_with_their_bytes(checkpoint: Checkpoint) -> None:
+    tokenizer = Tokenizer(checkpoint("qwen3_moe"))
+    assert tokenizer.spell(65) == ("A", b"A")
+    assert tokenizer.spell(0xC3) == ("bytes:\\xc3", b"\xc3")
+    assert tokenizer.spell(258) == ("<eos>", b"")
+
+
+def test_the_variables_of_a_template_are_known(checkpoint: Checkpoint) -> None:
+    assert Tokenizer(checkpoint("qwen3_moe")).template_variables >= {"messages", "add_generation_prompt"}

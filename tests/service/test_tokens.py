@@ -39,3 +39,22 @@ def test_the_openai_client_gets_the_retrievers_vectors(
 def test_nothing_to_embed_is_refused(client: TestClient) -> None:
     for wrong in ("", [], [""], None):
         assert client.post("/v1/embeddings", json={"model": "tiny", "input": wrong}).status_code == 400
+
+
+def test_messages_are_tokenized_as_a_chat_would_be(client: TestClient, parts: Parts) -> None:
+    messages = [{"role": "user", "content": "boil an egg"}]
+    found = client.post("/tokenize", json={"messages": messages, "return_token_strs": True}).json()
+    usage = client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, "max_tokens": 1}).json()
+    assert found["tokens"] == list(parts.engine.tokenizer.encode_chat(messages))
+    assert found["count"] == usage["usage"]["prompt_tokens"]
+    assert "".join(found["token_strs"]).startswith("<user> boil an egg<|end|>")
+    for wrong in ({}, {"prompt": "a", "messages": messages}):
+        assert client.post("/tokenize", json=wrong).status_code == 400
+
+
+def test_embeddings_of_another_size_are_refused(client: TestClient, parts: Parts) -> None:
+    size = parts.retriever.embedder.dimension
+    body = {"model": "tiny", "input": "x"}
+    assert client.post("/v1/embeddings", json={**body, "dimensions": size}).status_code == 200
+    error = client.post("/v1/embeddings", json={**body, "dimensions": size + 1}).json()["error"]
+    assert (error["param"], str(size) in error["message"]) == ("dimensions", True)

@@ -1,0 +1,234 @@
+"""What HTTP adds to the engine's time, and what idle streams cost those that work.
+
+engine     the engine's own queue, asked by a thread of this process
+named      the same prompts over HTTP, the task named: reading, checking, sampling options, the receipt, JSON
+retrieved  the same, the task found by the embedder and FAISS, and every decision stored
+streamed   named, as server-sent events, to the last of them
+
+Arms take turns, prompt by prompt. Then as many clients as the batch has rows ask for tokens, once with nobody else and
+once beside idle streams: open connections whose answers never begin, each of which the service watches and comments on.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import uvicorn
+
+from demo.prepare import DTYPE, THREADS, corpus, prepare
+from demo.tasks.registry import TASKS
+from engine.embedder import open_embedder
+from engine.requests import FinishedEvent, GenerationRequest, Sampling
+from engine.stream import TokenStream
+from engine.worker import EngineWorker
+from service.app import create_app
+from service.model import BUNDLED
+from service.parts import Parts, open_parts
+from service.retrieval import pinned
+from service.serving import Wish, choose_serving
+from service.settings import Settings
+from store.database import open_store
+from store.home import bundled_model
+
+ARMS = ("engine", "named", "retrieved", "streamed")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    requests: int = 60
+    tokens: int = 16
+    clients: int = 4
+    idle: int = 200
+    rounds: int = 5
+    seconds: float = 4.0  # of each throughput run
+    embedder: str = "minilm"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """`added_ms` is the median of what each prompt took longer than in the engine alone, in the same turn."""
+
+    name: str
+    p50_ms: float
+    p90_ms: float
+    added_ms: float
+
+
+class HeldWorker:
+    """The engine's worker, but for requests of a single token, which stay in the queue for ever."""
+
+    def __init__(self, worker: EngineWorker) -> None:
+        self._worker = worker
+        self.held: list[TokenStream] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        if request.sampling.max_tokens != 1:
+            return self._worker.submit(request)
+        self.held.append(TokenStream(request))
+        return self.held[-1]
+
+
+def bench_service(work: Work) -> tuple[list[Arm], dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        parts = stack.enter_context(_opened(Path(folder), work))
+        held = HeldWorker(parts.worker)
+        url = stack.enter_context(_served(replace(parts, worker=held)))  # type: ignore[arg-type]
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=60))
+        arms = _latencies(parts, client, work)
+        return arms, _throughput(url, held, work)
+
+
+@contextmanager
+def _opened(folder: Path, work: Work) -> Iterator[Parts]:
+    """The bundled model with a small profile of every task: which experts they keep does not matter here."""
+    url = f"sqlite:///{folder / 'store.db'}"
+    with open_store(url) as store:
+        prepare(store, open_embedder(work.embedder), bundled_model(), scorers=["tcess"], items=4, generalist=False)
+    settings = Settings(
+        store=url, embedder=work.embedder, max_context=256, max_batch=work.clients, dtype=DTYPE, threads=THREADS
+    )
+    with open_parts(settings) as parts:
+        yield parts
+
+
+@contextmanager
+def _served(parts: Parts) -> Iterator[str]:
+    config = uvicorn.Config(
+        create_app(lambda: nullcontext(parts)), log_level="warning", access_log=False, timeout_graceful_shutdown=2
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        try:
+            while not server.started or httpx.get(f"{url}/readyz").status_code != 200:
+                time.sleep(0.05)
+            yield url
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def _latencies(parts: Parts, client: httpx.Client, work: Work) -> list[Arm]:
+    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+    prompts = [(task.name, item.prompt) for task in TASKS for item in corpus(task.name, "evaluation", 8).items]
+    for number in range(work.requests + 4):
+        task, prompt = prompts[number % len(prompts)]
+        asked: dict[str, Callable[[], None]] = {
+            "engine": lambda: _by_engine(parts, task, prompt, work.tokens),  # noqa: B023 - called in this turn
+            "named": lambda: _by_http(client, f"{parts.model_id}:{task}", prompt, work.tokens, False),  # noqa: B023
+            "retrieved": lambda: _by_http(client, parts.model_id, prompt, work.tokens, False),  # noqa: B023
+            "streamed": lambda: _by_http(client, f"{parts.model_id}:{task}", prompt, work.tokens, True),  # noqa: B023
+        }
+        for place in range(len(ARMS)):
+            name = ARMS[(place + number) % len(ARMS)]
+            began = time.perf_counter()
+            asked[name]()
+            if number >= 4:  # the first ones warm up
+                seconds[name].append(time.perf_counter() - began)
+    return [_arm(name, seconds[name], seconds["engine"]) for name in ARMS]
+
+
+def _arm(name: str, seconds: list[float], alone: list[float]) -> Arm:
+    added = median(1000 * (own - engine) for own, engine in zip(seconds, alone, strict=True))
+    return Arm(name, 1000 * median(seconds), 1000 * quantiles(seconds, n=10)[8], added)
+
+
+def _by_engine(parts: Parts, task: str, prompt: str, tokens: int) -> None:
+    retrieval = pinned(task, parts.retriever.threshold)
+    serving = choose_serving(Wish(task), retrieval, parts.catalogue, parts.policy)
+    ids = parts.engine.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    sampling = Sampling(max_tokens=tokens, ignore_eos=True)
+    *_, last = parts.worker.submit(GenerationRequest(ids, serving.selection, serving.mode, sampling))
+    _require(isinstance(last, FinishedEvent) and last.completion_tokens == tokens, last)
+
+
+def _by_http(client: httpx.Client, model: str, prompt: str, tokens: int, stream: bool) -> None:
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
+    answer = client.post("/v1/chat/completions", json={**body, "ignore_eos": True, "stream": stream})
+    _require(answer.status_code == 200, answer.text)
+    _require(stream or answer.json()["usage"]["completion_tokens"] == tokens, answer.text)
+    _require(not stream or answer.text.endswith("data: [DONE]\n\n"), answer.text)
+
+
+def _require(held: bool, found: object) -> None:
+    if not held:
+        raise RuntimeError(f"An arm did not get the answer that it asked for, but {found}.")
+
+
+def _throughput(url: str, held: HeldWorker, work: Work) -> dict[str, float]:
+    """Tokens a second, and the ratio beside idle streams: medians over the rounds, in which both take turns."""
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    for round_ in range(work.rounds):
+        for idle in (False, True) if round_ % 2 else (True, False):
+            with _idle(url, held, work.idle if idle else 0):
+                rates[idle].append(_rate(url, work))
+    alone, beside = median(rates[False]), median(rates[True])
+    ratios = [with_idle / without for with_idle, without in zip(rates[True], rates[False], strict=True)]
+    return {
+        "tok_per_s_alone": alone,
+        "tok_per_s_beside_idle": beside,
+        "ratio_beside_idle": median(ratios),
+        "ratio_lowest": min(ratios),
+        "ratio_highest": max(ratios),
+        "idle_streams": float(work.idle),
+    }
+
+
+def _rate(url: str, work: Work) -> float:
+    until = time.perf_counter() + work.seconds
+    task = TASKS[0].name
+    prompts = [item.prompt for item in corpus(task, "evaluation", 8).items]
+
+    def ask(number: int) -> int:
+        count = 0
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while time.perf_counter() < until:
+                prompt = prompts[(number + count) % len(prompts)]
+                _by_http(client, f"{BUNDLED}:{task}", prompt, work.tokens, False)
+                count += 1
+        return count
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(work.clients) as pool:
+        answers = sum(pool.map(ask, range(work.clients)))
+    return answers * work.tokens / (time.perf_counter() - began)
+
+
+@contextmanager
+def _idle(url: str, held: HeldWorker, count: int) -> Iterator[None]:
+    """`count` open streams that the service has accepted and that stay silent; gone again afterwards."""
+    task = TASKS[0].name
+    messages = [{"role": "user", "content": "x"}]
+    body = json.dumps({"model": f"{BUNDLED}:{task}", "messages": messages, "max_tokens": 1, "stream": True})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}"
+    head += "\r\ncontent-type: application/json"
+    place = urlsplit(url)
+    held.held.clear()
+    with ExitStack() as stack:
+        for _ in range(count):
+            connection = stack.enter_context(socket.create_connection((place.hostname or "", place.port or 0)))
+            connection.sendall(f"{head}\r\n\r\n{body}".encode())
+        while len(held.held) < count:
+            time.sleep(0.01)
+        time.sleep(0.5)  # until each has sent its first comment
+        yield
+    while not all(stream.request.cancelled.is_set() for stream in held.held):
+        time.sleep(0.01)
