@@ -124,9 +124,9 @@ def _summary(name: str, cap: int | None, runs: Sequence[_Run], failed: str | Non
 
 
 def _ratios(runs: dict[str, list[_Run]], failures: dict[str, str]) -> dict[str, float]:
-    """mask and exact-lru over every peer, round by round."""
+    """Our arms over every peer, round by round."""
     ratios = {}
-    for ours in ("mask", "exact-lru"):
+    for ours in ("mask", "exact-lru", "exact-ahead"):
         for peer, theirs in runs.items():
             if peer != ours and {ours, peer}.isdisjoint(failures) and runs.get(ours) and theirs:
                 pairs = zip(runs[ours], theirs, strict=True)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+READ_AHEAD = 8  # experts at a time, in the arm that reads ahead
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """What an arm is asked to do. `memory` bounds the engine's own arms and accelerate's share of the host."""
@@ -71,7 +74,8 @@ def run(task: Task) -> Decoded:
 
 
 def paged(task: Task) -> Iterator[int]:
-    """The engine: `mask` inside a random selection of the kept share, `exact` routed freely, misses paged in."""
+    """The engine: `mask` inside a random selection of the kept share, `exact-lru` routed freely, misses paged in, and
+    `exact-ahead` the same with what the next layer's router, run early, asks for read ahead."""
     import random  # noqa: PLC0415
 
     from engine.config import EngineConfig  # noqa: PLC0415
@@ -80,7 +84,10 @@ def paged(task: Task) -> Iterator[int]:
     from store.records import Selection  # noqa: PLC0415
 
     limit = task.prompt_tokens + task.tokens
-    config = EngineConfig(Path(task.model), memory=task.memory, max_context=limit, max_batch=1, chunk_tokens=64)
+    ahead = READ_AHEAD if task.arm == "exact-ahead" else 0
+    config = EngineConfig(
+        Path(task.model), memory=task.memory, max_context=limit, max_batch=1, chunk_tokens=64, read_ahead=ahead
+    )
     with Engine.open(config) as engine:
         card, rng = engine.card, random.Random(task.seed)
         count = max(card.top_k, round(task.keep * card.experts))
@@ -128,6 +135,7 @@ def _greedy(model: Any, task: Task) -> Iterator[int]:
 ARMS: dict[str, Callable[[Task], Iterator[int]]] = {
     "mask": paged,
     "exact-lru": paged,
+    "exact-ahead": paged,
     "transformers": transformers_plain,
     "accelerate": accelerate_offload,
 }

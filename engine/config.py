@@ -12,7 +12,6 @@ from store.errors import InvalidInput
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "own", "torch")
-READ_AHEAD = 8  # experts; docs/performance.md says what other bounds cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +23,8 @@ class EngineConfig:
     512 under a budget and 4096 without one.
 
     `read_ahead` bounds how many experts exact mode reads at a time for the layer after the present one, on the word of
-    that layer's router run early; 0 reads none. None takes READ_AHEAD where an expert goes from the file straight
-    into its slot, and none where its bytes must be changed on the way (another dtype or device).
+    that layer's router run early; 0 reads none. Only where an expert goes from the file straight into its slot: bytes
+    that must be changed on the way (another dtype or device) are read by the computing thread itself.
 
     `stand_ins` is how many tasks' stand-ins (one vector for each expert of the model) are on the device at once;
     0 serves no selection that has them.
@@ -42,7 +41,7 @@ class EngineConfig:
     max_batch: int = 8
     threads: int | None = None
     chunk_tokens: int | None = None
-    read_ahead: int | None = None
+    read_ahead: int = 0
     stand_ins: int = 0
     kernel: str = "auto"
 
@@ -58,5 +57,5 @@ class EngineConfig:
                 raise InvalidInput(f"{name} must be at least 1, got {value}.", param=name)
         if self.stand_ins < 0:
             raise InvalidInput(f"stand_ins must be at least 0, got {self.stand_ins}.", param="stand_ins")
-        if self.read_ahead is not None and self.read_ahead < 0:
+        if self.read_ahead < 0:
             raise InvalidInput(f"read_ahead must be at least 0, got {self.read_ahead}.", param="read_ahead")

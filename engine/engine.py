@@ -19,7 +19,7 @@ from engine import experts as dispatch
 from engine.bank import Bank, Lease
 from engine.card import ModelCard
 from engine.channels import Channels
-from engine.config import READ_AHEAD, EngineConfig
+from engine.config import EngineConfig
 from engine.dense import load_dense
 from engine.experts import PagedExperts
 from engine.generate import Batch
@@ -450,9 +450,7 @@ def _read_ahead(config: EngineConfig, plan: MemoryPlan, layout: SlotLayout) -> i
             "the checkpoint's own dtype on the CPU.",
             param="read_ahead",
         )
-    if not direct or plan.slots >= plan.layers * plan.experts:  # nothing is ever paged twice
-        return 0
-    return READ_AHEAD if config.read_ahead is None else config.read_ahead
+    return 0 if plan.slots >= plan.layers * plan.experts else config.read_ahead  # then nothing is ever paged twice
 
 
 def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:
