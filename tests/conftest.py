@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
 from demo.browser import open_browser
 from store.errors import NotFound
+
+expect.set_options(timeout=30_000)  # ms: a busy machine is no failure
 
 
 @pytest.fixture(scope="module")

@@ -154,10 +154,10 @@ def test_a_refusal_is_shown_in_the_services_own_words(site: str, visit: Visit) -
 
 
 def test_stop_ends_the_answer_and_the_request_in_the_engine(
-    scripted_app: FastAPI, worker: Any, live: Live, visit: Visit
+    parts: Parts, worker: Any, live: Live, visit: Visit
 ) -> None:
-    worker.text, worker.delay = "word " * 200, 0.02
-    with live(scripted_app) as url:
+    worker.text, worker.delay = "word " * 1000, 0.02
+    with live(create_app(lambda: nullcontext(replace(parts, worker=worker)))) as url:
         page = visit(url)
         for stop in (lambda: page.get_by_role("button", name="Stop").click(), lambda: page.keyboard.press("Escape")):
             ask(page, EGG)
