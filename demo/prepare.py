@@ -20,7 +20,7 @@ from store.records import Profile, TaskRecord
 
 MODEL_NAME = "demo"
 # What does best on this model at small sizes (docs/methods.md), and the two rows that every report carries.
-SCORERS = ("peu", "tcess", "frequency", "random")
+SCORERS = ("peu", "tcess", "easy_ep_answers", "frequency", "random")
 ALLOCATORS = ("coverage",)
 # On a CPU, matrices this small are five times faster in float32 than in bfloat16, whose compiled kernels would also
 # take more memory than the model; and handing them to a second thread costs more than it saves.

@@ -103,6 +103,16 @@ class Statistics:
         keep[half] = 1.0
         return self._map(lambda array: array * keep.reshape(2, *[1] * (array.ndim - 1)))
 
+    def of_role(self, role: int) -> Statistics:
+        """The same without the other role's tokens, in what is kept by role; `peak` and extras stay as they are."""
+        keep = np.zeros(2)
+        keep[role] = 1.0
+        sums = {
+            name: array if name in {"peak", "utility"} else array * keep.reshape(1, 2, *[1] * (array.ndim - 2))
+            for name, array in self._sums().items()
+        }
+        return Statistics(self.top_k, **sums, extras=self.extras)
+
     def scaled(self, factor: float) -> Statistics:
         """Every sum times `factor`: statistics per token with 1 / T."""
         return self._map(lambda array: array * factor)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from profiler.extras import Needs
 from profiler.scorers.act_logits import ActLogits
+from profiler.scorers.answers import Answers
 from profiler.scorers.base import Scorer
 from profiler.scorers.diep import Diep
 from profiler.scorers.ean import Ean
@@ -31,6 +32,9 @@ from store.errors import InvalidInput
 _DEFAULTS: tuple[Scorer, ...] = (Tcess(), Peu(), Reap(), EasyEp(), Gate(), Frequency(), Random())
 _OTHERS: tuple[Scorer, ...] = (
     GateNorm(),
+    Answers(EasyEp()),
+    Answers(Gate()),
+    Answers(GateNorm()),
     Ean(),
     Man(),
     Msan(),
