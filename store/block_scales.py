@@ -17,6 +17,7 @@ FP8 = "F8_E4M3"
 SCALE_DTYPES = frozenset({"F32", "BF16"})
 SUFFIX = "_scale_inv"
 BLOCK = (128, 128)
+STRIP = 32  # rows that are turned into the serving dtype at a time
 USE_WIDE = "Use the model's bfloat16 version, or one with FP8 weights in blocks (quant_method fp8)."
 
 REASONS: Mapping[str, str] = {
@@ -125,6 +126,6 @@ def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def scratch_bytes(shape: tuple[int, ...], block: tuple[int, int]) -> int:
-    """What multiplying a weight of `shape` by its scales needs besides both: a row of blocks, and the scales."""
+    """What multiplying a weight of `shape` by its scales needs besides both: a few rows twice, and the scales."""
     rows, columns = shape[-2:]
-    return (min(rows, block[0]) + 2) * columns * 4 + (block[1] + -(-rows // block[0]) * -(-columns // block[1])) * 4
+    return (2 * min(rows, STRIP) + 2) * columns * 4 + (block[1] + -(-rows // block[0]) * -(-columns // block[1])) * 4

@@ -59,6 +59,14 @@ def test_values_are_multiplied_by_the_scale_of_their_block(shape: tuple[int, int
     assert both[1].equal(2 * wide)
 
 
+def test_every_byte_means_what_torch_says() -> None:
+    stored = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
+    target = torch.empty(16, 16)
+    dequantise(stored, torch.ones(1, 1), (16, 16), target)
+    torch.testing.assert_close(target, stored.float(), rtol=0, atol=0, equal_nan=True)
+    assert target.isnan().sum() == 2
+
+
 @pytest.fixture
 def pair(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
     """An FP8 checkpoint, and one of the values that it means, made one at a time."""
