@@ -65,7 +65,10 @@ def _with_identity(router: Any, dtype: torch.dtype) -> Any:
     """A copy of the router that takes logits [T, E] for hidden states."""
     experts = int(router.num_experts)
     [(owner, name, weight)] = [
-        (module, name, tensor) for module in router.modules() for name, tensor in module._parameters.items()
+        (module, name, tensor)
+        for module in router.modules()
+        for name, tensor in module._parameters.items()
+        if tensor is not None  # a linear layer without bias has a name for it
     ]
     if owner is not router:
         raise UnsupportedFamily(f"{type(router).__name__} keeps its weights in a module of its own.")
