@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.layout import SlotLayout
 
-try:
+try:  # after torch, whose OpenMP runtime it then shares
     from engine import _products as compiled
 except ImportError as error:  # built with `optional`: an install without a C compiler goes without it
     compiled = None  # type: ignore[assignment]
