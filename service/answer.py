@@ -19,6 +19,7 @@ from service.receipt import Receipt
 from service.retrieval import Retrieval, pinned
 from service.sampling import seed_of
 from service.serving import Serving, Wish, choose_serving
+from service.tracing import tracer
 from store.errors import InvalidInput
 from store.records import Decision, Mode
 
@@ -50,7 +51,8 @@ class Prepared:
 
 
 def prepare(question: Question, parts: Parts) -> Prepared:
-    retrieval = retrieve(question, parts)
+    with tracer.start_as_current_span("retrieve"):
+        retrieval = retrieve(question, parts)
     if retrieval.task is None:
         parts.metrics.abstained()
     mode: Mode = question.wish.mode or parts.policy.mode

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from fastapi import FastAPI
 
 from service.context import opening
+from service.described import ERRORS
 from service.guard import Guard, SecurityHeaders
 from service.job_queue import open_jobs
 from service.middleware import BodyLimit, RequestIds
@@ -31,6 +32,7 @@ from service.routes import (
     tasks,
     tokens,
 )
+from service.tracing import TELEMETRY, flush
 
 ROUTES = (
     health,
@@ -72,8 +74,15 @@ def create_app(
                 watch.cancel()
                 await asyncio.to_thread(app.state.jobs.close)
                 await asyncio.wait([watch])
+                await asyncio.to_thread(flush)
 
-    app = FastAPI(title="moepager", summary="Task-adaptive expert retrieval for MoE language models", lifespan=lifespan)
+    app = FastAPI(
+        title="moepager",
+        summary="Task-adaptive expert retrieval for MoE language models",
+        lifespan=lifespan,
+        telemetry=TELEMETRY,
+        responses=ERRORS,
+    )
     add_refusals(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(Guard)

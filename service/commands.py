@@ -64,6 +64,9 @@ def serve(
         int | None, typer.Option(help="Queries of no task that are kept for proposals of new ones. Default: none.")
     ] = None,
     redact: Annotated[str | None, typer.Option(help="A regular expression: what of their text is left out.")] = None,
+    traces: Annotated[
+        str | None, typer.Option(help="Where OpenTelemetry spans go: an OTLP endpoint over HTTP.")
+    ] = None,
     redis: Annotated[
         str | None, typer.Option(help="Redis URL: `moepager worker`s run the jobs. Default: the service runs them.")
     ] = None,

@@ -21,6 +21,7 @@ from service.metrics import Metrics
 from service.parts import Parts
 from service.receipt import Receipt
 from service.sse import PING, comment_frame
+from service.tracing import Trail
 from store.errors import Busy, MoepagerError, TimedOut
 from store.records import Selection
 
@@ -49,6 +50,7 @@ class Running:
         self._deadline = time.monotonic() + timeout
         self._first: float | None = None  # when the first token came
         self._told = False
+        self._trail = Trail()
 
     @property
     def predicted(self) -> SwapCost | None:
@@ -114,6 +116,7 @@ class Running:
         if finished is not None:
             self._metrics.finished(task, finished, self._each(finished))
             self._discovery.served(self.prepared.serving, finished)
+        self._trail.ended(self.prepared, outcome, finished)
         log_query(self.prepared, outcome, finished)
 
     def _each(self, finished: FinishedEvent) -> float | None:

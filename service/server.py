@@ -30,7 +30,9 @@ def run_server(settings: Settings) -> None:
     typer.echo(show_memory(card, plan_memory(card, config)))
     if settings.model is None:
         prepare_demo(settings, card.fingerprint)
-    with listen(settings.host, settings.port) as bound:
+    from service.tracing import exporting  # noqa: PLC0415 - for those who want traces
+
+    with exporting(settings.traces), listen(settings.host, settings.port) as bound:
         serve(settings, bound)
 
 
