@@ -127,6 +127,7 @@ def quality_command(
         list[str] | None, typer.Option(help="Repeatable, or `all`; the seven defaults of `profile` if none.")
     ] = None,
     allocator: Annotated[list[str] | None, typer.Option(help="Repeatable, or `all`; uniform if none.")] = None,
+    stand_in: Annotated[list[str] | None, typer.Option(help="Repeatable, or `all`; nothing if none.")] = None,
     draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws of the calibration text.")] = 0,
     few_shot: Annotated[
         str, typer.Option(help="Numbers of calibration items, such as 5,10,25, each drawn as often as --draws says.")
@@ -140,13 +141,13 @@ def quality_command(
     plot: Annotated[Path | None, typer.Option(help="Write the accuracy-against-memory picture here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every scorer and allocator at every size on the demo model's held-out test items."""
+    """Every scorer, allocator and stand-in at every size on the demo model's held-out test items."""
     from benchmarks.quality import bench_quality
     from benchmarks.quality_grid import grid_of
     from benchmarks.quality_means import means
     from profiler.bar import bar
 
-    grid = grid_of(items, task, scorer, allocator, draws, few_shot, automatic)
+    grid = grid_of(items, task, scorer, allocator, stand_in, draws, few_shot, automatic)
     with bar() as report:
         rows = bench_quality(grid, report, checkpoint)
     averages = means(rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -31,9 +31,12 @@ from profiler.run import Run
 from profiler.scorers.registry import BASELINES, SCORERS, choose, needs_of
 from profiler.search import contest
 from profiler.second_looks import second_looks
+from profiler.stand_ins import needs_of as needs_of_stand_ins
+from profiler.stand_ins import pay
 from profiler.statistics import Statistics
 from store.home import bundled_model
 from store.records import Selection, StoredSelection
+from store.stand_ins import NOTHING
 
 AUTOMATIC = "automatic"  # what `moepager profile --search` would choose on the evaluation split
 FEW_SHOT_ALLOCATOR = "coverage"
@@ -53,7 +56,7 @@ class _Text:
 
 def bench_quality(grid: Grid, report: Report, folder: Path | None = None) -> list[Row]:
     """All rows of the grid. What `folder` holds of it already is not measured again; without one nothing is kept."""
-    config = EngineConfig(bundled_model(), max_context=256, max_batch=ROWS, dtype=DTYPE, threads=THREADS)
+    config = EngineConfig(bundled_model(), max_context=256, max_batch=ROWS, dtype=DTYPE, threads=THREADS, stand_ins=1)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="moepager-quality-") as beside, Engine.open(config) as engine:
         for task in grid.tasks:
@@ -83,23 +86,34 @@ class _Bench:
         few = text.shots is not None
         scorers = [one for one in self.grid.scorers if not (few and choose([one])[0].needs)]
         allocators = (FEW_SHOT_ALLOCATOR,) if few else self.grid.allocators
-        candidates = self._candidates(text, scorers, allocators, self.grid.keeps)
+        kinds = (NOTHING,) if few else self.grid.stand_ins
+        candidates = self._candidates(text, scorers, allocators, self.grid.keeps, kinds)
         rows = [self._row(text, one, self._measure(self._test, one.selection)) for one in candidates]
         if self.grid.automatic and text.draw == 0:
             rows += [self._row(text, one, self._measure(self._test, one.selection)) for one in self._chosen(text)]
         return rows
 
     def _candidates(
-        self, text: _Text, scorers: Sequence[str], allocators: Sequence[str], keeps: Sequence[float]
+        self,
+        text: _Text,
+        scorers: Sequence[str],
+        allocators: Sequence[str],
+        keeps: Sequence[float],
+        kinds: Sequence[str] = (NOTHING,),
     ) -> list[StoredSelection]:
+        """At equal bytes, whatever stands in for the experts left out; all experts need nothing."""
         wanted = choose(scorers)
-        needs = needs_of(wanted) | needs_of_allocators(allocators)
-        statistics = self._statistics(text, needs)
+        statistics = self._statistics(
+            text, needs_of(wanted) | needs_of_allocators(allocators) | needs_of_stand_ins(kinds)
+        )
+        sizes = [self.engine.plan.slot_bytes] * statistics.layers
         found = []
-        for scorer in wanted:
-            for allocator, keep in product(allocators, keeps):
-                kept = select(scorer, allocator, statistics, float(keep))
-                found.append(StoredSelection("", "", scorer.name, allocator, keep, kept))
+        for scorer, allocator, keep, kind in product(wanted, allocators, keeps, kinds):
+            if kind != NOTHING and keep == 1:
+                continue
+            budget, stand_in = pay(kind, float(keep), statistics, sizes, f"{self.task}-{text.name}")
+            kept = replace(select(scorer, allocator, statistics, budget, sizes), stand_in=stand_in)
+            found.append(StoredSelection("", "", scorer.name, allocator, keep, kept, kind))
         return found
 
     def _chosen(self, text: _Text) -> Iterator[StoredSelection]:
@@ -145,6 +159,7 @@ class _Bench:
             nll=measured.nll,
             coverage=measured.coverage,
             items=measured.items,
+            stand_in=one.stand_in,
         )
 
 

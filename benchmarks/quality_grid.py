@@ -9,7 +9,9 @@ from demo.tasks.registry import TASKS
 from profiler.allocation import UNIFORM, choose_allocators
 from profiler.allocators import ALLOCATORS
 from profiler.scorers.registry import DEFAULTS, SCORERS, choose
+from profiler.stand_ins import choose as choose_stand_ins
 from store.errors import InvalidInput
+from store.stand_ins import KINDS, NOTHING
 
 ALL = "all"
 UNAVAILABLE = frozenset({"router_growth", "subset_losses"})  # the demo has no base checkpoint, and too many experts
@@ -27,6 +29,7 @@ class Grid:
     tasks: tuple[str, ...] = tuple(task.name for task in TASKS)
     scorers: tuple[str, ...] = DEFAULTS
     allocators: tuple[str, ...] = (UNIFORM,)
+    stand_ins: tuple[str, ...] = (NOTHING,)
     keeps: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
     draws: int = 0
     few_shot: tuple[int, ...] = ()
@@ -55,6 +58,7 @@ class Row:
     nll: float
     coverage: float
     items: int
+    stand_in: str = NOTHING
 
 
 def grid_of(
@@ -62,6 +66,7 @@ def grid_of(
     tasks: Sequence[str] | None,
     scorers: Sequence[str] | None,
     allocators: Sequence[str] | None,
+    stand_ins: Sequence[str] | None,
     draws: int,
     few_shot: str,
     automatic: bool,
@@ -78,6 +83,7 @@ def grid_of(
         tasks=tuple(tasks) if tasks else Grid().tasks,
         scorers=tuple(chosen),
         allocators=tuple(shared),
+        stand_ins=KINDS if stand_ins == [ALL] else tuple(choose_stand_ins(stand_ins)),
         draws=draws,
         few_shot=tuple(int(part) for part in parts),
         automatic=automatic,

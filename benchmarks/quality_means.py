@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 
 from benchmarks.quality_grid import Row
 from profiler.allocation import UNIFORM
+from store.stand_ins import NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +32,21 @@ class Mean:
     sure: float
     nll: float
     coverage: float
+    stand_in: str = NOTHING
 
     @property
     def way(self) -> str:
-        return self.scorer if self.allocator == UNIFORM else f"{self.scorer}, {self.allocator}"
+        parts = [self.scorer, *([self.allocator] if self.allocator != UNIFORM else [])]
+        return ", ".join([*parts, *([self.stand_in] if self.stand_in != NOTHING else [])])
 
 
 def means(rows: Sequence[Row]) -> list[Mean]:
     """Best first at each size, the largest size first. Where there are draws, the text as it is takes no part."""
     drawn = any(row.draw for row in rows)
-    groups: dict[tuple[float, str, str, int | None], list[Row]] = {}
+    groups: dict[tuple[float, str, str, str, int | None], list[Row]] = {}
     for row in rows:
         if bool(row.draw) == drawn:
-            groups.setdefault((row.keep, row.scorer, row.allocator, row.shots), []).append(row)
+            groups.setdefault((row.keep, row.scorer, row.allocator, row.stand_in, row.shots), []).append(row)
     found = [_mean(group) for group in groups.values()]
     return sorted(found, key=lambda mean: (mean.shots or 0, -mean.keep, -mean.accuracy, mean.nll, mean.way))
 
@@ -67,6 +70,7 @@ def _mean(group: Sequence[Row]) -> Mean:
         sure=_half_width([row for row in group if row.draw == draws[0]]),
         nll=fmean(row.nll for row in group),
         coverage=fmean(row.coverage for row in group),
+        stand_in=first.stand_in,
     )
 
 

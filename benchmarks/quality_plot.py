@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.quality_grid import Row
 from benchmarks.quality_means import Mean
+from store.stand_ins import NOTHING
 
 BASELINES = {"random": "#aaaaaa", "frequency": "#444444"}
 
@@ -21,6 +22,8 @@ BASELINES = {"random": "#aaaaaa", "frequency": "#444444"}
 def draw(rows: Sequence[Row], means: Sequence[Mean], mib_at: dict[float, float], out: Path) -> None:
     """One panel an allocator with every scorer's mean over the tasks; the last shows each task by the scorer and
     allocator that are best on average at the smallest size."""
+    means = [mean for mean in means if mean.stand_in == NOTHING]
+    rows = [row for row in rows if row.stand_in == NOTHING]
     allocators = sorted({mean.allocator for mean in means}, reverse=True)
     scorers = sorted({mean.scorer for mean in means})
     figure, panels = plt.subplots(1, len(allocators) + 1, figsize=(5 * len(allocators) + 5, 4.4), sharey=True)

@@ -64,7 +64,8 @@ class Runs:
         if name not in self._known:
             found = measure(sorted(items, key=lambda one: (len(one.tokens), one.number)))
             with self._file.open("a") as file:
-                file.write(json.dumps({"name": name, **asdict(found)}) + "\n")
+                figures = {each: value for each, value in asdict(found).items() if each != "levels"}  # the guard's
+                file.write(json.dumps({"name": name, **figures}) + "\n")
             self._known[name] = found
         return self._known[name]
 

@@ -96,24 +96,36 @@ def test_a_folder_keeps_what_is_measured_and_survives_a_kill(tmp_path):
 
 
 def test_the_grid_is_read_from_options_and_wrong_ones_are_refused():
-    found = grid_of(10, ["sql"], ["all"], ["all"], 3, "5, 25", automatic=True)
+    found = grid_of(10, ["sql"], ["all"], ["all"], ["all"], 3, "5, 25", automatic=True)
     assert {"naee", "mone", "random"} < set(found.scorers)
     assert "router_growth" not in found.scorers
     assert found.allocators == tuple(ALLOCATORS)
-    assert (found.few_shot, found.draws) == ((5, 25), 3)
+    assert (found.few_shot, found.draws, found.stand_ins) == ((5, 25), 3, ("nothing", "novice"))
     with pytest.raises(InvalidInput, match="no task 'cooking'"):
-        grid_of(10, ["cooking"], None, None, 0, "", automatic=False)
+        grid_of(10, ["cooking"], None, None, None, 0, "", automatic=False)
     with pytest.raises(InvalidInput, match="5,10,25, got 'few'"):
-        grid_of(10, None, None, None, 3, "few", automatic=False)
+        grid_of(10, None, None, None, None, 3, "few", automatic=False)
     with pytest.raises(InvalidInput, match="give --draws"):
-        grid_of(10, None, None, None, 0, "5", automatic=False)
+        grid_of(10, None, None, None, None, 0, "5", automatic=False)
 
 
 @pytest.mark.slow
 def test_a_small_run_measures_every_row_and_a_second_one_measures_nothing(tmp_path, monkeypatch):
-    grid = Grid(6, ("music",), ("gate", "random"), ("uniform", "coverage"), (1.0, 0.25), 1, (5,), automatic=True)
+    grid = Grid(
+        items=6,
+        tasks=("music",),
+        scorers=("gate", "random"),
+        allocators=("uniform", "coverage"),
+        stand_ins=("nothing", "novice"),
+        keeps=(1.0, 0.25),
+        draws=1,
+        few_shot=(5,),
+        automatic=True,
+    )
     rows = bench_quality(grid, ignore, tmp_path)
-    full, few = [one for one in rows if one.shots is None], [one for one in rows if one.shots == 5]
+    full = [one for one in rows if one.shots is None and one.stand_in == "nothing"]
+    few, mean = [one for one in rows if one.shots == 5], [one for one in rows if one.stand_in == "novice"]
+    assert [(one.keep, one.draw) for one in mean] == [(0.25, 0)] * 4 + [(0.25, 1)] * 4
     assert len(full) == 2 * (2 * 2 * 2) + 2  # draws, scorers x allocators x sizes, and the automatic choice
     assert {(one.scorer, one.allocator, one.draw) for one in few} == {
         ("gate", "coverage", 1),
