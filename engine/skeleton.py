@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine import experts as dispatch
 from engine.layout import Renaming, SlotLayout, derive_layout
@@ -66,6 +67,7 @@ def build_skeleton(checkpoint: CheckpointMap, experts: ExpertMap, dtype: str) ->
 def _on_meta(folder: Path, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _refuse_wrappers(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, experts_implementation=dispatch.IMPLEMENTATION, trust_remote_code=False
@@ -74,6 +76,15 @@ def _on_meta(folder: Path, dtype: torch.dtype) -> Any:
         raise UnsupportedFamily(f"transformers can't build the model of {folder}: {error}") from error
     model.config.use_cache = False
     return model
+
+
+def _refuse_wrappers(config: Any) -> None:
+    """Models of several modalities: served by their language model where transformers has a class for that alone."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedFamily(
+            f"transformers has no language model for model_type {config.model_type!r} alone, only one of several "
+            "modalities or none. Serve a checkpoint of a text model; docs/families.md lists those that work."
+        )
 
 
 def _block(model: Any, owner: str, experts: int) -> Block:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2TopKRouter
 
 from engine.engine import Engine
@@ -74,6 +74,19 @@ def test_a_router_that_is_given_more_than_its_blocks_weights_is_refused(
     monkeypatch.setattr(MiniMaxM2TopKRouter, "__call__", lambda self, x, bias: stock(self, x, bias + 0))
     with pytest.raises(UnsupportedFamily, match="routes by more than the hidden states"):
         open_engine(write_tiny("minimax_m2", tmp_path / "m"))
+
+
+def test_a_wrapper_of_several_modalities_is_refused_by_what_it_is(tmp_path: Path, open_engine: Open) -> None:
+    text = FIELDS | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    with pytest.raises(UnsupportedFamily, match="no language model for model_type 'qwen3_vl_moe' alone"):
+        open_engine(tmp_path)
 
 
 @pytest.fixture
