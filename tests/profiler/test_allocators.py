@@ -19,7 +19,7 @@ from store.records import Selection
 
 TWO = np.array([[8.0, 1, 1, 0], [4.0, 3, 2, 1]])
 NAMES = sorted(ALLOCATORS)
-NESTED = ["uniform", "global", "coverage", "logistic", "diep"]  # a larger budget keeps every expert that a smaller one keeps
+NESTED = ["uniform", "global", "coverage", "logistic", "diep"]  # a larger budget keeps what a smaller one keeps
 
 scores_of_layers = st.tuples(st.integers(1, 4), st.integers(2, 8)).flatmap(
     lambda shape: arrays(np.float64, shape, elements=st.integers(-3, 20).map(float))

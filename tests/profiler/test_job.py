@@ -197,9 +197,7 @@ def test_selections_of_the_same_experts_are_measured_once(engine, store, options
         return evaluate(*arguments)
 
     monkeypatch.setattr(evidence, "evaluate", counted)
-    chosen = Options(
-        scorers=["gate", "random"], allocators=list(PLAIN), keeps=(1.0, 0.5), rows=4, runs=options.runs
-    )
+    chosen = Options(scorers=["gate", "random"], allocators=list(PLAIN), keeps=(1.0, 0.5), rows=4, runs=options.runs)
     made = profile_task(
         engine, store, TaskRecord("t"), texts(1, 8), texts(2, 3), embedder=HashEmbedder(), options=chosen
     )
