@@ -59,12 +59,15 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """`added_ms` is the median of what each prompt took longer than in the engine alone, in the same turn."""
+    """`added_ms` is the median of what each prompt took longer than in the engine alone, in the same turn;
+    `added_cpu_ms` the same in processor time of this process, client and server: what is left of it on a busy machine.
+    """
 
     name: str
     p50_ms: float
     p90_ms: float
     added_ms: float
+    added_cpu_ms: float
 
 
 class HeldWorker:
@@ -128,6 +131,7 @@ def _served(parts: Parts) -> Iterator[str]:
 
 def _latencies(parts: Parts, client: httpx.Client, work: Work) -> list[Arm]:
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+    cpu: dict[str, list[float]] = {name: [] for name in ARMS}
     prompts = [(task.name, item.prompt) for task in TASKS for item in corpus(task.name, "evaluation", 8).items]
     for number in range(work.requests + 4):
         task, prompt = prompts[number % len(prompts)]
@@ -139,16 +143,21 @@ def _latencies(parts: Parts, client: httpx.Client, work: Work) -> list[Arm]:
         }
         for place in range(len(ARMS)):
             name = ARMS[(place + number) % len(ARMS)]
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             asked[name]()
             if number >= 4:  # the first ones warm up
                 seconds[name].append(time.perf_counter() - began)
-    return [_arm(name, seconds[name], seconds["engine"]) for name in ARMS]
+                cpu[name].append(time.process_time() - worked)
+    return [_arm(name, seconds, cpu) for name in ARMS]
 
 
-def _arm(name: str, seconds: list[float], alone: list[float]) -> Arm:
-    added = median(1000 * (own - engine) for own, engine in zip(seconds, alone, strict=True))
-    return Arm(name, 1000 * median(seconds), 1000 * quantiles(seconds, n=10)[8], added)
+def _arm(name: str, seconds: dict[str, list[float]], cpu: dict[str, list[float]]) -> Arm:
+    own = seconds[name]
+    return Arm(name, 1000 * median(own), 1000 * quantiles(own, n=10)[8], _added(own, seconds), _added(cpu[name], cpu))
+
+
+def _added(own: list[float], all_arms: dict[str, list[float]]) -> float:
+    return median(1000 * (one - engine) for one, engine in zip(own, all_arms["engine"], strict=True))
 
 
 def _by_engine(parts: Parts, task: str, prompt: str, tokens: int) -> None:

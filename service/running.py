@@ -168,13 +168,14 @@ async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, Event] 
     """
     iterators = [one.events() for one in running]
     pending = {asyncio.ensure_future(anext(iterator)): place for place, iterator in enumerate(iterators)}
-    told, heard = PING, time.monotonic()
+    told, heard, glance = PING, time.monotonic(), min(GLANCE_SECONDS, PING_SECONDS)
     try:
         while pending:
-            glance = PING_SECONDS if all(one.begun for one in running) else min(GLANCE_SECONDS, PING_SECONDS)
             done, _ = await asyncio.wait(pending, timeout=glance, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 comment = _waiting(running)
+                # Looks cost the others time: seldom where nothing is missing, and ever less often where it takes long.
+                glance = min(PING_SECONDS, PING_SECONDS if comment == PING else 1.5 * glance)
                 if comment != told or time.monotonic() - heard >= PING_SECONDS:
                     told, heard = comment, time.monotonic()
                     yield comment

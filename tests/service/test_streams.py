@@ -114,10 +114,10 @@ def test_comments_tell_how_far_the_paging_has_come(
     scripted: TestClient, worker: Any, parts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each state once, until the first token; a client that skips comments, as all do, sees the plain stream."""
-    monkeypatch.setattr(service.running, "GLANCE_SECONDS", 0.01)
-    here = iter([0, 0, 5, 5, 5, 11, 11, 12] + [12] * 1000)
+    monkeypatch.setattr(service.running, "GLANCE_SECONDS", 0.004)
+    here = iter([0, 5, 5, 11, 12, *[12] * 1000])
     monkeypatch.setattr(service.running, "_in_memory", lambda _parts, _selection: next(here))
-    worker.text, worker.delay = "ab", 0.3
+    worker.text, worker.delay = "a", 0.7
     body = {"model": "tiny:cooking", "messages": [{"role": "user", "content": "x"}], "stream": True}
     text = scripted.post("/v1/chat/completions", json=body).text
     comments = [line for line in text.splitlines() if line.startswith(":")]
