@@ -48,7 +48,7 @@ def test_the_plan_counts_what_the_engine_really_allocates(
     assert plan.dense_bytes == sum(persistent.values())
     assert sum(dense.values()) - sum(persistent.values()) < 4096  # rotary frequencies
     assert plan.kv_bytes == engine.kv.nbytes
-    assert plan.slots * plan.slot_bytes == engine.bank._memory.nbytes
+    assert plan.slots * plan.slot_bytes == engine.bank.memory.nbytes
 
 
 def test_a_budget_is_filled_with_slots_and_never_exceeded(checkpoint: Checkpoint) -> None:
