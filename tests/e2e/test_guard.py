@@ -26,7 +26,7 @@ def _served(store_url: str, fingerprint: str, task: str, keep: float) -> Candida
     with open_store(store_url) as store:
         profile = store.profiles.latest(fingerprint, task, proven=True)
         assert profile is not None
-        profiled = ProfiledTask(task, "", profile.id, read_candidates(store, profile.id))
+        profiled = ProfiledTask(task, "", profile.id, read_candidates(store, profile))
     return next(found for found in best_by_size(profiled, None) if found.stored.keep == keep)
 
 
