@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.ids import fresh_id
 
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 MOST_BYTES = 8 * 2**20  # of a body: far more text than any context holds
@@ -24,7 +25,7 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         wanted = Headers(scope=scope).get("x-request-id", "")
-        scope["request_id"] = wanted if REQUEST_ID.fullmatch(wanted) else uuid.uuid4().hex
+        scope["request_id"] = wanted if REQUEST_ID.fullmatch(wanted) else fresh_id()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.requests import FinishedEvent
+from service.ids import fresh_id
 from service.parts import Parts
 from service.running import Running
 
@@ -25,11 +25,11 @@ class Reply:
 
     @classmethod
     def to_chat(cls, model: str, parts: Parts) -> Reply:
-        return cls("chat.completion", model, parts.engine.card.fingerprint[:16], f"chatcmpl-{uuid.uuid4().hex}")
+        return cls("chat.completion", model, parts.engine.card.fingerprint[:16], f"chatcmpl-{fresh_id()}")
 
     @classmethod
     def to_completion(cls, model: str, parts: Parts) -> Reply:
-        return cls("text_completion", model, parts.engine.card.fingerprint[:16], f"cmpl-{uuid.uuid4().hex}")
+        return cls("text_completion", model, parts.engine.card.fingerprint[:16], f"cmpl-{fresh_id()}")
 
     def body(self, choices: Sequence[dict[str, Any]], **more: object) -> dict[str, Any]:
         return self._with(self.kind, choices, more)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from engine.text import Tokenizer
 from engine.tool_form import GENERIC, ToolForm
 from service.bodies import ChatBody
 from service.constrain import Schema, Wanted
+from service.ids import fresh_id
 from service.messages import NamedTool, Tool
 from store.errors import InvalidInput
 
@@ -101,7 +101,7 @@ class Begun:
 
     @classmethod
     def new(cls, index: int, name: str) -> Begun:
-        return cls(index, name, f"call_{uuid.uuid4().hex[:24]}")
+        return cls(index, name, f"call_{fresh_id()[:24]}")
 
 
 @dataclass(frozen=True, slots=True)
