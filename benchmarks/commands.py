@@ -235,7 +235,9 @@ def retrieve_command(
 def decode_command(
     model: Annotated[Path, typer.Option(help="Model folder, such as one of `bench make-model`.")],
     cap: Annotated[str | None, typer.Option(help="Hard memory cap of every arm, page cache included.")] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="mask, exact-lru, exact-ahead, transformers, accelerate.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="mask, exact-lru, exact-ahead, transformers, accelerate.")
+    ] = None,
     keep: Annotated[float, typer.Option(help="Share of the experts in the mask arm's selection.")] = 0.25,
     tokens: Annotated[int, typer.Option(min=2)] = 48,
     threads: Annotated[int, typer.Option(min=1)] = 1,
