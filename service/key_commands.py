@@ -64,7 +64,7 @@ def revoke(
 
 
 def _opened(url: str | None) -> Store:
-    from store.database import open_store  # noqa: PLC0415 - SQL is loaded by the commands that run, not by --help
+    from store.database import open_store
 
     return open_store(load_settings(store=url).store)
 
