@@ -25,38 +25,20 @@ Model = Annotated[Path | None, typer.Option("--model", help="Model folder; the b
 
 @app.command("make-model")
 def make_model_command(
-    shape: Annotated[str, typer.Option(help="olmoe-mini (1.8 GB) or olmoe (13.8 GB).")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
+    shape: Annotated[str | None, typer.Option(help="olmoe-mini (1.8 GB) or olmoe (13.8 GB).")] = None,
+    config: Annotated[Path | None, typer.Option(help="Or the shape of a published config.json.")] = None,
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Write a random checkpoint in hub layout at real shapes, for speed only."""
-    from benchmarks.make_model import make_model
+    """Write a random checkpoint in hub layout at real shapes, for speed only. It may be larger than memory."""
+    from benchmarks.make_model import make_from_config, make_model
+    from store.errors import InvalidInput
 
-    _answer({"path": str(out), "bytes": make_model(shape, out, seed)}, as_json)
-
-
-@app.command("families")
-def families_command(
-    family: Annotated[list[str] | None, typer.Option(help="Repeatable: a model_type; all if none.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Rewrite the tables of this page (docs/families.md).")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Which architectures of transformers can be served: each rule on a tiny checkpoint, beside plain transformers."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from benchmarks.families import bench_families, write_table
-
-    disable_progress_bar()
-    if family and out:
-        raise typer.BadParameter("--out needs all families: leave --family out.")
-    rows = []
-    for row in bench_families(family or ()):
-        rows.append(row)
-        print(row.line)
-    if out is not None:
-        write_table(rows, out)
-    _answer({"rows": [asdict(row) for row in rows]}, as_json)
+    if (shape is None) == (config is None):
+        raise InvalidInput("Name either --shape or --config.", param="shape")
+    written = make_model(shape or "", out, seed) if config is None else make_from_config(config, out, seed)
+    _answer({"path": str(out), "bytes": written}, as_json)
 
 
 @app.command("load")
