@@ -21,6 +21,7 @@ from engine.card import ModelCard
 from engine.channels import Channels
 from engine.config import EngineConfig
 from engine.dense import load_dense
+from engine.device import open_device
 from engine.experts import PagedExperts
 from engine.generate import Batch
 from engine.head import Head
@@ -115,7 +116,7 @@ class Engine:
         plan = plan_memory(card, config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        device = torch.device(config.device)
+        device = open_device(config.device)
         tokenizer = Tokenizer(config.model)
         skeleton, renaming = build_skeleton(checkpoint, experts, plan.dtype)
         kernels = Kernels.choose(config.kernel, skeleton.layout.dtype, device)
