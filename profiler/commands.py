@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from profiler.command_options import Context, Device, Dtype, Embedder, Memory, Model, StoreUrl, Threads
 from profiler.report.commands import report
 from store.records import TaskRecord
 
@@ -29,9 +30,6 @@ Evaluation = Annotated[
     Path | None, typer.Option("--eval", help="JSONL of other items: without it no evidence, and no mask mode.")
 ]
 Others = Annotated[Path | None, typer.Option(help="JSONL of other tasks' items: what a selection costs off its task.")]
-Model = Annotated[str | None, typer.Option(help="A folder or hub id. Default: the bundled demo model.")]
-StoreUrl = Annotated[str | None, typer.Option("--store", help="Database URL. Default: the embedded store.")]
-Memory = Annotated[str | None, typer.Option(help="Bytes for everything on the device, such as 2GiB.")]
 Scorers = Annotated[
     list[str] | None,
     typer.Option(help="Repeatable; docs/methods.md lists them. Default: seven, in a search all that need no extras."),
@@ -58,7 +56,6 @@ Draws = Annotated[
 Evolve = Annotated[
     int, typer.Option(min=0, help="Breed so many children of the selections at each size (EEP), on calibration items.")
 ]
-Embedder = Annotated[str, typer.Option(help="minilm, hash, or a sentence-transformers name or folder.")]
 Description = Annotated[str, typer.Option(help="What the task is, for people.")]
 OwnAnswers = Annotated[
     int | None,
@@ -70,11 +67,7 @@ Stream = Annotated[
         "--stream/--no-stream", help="Layer by layer, each expert read once. Default: if the model is over budget."
     ),
 ]
-Context = Annotated[int | None, typer.Option(help="Tokens of prompt and response together.")]
 Batch = Annotated[int, typer.Option(min=1, help="Items that run at once.")]
-Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda:0.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of the model's arithmetic.")]
 Lines = Annotated[
     bool, typer.Option(hidden=True, help="For a parent process: progress as JSON lines, an end with the parent.")
 ]

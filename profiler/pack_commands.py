@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from profiler.command_options import Context, Memory, Model, StoreUrl, Threads
+
 app = typer.Typer()
 
 
@@ -32,12 +34,12 @@ def pack(
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="JSONL of other items: the card says what the pack does on them.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A folder or hub id. Default: the bundled demo model.")] = None,
-    store: Annotated[str | None, typer.Option("--store", help="Database URL. Default: the embedded store.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Bytes for everything on the device, such as 2GiB.")] = None,
-    max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and response together.")] = None,
+    model: Model = None,
+    store: StoreUrl = None,
+    memory: Memory = None,
+    max_context: Context = None,
     batch: Annotated[int, typer.Option(min=1, help="Items that run at once.")] = 16,
-    threads: Annotated[int | None, typer.Option(help="Threads of the model's arithmetic.")] = None,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")] = False,
 ) -> None:
     """Write a new checkpoint with fewer channels or experts, which every engine loads, and a card of what it can do."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from profiler.command_options import Model, StoreUrl
 from store.errors import InvalidInput
 
 PLOTS = "pip install 'moepager[plots]'"
@@ -14,8 +15,8 @@ PLOTS = "pip install 'moepager[plots]'"
 
 def report(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    model: Annotated[str | None, typer.Option(help="A folder or hub id. Default: the bundled demo model.")] = None,
-    store: Annotated[str | None, typer.Option("--store", help="Database URL. Default: the embedded store.")] = None,
+    model: Model = None,
+    store: StoreUrl = None,
     task: Annotated[list[str] | None, typer.Option(help="Repeatable; every profiled task if none.")] = None,
     keep: Annotated[float, typer.Option(help="Share of the experts at which tasks and halves are compared.")] = 0.25,
 ) -> None:

@@ -114,6 +114,17 @@ def test_the_generalist_takes_the_tasks_that_are_there(run, write):
     assert (found["task"], len(found["evaluations"])) == ("generalist", 1)
 
 
+def test_the_service_s_variables_hold_for_this_command_too(run, write, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEPAGER_STORE", f"sqlite:///{tmp_path}/theirs.db")
+    monkeypatch.setenv("MOEPAGER_DTYPE", "int4")
+    with pytest.raises(InvalidInput, match="dtype must be one of"):
+        run("--calibration", write("c", 2))
+    run("--calibration", write("c", 2), "--keep", "0.5", "--scorer", "gate", "--dtype", "float32")
+    with open_store(f"sqlite:///{tmp_path}/theirs.db") as store:
+        assert [profile.task for profile in store.profiles.list()] == ["words"]
+    assert not (tmp_path / "home" / "store.db").exists()
+
+
 def test_a_task_without_calibration_and_a_generalist_with_one_are_refused(run, write):
     with pytest.raises(InvalidInput, match="A task needs --calibration"):
         run()
