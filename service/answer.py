@@ -20,7 +20,7 @@ from service.retrieval import Retrieval, pinned
 from service.sampling import seed_of
 from service.serving import Serving, Wish, choose_serving
 from service.tracing import tracer
-from store.errors import InvalidInput
+from store.errors import InvalidInput, StoreUnreachable
 from store.records import Decision, Mode
 
 
@@ -60,7 +60,7 @@ def prepare(question: Question, parts: Parts) -> Prepared:
         serving = choose_serving(question.wish, retrieval, parts.catalogue, parts.policy)
         mode = serving.mode
     finally:  # a refusal is a decision too
-        parts.store.decisions.add(decision(question.id, question.text, retrieval, mode))
+        write_down(decision(question.id, question.text, retrieval, mode), parts)
         if question.caller.priority == "normal":  # a client's own chores are no task
             parts.discovery.asked(question.text, retrieval)
     request = GenerationRequest(
@@ -90,6 +90,17 @@ def retrieve(question: Question, parts: Parts) -> Retrieval:
         )
     found = parts.retriever.decide(question.text)
     return parts.sessions.decide(question.caller, found, parts.catalogue.retrievable)
+
+
+def write_down(made: Decision, parts: Parts) -> None:
+    """Raises StoreUnreachable: no query is answered whose decision is not in the audit."""
+    try:
+        parts.store.decisions.add(made)
+    except StoreUnreachable as error:
+        raise StoreUnreachable(
+            f"The query was not answered, for how its task was chosen could not be written to the audit. {error} "
+            "Send it again once GET /readyz answers 200."
+        ) from error
 
 
 def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode) -> Decision:

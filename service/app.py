@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from service.context import opening
 from service.described import ERRORS
+from service.draining import Drain, Draining
 from service.guard import Guard, SecurityHeaders
 from service.job_queue import open_jobs
 from service.middleware import BodyLimit, RequestIds
@@ -56,6 +57,7 @@ def create_app(
     open_parts: Callable[[], AbstractContextManager[Parts]],
     on_failure: Callable[[], None] = lambda: None,
     redis: str | None = None,
+    draining: Draining | None = None,
 ) -> FastAPI:
     """The application. Its lifespan opens the parts in the background; `on_failure` is called where that fails.
 
@@ -65,6 +67,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with opening(app, open_parts, on_failure):
+            drain = asyncio.create_task(app.state.draining.watch(app.state.opening))
             app.state.reloader = Reloader(app.state.opening)
             app.state.jobs = open_jobs(app.state.opening, redis)
             watch = asyncio.create_task(app.state.reloader.watch())
@@ -72,8 +75,9 @@ def create_app(
                 yield
             finally:
                 watch.cancel()
+                drain.cancel()
                 await asyncio.to_thread(app.state.jobs.close)
-                await asyncio.wait([watch])
+                await asyncio.wait([watch, drain])
                 await asyncio.to_thread(flush)
 
     app = FastAPI(
@@ -83,9 +87,11 @@ def create_app(
         telemetry=TELEMETRY,
         responses=ERRORS,
     )
+    app.state.draining = draining or Draining()
     add_refusals(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(Guard)
+    app.add_middleware(Drain, app.state.draining)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
     for routes in ROUTES:

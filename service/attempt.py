@@ -17,7 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from service.cli import AWAY
 from service.workshop import Workshop
+from store.errors import StoreUnreachable
 from store.home import default_store_url
 from store.records import GENERALIST, Job, StoredCorpus
 
@@ -39,7 +41,7 @@ class Attempt:
         write_items(folder / "evaluation.jsonl", corpus.evaluation)
 
     def run(self, stop: threading.Event) -> str | None:
-        """None when it is done; else why not."""
+        """None when it is done; else why not. Raises StoreUnreachable where the process lost the store."""
         errors = self._folder / "errors.txt"
         with errors.open("wb") as sink:
             process = subprocess.Popen(  # noqa: S603 - our own module, names and numbers of our own settings
@@ -57,6 +59,8 @@ class Attempt:
             return "stopped"
         if process.returncode:
             said = errors.read_text(errors="replace").strip()[-LONGEST_DETAIL:]
+            if process.returncode == AWAY:
+                raise StoreUnreachable(said)
             return said or f"the profiling ended with exit code {process.returncode}"
         return None
 

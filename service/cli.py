@@ -13,10 +13,11 @@ from typing import NoReturn
 import typer
 
 from engine.openmp import wait_passively
-from store.errors import MoepagerError
+from store.errors import MoepagerError, StoreUnreachable
 
 GROUP = "moepager.commands"
 REFUSED = 2  # the exit code of everything that a person can put right
+AWAY = 75  # EX_TEMPFAIL: the store can't be reached, and the same command may work later
 
 
 def main() -> NoReturn:
@@ -25,7 +26,7 @@ def main() -> NoReturn:
         gather(entry_points(group=GROUP))(prog_name="moepager")
     except MoepagerError as error:
         typer.echo(f"moepager: {error}", err=True)
-        sys.exit(REFUSED)
+        sys.exit(AWAY if isinstance(error, StoreUnreachable) else REFUSED)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

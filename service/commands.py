@@ -58,6 +58,9 @@ def serve(
         float | None, typer.Option(help="Seconds a background request waits for experts, then 503; it swaps nothing.")
     ] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds an answer may take.")] = None,
+    grace_seconds: Annotated[
+        float | None, typer.Option(help="For answers under way when the service is told to stop. Default: 10.")
+    ] = None,
     index: Annotated[Path | None, typer.Option(help="Folder of the vector index. Default: in memory.")] = None,
     job_memory: Annotated[str | None, typer.Option(help="Bytes for a profiling job. Default: as --memory.")] = None,
     keep_unmatched: Annotated[

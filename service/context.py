@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Request
 
 from service.parts import Parts
-from store.errors import Busy, MoepagerError
+from store.errors import Busy, MoepagerError, StoreUnreachable
 
 log = logging.getLogger("moepager.service")
 
@@ -22,6 +22,7 @@ class Opening:
     def __init__(self) -> None:
         self._parts: Parts | None = None
         self.failure: BaseException | None = None
+        self.lost: StoreUnreachable | None = None  # why the last look at the store found none
 
     @property
     def ready(self) -> bool:

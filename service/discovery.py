@@ -46,8 +46,12 @@ class Discovery:
     def asked(self, text: str | None, retrieval: Retrieval) -> None:
         """Keep the query where it may belong to a new task. Touches the store: call it in a thread."""
         new = retrieval.task is None or self._drift.drifting(retrieval.task)
-        if self._limit and new and text is not None and text.strip():
+        if not (self._limit and new and text is not None and text.strip()):
+            return
+        try:
             self._store.unmatched.add(redact(text, self._pattern), retrieval.similarity, self._limit)
+        except MoepagerError as error:  # a query is answered whether it is kept or not
+            log.warning("a query of no task could not be kept: %s", error)
 
     def served(self, serving: Serving, finished: FinishedEvent) -> None:
         """Watch the coverage of what a task's own profile served."""

@@ -102,7 +102,11 @@ def work(job: Job, workshop: Workshop, stop: threading.Event) -> bool:
         return False
     log.info("job %s: profiling %r", job.id, job.task)
     change = workshop.store.jobs.change
-    failure = _attempt(job, workshop, stop)
+    try:
+        failure = _attempt(job, workshop, stop)
+    except StoreUnreachable:  # no failure of the job. Where the store is still away, its row stands still and is found
+        change(job.id, ["running"], state="queued", detail="waits for the store")
+        raise
     if stop.is_set() and failure is not None:
         change(job.id, ["running"], state="queued", detail="waits for the next start")
     elif failure is None:
@@ -114,8 +118,7 @@ def work(job: Job, workshop: Workshop, stop: threading.Event) -> bool:
 
 
 def _attempt(job: Job, workshop: Workshop, stop: threading.Event) -> str | None:
-    """None when it is done; else why not. A store that is away is no failure: the row then stands still, and is taken
-    up again."""
+    """None when it is done; else why not. Raises StoreUnreachable: a store that is away is no failure."""
     try:
         corpus = (
             StoredCorpus(GENERALIST, (), (), ()) if job.task == GENERALIST else workshop.store.corpora.get(job.task)

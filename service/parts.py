@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from weakref import WeakSet
 
 from engine.embedder import Embedder, open_embedder
 from engine.engine import Engine
 from engine.scheduler import Rules
-from engine.worker import EngineWorker
+from engine.worker import EngineWorker, TokenStream
 from service.discovery import Discovery
 from service.keys import KeyRing
 from service.metrics import Metrics
@@ -47,6 +48,7 @@ class Parts:
     discovery: Discovery
     changes: int  # the store's count of changes when retriever and catalogue were read
     started: int  # seconds since 1970
+    streams: WeakSet[TokenStream] = field(default_factory=WeakSet)  # of answers under way, and of some that have ended
 
     @property
     def folder(self) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from service.context import Opening
 from service.keys import KeyRing
 from service.parts import Parts, reread
-from store.errors import MoepagerError
+from store.errors import MoepagerError, StoreUnreachable
 
 log = logging.getLogger("moepager.service")
 
@@ -42,7 +42,9 @@ class Reloader:
             await asyncio.sleep(self._opening.interval)
             try:
                 await self._look()
+                self._opening.lost = None
             except MoepagerError as error:
+                self._opening.lost = error if isinstance(error, StoreUnreachable) else None
                 log.warning("the store could not be read again; what was read before is served: %s", error)
 
     async def _look(self) -> None:

@@ -133,6 +133,7 @@ def submit(prepared: Sequence[Prepared], parts: Parts) -> list[Running]:
     try:
         for one in prepared:
             stream = parts.worker.submit(one.request)
+            parts.streams.add(stream)
             running.append(Running(one, stream, parts.metrics, parts.discovery, parts.settings.request_timeout,
                                    partial(_in_memory, parts, one.request.selection)))  # fmt: skip
     except MoepagerError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -19,8 +20,6 @@ from store.database import open_store
 from store.errors import InvalidInput, MoepagerError
 from store.home import default_store_url
 from store.records import GENERALIST
-
-GRACE_SECONDS = 5  # for answers under way when the service is told to stop
 
 
 def run_server(settings: Settings) -> None:
@@ -42,14 +41,19 @@ def serve(settings: Settings, bound: socket.socket) -> None:
 
     from service.access_log import write_lines  # noqa: PLC0415
     from service.app import create_app  # noqa: PLC0415
+    from service.draining import LAST_WORDS_SECONDS, Draining, Server  # noqa: PLC0415
     from service.parts import open_parts  # noqa: PLC0415
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     write_lines()
-    app = create_app(
-        lambda: open_parts(settings), on_failure=lambda: setattr(server, "should_exit", True), redis=settings.redis
-    )
-    server = uvicorn.Server(uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS))
+
+    def stop() -> None:
+        server.should_exit = True
+
+    draining = Draining(settings.grace_seconds, stop)
+    app = create_app(lambda: open_parts(settings), on_failure=stop, redis=settings.redis, draining=draining)
+    config = uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=round(LAST_WORDS_SECONDS))
+    server = Server(config, draining)
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     typer.echo(f"Listening on http://{shown}:{port}; /readyz answers 200 once the model is loaded.")
@@ -57,6 +61,8 @@ def serve(settings: Settings, bound: socket.socket) -> None:
     failure = app.state.opening.failure
     if failure is not None:
         raise failure
+    if server.told == signal.SIGINT:
+        raise KeyboardInterrupt
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -10,9 +10,11 @@ from typing import Any
 import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionLeft
 from sqlalchemy.orm import Session
 
 from store.errors import Busy, Conflict, CorruptStore, InvalidInput, MoepagerError, StoreUnreachable
+from store.patience import Breaker, PatientConnection, Silent
 
 DRIVERS = {
     "sqlite": "sqlite+pysqlite",
@@ -22,7 +24,7 @@ DRIVERS = {
     "postgresql+psycopg": "postgresql+psycopg",
 }
 EXAMPLES = "sqlite:////srv/moepager/store.db or postgresql://user:password@host/database"
-CONNECT_SECONDS = 10
+CONNECT_SECONDS = 5
 LOCK_SECONDS = 30
 WRITES = "moepager_writes"
 
@@ -37,6 +39,7 @@ class Database:
     def __init__(self, url: str) -> None:
         """Connects to nothing yet. Raises InvalidInput for a URL that no driver serves."""
         self._url = parse_url(url)
+        self._breaker = Breaker()
         self._engine = _sqlite_engine(self._url) if self.dialect == "sqlite" else _postgres_engine(self._url)
 
     @property
@@ -56,11 +59,15 @@ class Database:
             yield session
 
     @contextmanager
-    def write(self) -> Iterator[Session]:
-        """A transaction: all of the block is kept, or none of it where the block raises or the process dies."""
+    def write(self, patience: float | None = None) -> Iterator[Session]:
+        """A transaction: all of the block is kept, or none of it where the block raises or the process dies.
+
+        `patience`: seconds that one statement may take on PostgreSQL; without it, those of store.patience.
+        """
         with self._translated(), Session(self._engine) as session, session.begin():
-            session.connection(execution_options={WRITES: True})
-            yield session
+            connection = session.connection(execution_options={WRITES: True})
+            with _patient(connection.connection.driver_connection, patience):
+                yield session
 
     def check(self) -> None:
         """Has SQLite look at its every page; PostgreSQL checks pages as it reads them. Raises CorruptStore."""
@@ -76,12 +83,20 @@ class Database:
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
-            yield
+            with self._breaker.passing():
+                try:
+                    yield
+                except DBAPIError as error:
+                    if isinstance(error.orig, Silent | psycopg.errors.ConnectionTimeout):
+                        self._breaker.trip(str(_meaning(error, self.name)))
+                    raise
         except DBAPIError as error:
             meaning = _meaning(error, self.name)
             if meaning is None:
                 raise
             raise meaning from error
+        except NoConnectionLeft as error:
+            raise _unreachable(self.name, "all of its connections are in use, and none came free") from error
         except UnicodeEncodeError as error:
             raise InvalidInput(
                 f"Text to be stored must be valid Unicode: {error.reason}. Remove the lone surrogate."
@@ -129,7 +144,25 @@ def _sqlite_engine(url: URL) -> Engine:
 
 
 def _postgres_engine(url: URL) -> Engine:
-    return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_SECONDS})
+    engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_SECONDS})
+
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: Any, _record: Any, words: Any, options: Any) -> PatientConnection:
+        return PatientConnection.connect(*words, **options)
+
+    return engine
+
+
+@contextmanager
+def _patient(connection: Any, seconds: float | None) -> Iterator[None]:
+    if seconds is None or not isinstance(connection, PatientConnection):
+        yield
+        return
+    before, connection.patience = connection.patience, seconds
+    try:
+        yield
+    finally:
+        connection.patience = before
 
 
 def _meaning(error: DBAPIError, name: str) -> MoepagerError | None:
@@ -147,7 +180,8 @@ def _meaning(error: DBAPIError, name: str) -> MoepagerError | None:
         error.orig, psycopg.errors.DataCorrupted | psycopg.errors.IndexCorrupted | psycopg.errors.UndefinedTable
     ):
         return _damaged(name, said)
-    if isinstance(error, OperationalError) or isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+    lost = error.connection_invalidated or isinstance(error, OperationalError)
+    if lost or isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
         return _unreachable(name, said)
     return None
 

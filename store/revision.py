@@ -7,6 +7,7 @@ from sqlalchemy import Connection, inspect, text
 from store.connection import Database
 
 HEAD = "0007"  # the newest file in store/migrations/versions; a test compares
+UPGRADE_SECONDS = 3600.0  # that one statement of a migration may take, or the migration of another process before it
 VERSION_TABLE = "moepager_revision"
 
 
@@ -17,7 +18,7 @@ def bring_up_to_date(database: Database) -> None:
             return
     from store.upgrade import upgrade  # noqa: PLC0415 - Alembic takes longer to import than a store to open
 
-    with database.write() as session:
+    with database.write(patience=UPGRADE_SECONDS) as session:
         upgrade(session.connection(), database.name)
 
 

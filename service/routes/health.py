@@ -1,10 +1,10 @@
-"""`/healthz`: the process lives. `/readyz`: it can answer."""
+"""`/healthz`: the process lives. `/readyz`: it can answer: the model is loaded, the store there, no end in sight."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
-from service.context import PartsDep
+from service.context import Opening, PartsDep
 
 router = APIRouter(tags=["health"])
 
@@ -16,5 +16,8 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz")
-async def readyz(parts: PartsDep) -> dict[str, str]:
+async def readyz(request: Request, parts: PartsDep) -> dict[str, str]:
+    opening: Opening = request.app.state.opening
+    if opening.lost is not None:
+        raise opening.lost
     return {"status": "ready", "model": parts.model_id}

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from service.context import PartsDep, RequestId
 from service.described import ONLY_EVENTS
+from service.draining import Draining
 from service.guard import operators_only
 from service.idempotency import IdempotencyKey, scoped
 from service.jobs import ACTIVE, Announcer, queue_job
@@ -52,10 +53,10 @@ async def get_job(job: str, parts: PartsDep) -> dict[str, Any]:
 
 
 @router.get("/v1/jobs/{job}/events", response_class=Response, responses=ONLY_EVENTS)
-async def job_events(job: str, name: RequestId, parts: PartsDep) -> Response:
+async def job_events(job: str, name: RequestId, request: Request, parts: PartsDep) -> Response:
     """The job whenever it changes, as server-sent events, until it has ended."""
     first = await asyncio.to_thread(parts.store.jobs.get, job)
-    frames = with_error_frame(name, job_frames(first, parts), partial(named_frame, "error"))
+    frames = with_error_frame(name, job_frames(first, parts, request.app.state.draining), partial(named_frame, "error"))
     return EventStream(frames, {}, lambda: None)
 
 
@@ -74,11 +75,12 @@ def cancel(name: str, parts: Parts) -> Job:
     return parts.store.jobs.get(job.id)
 
 
-async def job_frames(job: Job, parts: Parts) -> AsyncIterator[bytes]:
+async def job_frames(job: Job, parts: Parts, draining: Draining) -> AsyncIterator[bytes]:
     yield named_frame("job", job_object(job))
     quiet = 0
     while job.state in ACTIVE:
         await asyncio.sleep(LOOK_SECONDS)
+        draining.refuse()
         now = await asyncio.to_thread(parts.store.jobs.get, job.id)
         if (now.state, now.progress, now.detail) != (job.state, job.progress, job.detail):
             yield named_frame("job", job_object(now))

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from service.attempt import KILL_SECONDS
+from service.draining import LAST_WORDS_SECONDS
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +93,15 @@ def test_the_unit_is_accepted_by_systemd(tmp_path: Path) -> None:
     unit.write_text(text.replace("/opt/moepager/.venv/bin/moepager", "/bin/true"))
     done = subprocess.run([analyze, "verify", str(unit)], capture_output=True, text=True, check=False)
     assert "Unknown" not in done.stderr, done.stderr
+
+
+def test_who_stops_the_service_waits_for_its_grace_its_last_words_and_its_job(compose: dict[str, Any]) -> None:
+    needed = Settings(model="x").grace_seconds + LAST_WORDS_SECONDS + KILL_SECONDS
+    unit = re.search(r"^TimeoutStopSec=(\d+)$", (DEPLOY / "moepager.service").read_text(), re.MULTILINE)
+    assert unit is not None
+    assert int(unit[1]) > needed
+    for name in ("moepager", "worker"):
+        assert int(compose["services"][name]["stop_grace_period"].removesuffix("s")) > needed
 
 
 def test_the_page_for_operators_names_every_setting_metric_board_and_file() -> None:

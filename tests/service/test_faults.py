@@ -128,7 +128,7 @@ def test_sigterm_in_mid_swap_stops_the_service_in_order(model_folder: Path, stor
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
         asking.join(20)
-    assert process.returncode in (0, -signal.SIGTERM), errors  # uvicorn raises the signal again when all is closed
+    assert process.returncode == 0, errors
     assert "Traceback" not in errors
     assert outcomes
     assert outcomes[0] in (200, 503, "closed")  # answered within the grace, told to come back, or cut off

