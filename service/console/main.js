@@ -40,14 +40,19 @@ function decoded(part) {
   }
 }
 
-async function route({ moved = true } = {}) {
-  const { section: [name, title, Section], rest } = place();
+function mark() {
+  const { section: [name, title] } = place();
   for (const link of document.querySelectorAll("#sections a")) {
     if (link.dataset.name === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   document.title = `${title} – moepager console`;
+}
+
+async function route({ moved = true } = {}) {
+  mark();
   if (session === null && !(await begin())) return;
+  const { section: [name, , Section], rest } = place();  // who waited may have gone elsewhere meanwhile
   if (!built.has(name)) {
     const section = new Section();
     section.element.hidden = true;

@@ -39,7 +39,7 @@ def test_half_precision_rows_are_read_exactly(tmp_path):
         change(folder, lambda w, dtype=dtype: w.to(dtype))
         np.testing.assert_allclose(router_rows(folder), expected, rtol=1e-2)
     change(folder, lambda w: w.to(torch.float8_e4m3fn))
-    with pytest.raises(CheckpointError, match="is stored as F8_E4M3; wanted BF16"):
+    with pytest.raises(CheckpointError, match="is stored as F8_E4M3"):
         router_rows(folder)
 
 

@@ -210,15 +210,22 @@ def test_drift_of_a_task_is_an_event_and_keeps_its_queries(
     assert answer["receipt"]["mode"] == "mask"
     assert client.get("/v1/events").json() == {"events": []}
     serving = serving_of(own, "how long do I boil an egg")
+    before = alarms_counted(client)
     finished = generated((1, 2, 3), serving.selection, max_tokens=1)
     for coverage in [0.9] * (WARM_UP + DELAY) + [0.2] * 10:
         own.discovery.served(serving, replace(finished, served=replace(finished.served, coverage=coverage)))
     [event] = wait_for(lambda: client.get("/v1/events").json()["events"])
     assert (event["kind"], event["task"]) == ("drift", "cooking")
     assert event["value"] > event["bound"]
-    assert 'moepager_drift_total{task="cooking"} 1.0' in client.get("/metrics").text
+    assert alarms_counted(client) == before + 1  # the counters are the session's, and other tests may ring, too
     ask(client, ["how long do I boil an egg"])
     assert [query["text"] for query in client.get("/v1/unmatched").json()["queries"]] == ["how long do I boil an egg"]
+
+
+def alarms_counted(client: TestClient) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    found = [line.split()[-1] for line in lines if line.startswith('moepager_drift_total{task="cooking"}')]
+    return float(found[0]) if found else 0.0
 
 
 def serving_of(parts: Parts, query: str) -> Serving:
