@@ -15,8 +15,8 @@ def open_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # an assertion: this torch was built without CUDA
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InvalidInput(
-            f"The model can't run on device {name!r}: {reason}. Give --device cpu, or a device that this torch can use, "
-            "such as cuda:0.",
+            f"The model can't run on device {name!r}: {reason}. Give --device cpu, or a device that this torch "
+            "can use, such as cuda:0.",
             param="device",
         ) from None
     return device

@@ -132,7 +132,7 @@ def _load_sentence_model(source: str) -> Any:
         return SentenceTransformer(source, device="cpu", model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"No sentence-transformers model can be loaded from {source!r}: {error}. "
+            f"No sentence-transformers model can be loaded from {source!r}: {str(error).splitlines()[0].rstrip('.')}. "
             "Give a folder with safetensors weights, a hub name where there is a network, `minilm` or `hash`.",
             param="embedder",
         ) from error

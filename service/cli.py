@@ -5,6 +5,7 @@ Importing it must stay quick: torch and the rest are imported by the commands th
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
@@ -42,13 +43,13 @@ def gather(points: Iterable[EntryPoint]) -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    root.callback(no_args_is_help=True)(_version)
+    root.callback(no_args_is_help=True)(_before_any)
     for point in sorted(points, key=lambda point: point.name):
         root.add_typer(point.load())
     return root
 
 
-def _version(
+def _before_any(
     version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
 ) -> None:
     if version:
@@ -56,3 +57,6 @@ def _version(
 
         typer.echo(installed("moepager"))
         raise typer.Exit
+    from service.settings import refuse_unknown_variables  # noqa: PLC0415
+
+    refuse_unknown_variables(os.environ)

@@ -95,14 +95,16 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     if first["type"] == "json_invalid":
         wrong = first.get("ctx", {}).get("error", first["msg"])
         return f"The body is not JSON: {wrong}, at character {first['loc'][-1]}.", None
-    param = field_name(first["loc"])
+    said, param = first["msg"].removeprefix("Value error, "), field_name(first["loc"])
+    if param is None and first["type"] == "value_error":
+        return f"The body does not fit together: {said}.", None
     if param is None:
         return "The body must be a JSON object, sent with `Content-Type: application/json`.", None
     if first["type"] == "extra_forbidden":
         return f"`{param}` is not a field of this route. Leave it out, or check its spelling.", param
     if first["type"] == "missing":
         return f"`{param}` is missing. It is required.", param
-    return f"`{param}`: {first['msg']}. Got {_shown(first.get('input'))}.", param
+    return f"`{param}`: {said}. Got {_shown(first.get('input'))}.", param
 
 
 def field_name(location: Sequence[int | str]) -> str | None:

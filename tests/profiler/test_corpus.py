@@ -88,8 +88,9 @@ def test_evaluation_queries_that_calibration_has_seen_are_refused_whatever_their
 
 
 def test_disjoint_texts_pass():
-    refuse_overlap(gather([Item("a")]), gather([Item("b")]))
-    refuse_overlap(gather([Item("a")]), gather([Item("a", history=(Message("system", "be brief"),))]))
+    for other in (Item("b"), Item("a", history=(Message("system", "be brief"),))):
+        assert other.content_hash != Item("a").content_hash
+        refuse_overlap(gather([Item("a")]), gather([other]))
 
 
 def test_a_corpus_hash_changes_with_answers_and_order_but_not_with_the_file():

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import service.cli
 from service.cli import GROUP, gather
 from service.settings import Settings
-from store.errors import BudgetError
+from store.errors import BudgetError, InvalidInput
 
 ROOT = Path(__file__).parents[2]
 SERVE = EntryPoint("serve", "service.commands:app", GROUP)
@@ -52,6 +52,17 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any
     """The commands in this process."""
     monkeypatch.setenv("MOEPAGER_HOME", str(tmp_path))
     return lambda *arguments: CliRunner().invoke(gather([SERVE]), [str(argument) for argument in arguments])
+
+
+def test_a_misspelt_variable_is_refused_by_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEPAGER_MEMROY", "2GiB")
+    flat = typer.Typer()
+    flat.command("cook")(lambda: typer.echo("cooked"))
+    monkeypatch.setattr(EntryPoint, "load", lambda _self: flat)
+    result = CliRunner().invoke(gather([EntryPoint("flat", "x:flat", GROUP)]), ["cook"])
+    assert isinstance(result.exception, InvalidInput)
+    assert "Did you mean MOEPAGER_MEMORY" in str(result.exception)
+    assert "cooked" not in result.stdout
 
 
 def test_apps_without_a_name_add_to_the_top_and_named_ones_become_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,12 @@ def test_a_task_that_makes_no_sense_is_refused(running: TestClient, change: dict
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+def test_a_task_without_text_is_told_what_a_task_needs(running: TestClient) -> None:
+    answer = running.post("/v1/tasks", json={"name": "empty"})
+    assert answer.status_code == 400
+    assert "a task needs exemplars, calibration items, or both" in answer.json()["error"]["message"]
+
+
 def test_names_are_taken_once_and_jobs_run_once_a_task(running: TestClient, sleeper: Path) -> None:
     assert running.post("/v1/tasks", json=TASK).status_code == 201
     assert running.post("/v1/tasks", json=TASK).status_code == 409

@@ -51,7 +51,7 @@ def test_a_misspelt_variable_is_refused_with_the_nearest_right_name(
 
 def test_the_home_variable_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MOEPAGER_HOME", str(tmp_path))
-    load_settings()
+    assert load_settings() == Settings.model_construct()
 
 
 @pytest.mark.parametrize(
