@@ -406,11 +406,44 @@ static PyObject *py_combine(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* out [rows, columns] = weights x (each row by its root mean square), rounded before and after the weights as a module
+ * of transformers does. */
+static PyObject *py_norm(PyObject *self, PyObject *args)
+{
+    int dtype;
+    unsigned long long x, weights, out;
+    long rows, columns;
+    float least;
+    if (!PyArg_ParseTuple(args, "iKKKllf", &dtype, &x, &weights, &out, &rows, &columns, &least))
+        return NULL;
+    const long size = dtype == FLOAT32 ? 4 : 2;
+    for (long row = 0; row < rows; row++) {
+        const char *from = (const char *)x + row * columns * size;
+        char *to = (char *)out + row * columns * size;
+        float squares[16] = {0}, sum = 0;
+        for (long i = 0; i < columns; i += 16)
+            for (long lane = 0; lane < 16 && i + lane < columns; lane++) {
+                const float value = number(from + (i + lane) * size, dtype);
+                squares[lane] += value * value;
+            }
+        for (int lane = 0; lane < 16; lane++)
+            sum += squares[lane];
+        const float scale = 1 / sqrtf(sum / columns + least);
+        for (long i = 0; i < columns; i++) {
+            put(to + i * size, number(from + i * size, dtype) * scale, dtype);
+            const float weight = number((const char *)weights + i * size, dtype);
+            put(to + i * size, weight * number(to + i * size, dtype), dtype);
+        }
+    }
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
     {"product", py_product, METH_VARARGS, "(set, dtype, x, weights, bias, y, rows, outputs, columns, stride, threads)"},
     {"experts", py_experts, METH_VARARGS, "(set, layout, bank, x, tokens, top_k, slots, y, threads)"},
     {"combine", py_combine, METH_VARARGS, "(y, slots, weights, weights dtype, out, dtype, tokens, hidden)"},
+    {"norm", py_norm, METH_VARARGS, "(dtype, x, weights, out, rows, columns, eps)"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -97,6 +97,16 @@ class Products:
         )
         return out
 
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Each row of `x` [..., K] by its root mean square, times `weight` [K] of the same dtype."""
+        x = x.contiguous()
+        y = torch.empty_like(x)  # [..., K]
+        columns = weight.shape[0]
+        compiled.norm(
+            DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // columns, columns, eps
+        )
+        return y
+
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether `Products.linear` can take these."""
