@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from benchmarks.quality_grid import Row
-    from benchmarks.quality_means import Mean
     from benchmarks.retrieve import Vectorise
 
 app = typer.Typer(
@@ -92,13 +90,17 @@ def profile_command(
     model: Model = None,
     items: Annotated[int, typer.Option(min=1, help="Calibration items of every demo task.")] = 16,
     runs: Annotated[int, typer.Option(min=1)] = 5,
+    cap: Annotated[
+        str | None, typer.Option(help="Stream in a control group of this size, below the model's: 1000MiB.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The profiling pass beside a plain forward of the same tokens; its peak memory where the model does not fit."""
     from benchmarks.profile_pass import bench_profile
     from store.home import bundled_model
+    from store.sizes import parse_bytes
 
-    _answer(asdict(bench_profile(model or bundled_model(), items, runs)), as_json)
+    _answer(asdict(bench_profile(model or bundled_model(), items, runs, parse_bytes(cap) if cap else None)), as_json)
 
 
 @app.command("quality")
@@ -135,18 +137,28 @@ def quality_command(
     averages = means(rows)
     _table("mean over the tasks", [asdict(mean) for mean in averages])
     if plot is not None:
-        _plot_quality(rows, averages, plot)
+        from benchmarks.quality_plot import plot_quality
+
+        plot_quality(rows, averages, plot)
     if as_json:
         _answer({"rows": [asdict(row) for row in rows], "means": [asdict(mean) for mean in averages]}, as_json)
 
 
-def _plot_quality(rows: Sequence[Row], averages: Sequence[Mean], plot: Path) -> None:
-    from benchmarks.quality_plot import draw
-    from demo.commands import memory_for
-    from store.home import bundled_model
+@app.command("rules")
+def rules_command(
+    items: Annotated[int, typer.Option(min=1, help="Test items a task, at most 100.")] = 40, as_json: AsJson = False
+) -> None:
+    """Rules that run fewer of the chosen experts (PESF, NAEE's skipping, LExI) on the demo's test items."""
+    from benchmarks.routing_rules import bench_rules, rule_means
+    from demo.tasks.registry import TASKS
+    from profiler.bar import bar
 
-    budgets = {keep: memory_for(bundled_model(), keep) / 2**20 for keep in {row.keep for row in rows}}
-    draw([row for row in rows if row.shots is None], [mean for mean in averages if mean.shots is None], budgets, plot)
+    with bar() as report:
+        rows = bench_rules([task.name for task in TASKS], items, report)
+    averages = [asdict(row) for row in rule_means(rows)]
+    _table("mean over the tasks", averages)
+    if as_json:
+        _answer({"rows": [asdict(row) for row in rows], "means": averages}, as_json)
 
 
 @app.command("packs")

@@ -1,26 +1,30 @@
 """The profiling pass beside a plain forward of the same tokens, and its peak memory where the model does not fit.
 
 Both models are loaded in one process and take turns, run by run, on the same padded batches. The peak is that of a
-process of its own, in which the engine's budget holds one layer's experts and the pass streams layer by layer.
+process of its own, in which the engine's budget holds one layer's experts and the pass streams layer by layer. Under
+`--cap` that process is in a control group whose limit counts the page cache and is below the model's bytes.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.decode import PYTHON_SHARE
+from benchmarks.memory_cap import drop_page_cache, run_capped
+from benchmarks.own_counters import anonymous_bytes
 from demo.prepare import corpus
 from demo.tasks.registry import TASKS
 from engine.card import ModelCard
@@ -34,18 +38,54 @@ from profiler.progress import ignore
 from profiler.run import Run
 from profiler.stream import stream_statistics
 from store.checkpoint import CheckpointMap
+from store.errors import InvalidInput, MoepagerError
+from store.sizes import show_bytes
 
-CONTEXT = 512
 AMPLE = 1 << 45
+SECONDS = 1800
+SPECIAL = 32  # tokens that a template may put around an item
+CHUNK = 1024  # tokens of a shard at most
 IMPLEMENTATIONS = ("eager", "grouped_mm")  # which is faster depends on shape and threads: the plain forward may choose
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileFigures:
-    """Medians over the runs; `ratio` is the median of the ratios run by run, `tok_per_s` that of the pass in memory.
+class Parts:
+    """What a streaming process may take. Keys and values are there in any engine; the pass itself writes none."""
 
-    `peak_anon_bytes` is the streaming process's whole anonymous memory, `idle_anon_bytes` what it has before a model.
+    python_bytes: int  # the interpreter with torch and transformers, before any weight
+    dense_bytes: int
+    layer_bytes: int  # one layer's experts, or one token's in every layer if those are more
+    hidden_bytes: int  # the largest shard's states, before the layer and after
+    workspace_bytes: int  # activations, kernels, reader's buffers and router copies, as planned
+    kv_bytes: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """The streaming pass in its process. `peak_anon_bytes` counts all its anonymous memory, `idle_anon_bytes` what it
+
+    had before a model, `peak_group_bytes` the page cache too (0 without a cap). `within` says whether the peak is at
+    most the sum of `parts`. A process that was killed has no figures.
     """
+
+    memory_cap: int | None
+    killed: bool
+    tok_per_s: float | None
+    peak_anon_bytes: int | None
+    idle_anon_bytes: int | None
+    peak_group_bytes: int
+    parts: Parts
+    parts_bytes: int
+    within: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileFigures:
+    """Medians over the runs; `ratio` is the median of the ratios run by run, `tok_per_s` that of the pass in memory."""
 
     model: str
     tokens: int
@@ -53,21 +93,26 @@ class ProfileFigures:
     forward_tok_per_s: float
     ratio: float
     forward_implementation: str
-    stream_tok_per_s: float
-    memory_cap: int
-    peak_anon_bytes: int
-    idle_anon_bytes: int
+    memory_cap: int | None
+    peak_anon_bytes: int | None
     model_bytes: int
+    streamed: Streamed
     runs: int
 
 
-def bench_profile(model: Path, items: int, runs: int) -> ProfileFigures:
-    cap = one_layer(model)
-    with Engine.open(_config(model, None)) as engine:
+def bench_profile(model: Path, items: int, runs: int, cap: int | None = None) -> ProfileFigures:
+    size = CheckpointMap.open(model).weight_bytes
+    if cap is not None and cap >= size:
+        raise InvalidInput(
+            f"--cap {show_bytes(cap)} holds all of the model's {show_bytes(size)}, which would show nothing. Give a "
+            "smaller cap, a larger model, or none.",
+            param="cap",
+        )
+    found = streamed(model, items, cap)  # first: nothing here maps the files yet, so their pages can be dropped
+    with Engine.open(_config(model, None, longest(model, items))) as engine:
         text = encode_corpus(engine, calibration(items))
         passes, forwards, name = _interleaved(engine, text, runs)
     tokens = sum(len(one.tokens) for one in text)
-    streamed = _streamed(model, items, cap)
     return ProfileFigures(
         model=model.name,
         tokens=tokens,
@@ -75,11 +120,10 @@ def bench_profile(model: Path, items: int, runs: int) -> ProfileFigures:
         forward_tok_per_s=tokens / median(forwards),
         ratio=median(forward / here for forward, here in zip(forwards, passes, strict=True)),
         forward_implementation=name,
-        stream_tok_per_s=tokens / streamed["seconds"],
         memory_cap=cap,
-        peak_anon_bytes=streamed["peak_anon_bytes"],
-        idle_anon_bytes=streamed["idle_anon_bytes"],
-        model_bytes=CheckpointMap.open(model).weight_bytes,
+        peak_anon_bytes=found.peak_anon_bytes,
+        model_bytes=size,
+        streamed=found,
         runs=runs,
     )
 
@@ -90,15 +134,22 @@ def calibration(items: int) -> Corpus:
     return gather([item for part in parts for item in part.items])
 
 
-def one_layer(model: Path) -> int:
+def longest(model: Path, items: int) -> int:
+    """The tokens that a row may have: those of the longest item, and some for a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = [len(tokenizer(item.prompt + (item.response or "")).input_ids) for item in calibration(items).items]
+    return max(lengths) + SPECIAL
+
+
+def one_layer(model: Path, context: int) -> int:
     """The budget that holds one layer's experts, or what one token needs in every layer if that is more."""
     card = ModelCard.read(model)
-    plan = plan_memory(card, _config(model, AMPLE))
+    plan = plan_memory(card, _config(model, AMPLE, context))
     return plan.fixed_bytes + max(card.experts, card.layers * card.top_k) * plan.slot_bytes
 
 
-def _config(model: Path, memory: int | None) -> EngineConfig:
-    return EngineConfig(model, memory=memory, max_context=CONTEXT, max_batch=ROWS, chunk_tokens=2048)
+def _config(model: Path, memory: int | None, context: int) -> EngineConfig:
+    return EngineConfig(model, memory=memory, max_context=context, max_batch=ROWS, chunk_tokens=CHUNK)
 
 
 def _interleaved(engine: Engine, text: Sequence[Encoded], runs: int) -> tuple[list[float], list[float], str]:
@@ -135,23 +186,56 @@ def _forward_seconds(plain: Any, implementation: str, batches: Sequence[Batch]) 
     return time.perf_counter() - started
 
 
-def _streamed(model: Path, items: int, cap: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.profile_pass", str(model), str(items), str(cap)]
-    ended = subprocess.run(command, check=True, capture_output=True, text=True)
-    figures: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return figures
+def streamed(model: Path, items: int, cap: int | None) -> Streamed:
+    """In a process of its own, its page cache cold; under the cap, if there is one."""
+    parts = _parts(model, longest(model, items))
+    command = [sys.executable, "-m", "benchmarks.profile_pass", str(model), str(items)]
+    drop_page_cache(sorted(model.glob("*.safetensors")))
+    ended = run_capped(command, cap, os.environ, SECONDS)
+    if ended.oom_kills:
+        return Streamed(cap, True, None, None, None, ended.peak_bytes, parts, parts.total, None)
+    if ended.code:
+        raise MoepagerError(f"The streaming pass ended with code {ended.code}: {ended.errors.strip()[-400:]}")
+    found = json.loads(ended.output.splitlines()[-1])
+    return Streamed(
+        memory_cap=cap,
+        killed=False,
+        tok_per_s=found["tokens"] / found["seconds"],
+        peak_anon_bytes=found["peak_anon_bytes"],
+        idle_anon_bytes=found["idle_anon_bytes"],
+        peak_group_bytes=ended.peak_bytes,
+        parts=parts,
+        parts_bytes=parts.total,
+        within=found["peak_anon_bytes"] <= parts.total,
+    )
 
 
-def stream_alone(model: Path, items: int, cap: int) -> dict[str, Any]:
+def _parts(model: Path, context: int) -> Parts:
+    card = ModelCard.read(model)
+    plan = plan_memory(card, _config(model, one_layer(model, context), context))
+    return Parts(
+        python_bytes=PYTHON_SHARE,
+        dense_bytes=plan.dense_bytes,
+        layer_bytes=plan.slots * plan.slot_bytes,
+        hidden_bytes=2 * CHUNK * card.hidden * getattr(torch, plan.dtype).itemsize,
+        workspace_bytes=plan.workspace_bytes + plan.kernel_bytes + plan.staging_bytes + plan.router_bytes,
+        kv_bytes=plan.kv_bytes,
+    )
+
+
+def stream_alone(model: Path, items: int) -> dict[str, Any]:
     """The streaming pass in this process, watched: what it takes at most and how long it lasts."""
+    context = longest(model, items)
+    config = _config(model, one_layer(model, context), context)
     idle = anonymous_bytes()
     folder = tempfile.TemporaryDirectory(prefix="moepager-profile-")
-    with folder as runs, _Watch() as watch, Engine.open(_config(model, cap)) as engine:
+    with folder as runs, _Watch() as watch, Engine.open(config) as engine:
         text = encode_corpus(engine, calibration(items))
         started = time.perf_counter()
         stream_statistics(engine, text, Run(Path(runs), "bench", ""), "bench", ROWS, ignore)
         seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_anon_bytes": watch.peak, "idle_anon_bytes": idle}
+    tokens = sum(len(one.tokens) for one in text)
+    return {"seconds": seconds, "tokens": tokens, "peak_anon_bytes": watch.peak, "idle_anon_bytes": idle}
 
 
 class _Watch:
@@ -173,10 +257,5 @@ class _Watch:
             self.peak = max(self.peak, anonymous_bytes())
 
 
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-
-
 if __name__ == "__main__":
-    print(json.dumps(stream_alone(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(stream_alone(Path(sys.argv[1]), int(sys.argv[2]))))

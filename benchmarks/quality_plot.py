@@ -14,9 +14,17 @@ from matplotlib.axes import Axes
 
 from benchmarks.quality_grid import Row
 from benchmarks.quality_means import Mean
+from demo.commands import memory_for
+from store.home import bundled_model
 from store.stand_ins import NOTHING
 
 BASELINES = {"random": "#aaaaaa", "frequency": "#444444"}
+
+
+def plot_quality(rows: Sequence[Row], means: Sequence[Mean], out: Path) -> None:
+    """The text as it is and its draws; memory is what the bundled model's service needs at each size."""
+    budgets = {keep: memory_for(bundled_model(), keep) / 2**20 for keep in {row.keep for row in rows}}
+    draw([row for row in rows if row.shots is None], [mean for mean in means if mean.shots is None], budgets, out)
 
 
 def draw(rows: Sequence[Row], means: Sequence[Mean], mib_at: dict[float, float], out: Path) -> None:

@@ -48,13 +48,24 @@ class PagedExperts:
 
     def __init__(self, layer: int, module: Any, bank: Bank, kernels: Kernels) -> None:
         self.layer = layer
-        self.observer: Observer | None = None
+        self._observer: Observer | None = None
+        self._inside: ChannelObserver | None = None  # the same one, if it looks inside experts
         self.added: dict[int, Tensor] = {}  # by layer, [T, H]: what routing adds in place of experts that are left out
         self._bank = bank
         self._experts = int(module.num_experts)
         self.stages = stages(module, bank.layout, kernels)
         self._feed_forward: FeedForward = self.stages
         self._compiled = compiled_experts(module, bank.layout, kernels)
+
+    @property
+    def observer(self) -> Observer | None:
+        return self._observer
+
+    @observer.setter
+    def observer(self, watching: Observer | None) -> None:
+        """Asks here what kind it is: to ask a protocol takes longer than a small expert's products."""
+        self._observer = watching
+        self._inside = watching if isinstance(watching, ChannelObserver) else None
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """`hidden` [T, H], `index` and `weights` [T, k] -> [T, H]. No expert sees what has an index of E: padding, and
@@ -142,10 +153,10 @@ class PagedExperts:
         watching = self.observer
         if watching is None:
             return self._feed_forward(x, views)
-        if isinstance(watching, ChannelObserver):
+        if self._inside is not None:
             inputs = self.stages.into(x, views)  # [n, 2F]
             h = self.stages.gate(inputs)  # [n, F]
-            watching.channels(self.layer, expert, tokens, w, inputs, h)
+            self._inside.channels(self.layer, expert, tokens, w, inputs, h)
             y = self.stages.out(h, views)  # [n, H]
         else:
             y = self._feed_forward(x, views)  # [n, H]

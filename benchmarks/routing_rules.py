@@ -1,0 +1,259 @@
+"""Rules that run fewer of the experts that the router chose, to save arithmetic: PESF, NAEE's skipping, LExI.
+
+For evaluation only, on plain transformers with a hook at every router; the engine serves none of them, since they free
+no memory that must be planned: any expert may still be called. A slot whose weight becomes 0 is a call that is saved.
+B rows, S length, T = B S tokens, E experts, K = top_k slots a token, best first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from demo.prepare import DTYPE, THREADS, corpus
+from engine.config import EngineConfig
+from engine.engine import Engine
+from profiler.batches import Batch, Encoded, encode_corpus, pad, shards
+from profiler.progress import Progress, Report
+from profiler.statistics import PROMPT
+from store.home import bundled_model
+from store.records import F64
+
+ROWS, TOKENS = 32, 4096
+NOISE = 512  # random inputs on which LExI measures a layer
+SEED = 20250902
+
+# layer, weights [T, K], index [T, K], prompt bool [B, S] -> weights [T, K]
+Rule = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleRow:
+    """`accuracy`: of the items whose response and end are the model's first choices; `calls_saved`: of all calls."""
+
+    rule: str
+    task: str
+    accuracy: float
+    calls_saved: float
+    items: int
+
+
+def pesf(alpha: float, experts: int) -> Rule:
+    """PESF (arXiv 2508.01625): while a prompt is read, e goes where `c_e < alpha l K / E`, for each row and layer.
+
+    c_e counts the row's l prompt tokens that chose e. The others' weights stay as they are; the source does not say.
+    """
+
+    def rule(_: int, weights: Tensor, index: Tensor, prompt: Tensor) -> Tensor:
+        rows, length = prompt.shape
+        chosen = torch.zeros(rows * length, experts).scatter(1, index, 1.0).view(rows, length, experts)  # [B, S, E]
+        counts = (chosen * prompt[:, :, None]).sum(1)  # [B, E]
+        floor = alpha * prompt.sum(1, keepdim=True) * index.shape[1] / experts  # [B, 1]
+        rare = (counts < floor).repeat_interleave(length, 0).gather(1, index)  # [T, K]
+        return weights.masked_fill(rare & prompt.flatten()[:, None], 0)
+
+    return rule
+
+
+def skipping(thresholds: Tensor) -> Rule:
+    """NAEE's skipping (2402.14800): slot j is dropped where `w_j < beta_lj w_1`, the others' sum stays what it was.
+
+    `thresholds` [L, K] are medians of `w_j / w_1` over calibration tokens. The source has K = 2; for more slots a
+    threshold for each is our reading. One of 0 drops nothing.
+    """
+
+    def rule(layer: int, weights: Tensor, _: Tensor, __: Tensor) -> Tensor:
+        return _rescaled(weights, weights >= thresholds[layer] * weights[:, :1])
+
+    return rule
+
+
+def fewer(active: Sequence[int]) -> Rule:
+    """In layer l the `active[l]` best slots run, the others' weight goes to them."""
+
+    def rule(layer: int, weights: Tensor, _: Tensor, __: Tensor) -> Tensor:
+        return _rescaled(weights, (torch.arange(weights.shape[1]) < active[layer]).expand_as(weights))
+
+    return rule
+
+
+def share_out(errors: F64, budget: int) -> list[int]:
+    """LExI (2509.02753): how many slots run in each layer, `budget` in all, so that the errors' sum is the least.
+
+    `errors` [L, K]: of a layer with 1 ... K slots. Exact, by dynamic programming; `budget` is
+    from one slot a layer to all.
+    """
+    layers, slots = errors.shape
+    best = np.full((layers + 1, budget + 1), np.inf)
+    best[0, 0] = 0
+    taken = np.zeros((layers + 1, budget + 1), dtype=int)
+    for layer in range(layers):
+        for spent in range(budget + 1):
+            for count in range(1, min(slots, spent) + 1):
+                found = best[layer, spent - count] + errors[layer, count - 1]
+                if found < best[layer + 1, spent]:
+                    best[layer + 1, spent], taken[layer + 1, spent] = found, count
+    active = []
+    for layer in range(layers, 0, -1):
+        active.append(int(taken[layer, budget]))
+        budget -= active[-1]
+    return active[::-1]
+
+
+def bench_rules(tasks: Sequence[str], items: int, report: Report) -> list[RuleRow]:
+    """Every rule on each task's test items; thresholds from its calibration items."""
+    config = EngineConfig(bundled_model(), max_context=256, max_batch=ROWS, dtype=DTYPE, threads=THREADS)
+    rows = []
+    with Engine.open(config) as engine:
+        model = _Model(bundled_model())
+        errors = model.errors()
+        for number, task in enumerate(tasks):
+            report(Progress(task, "evaluate", number, len(tasks)))
+            medians = model.medians(encode_corpus(engine, corpus(task, "calibration", items)))
+            text = encode_corpus(engine, corpus(task, "test", items))
+            for name, rule in _rules(errors, medians, engine.card.experts).items():
+                rows.append(RuleRow(name, task, *model.measure(text, rule, engine.tokenizer.eos), len(text)))
+    report(Progress(tasks[-1], "evaluate", len(tasks), len(tasks)))
+    return rows
+
+
+def rule_means(rows: Sequence[RuleRow]) -> list[RuleRow]:
+    """Over the tasks, in the order of the rules."""
+    groups: dict[str, list[RuleRow]] = {}
+    for row in rows:
+        groups.setdefault(row.rule, []).append(row)
+    return [
+        RuleRow(
+            name,
+            "mean",
+            float(np.mean([row.accuracy for row in group])),
+            float(np.mean([row.calls_saved for row in group])),
+            sum(row.items for row in group),
+        )
+        for name, group in groups.items()
+    ]
+
+
+def _rules(errors: F64, medians: Tensor, experts: int) -> dict[str, Rule]:
+    layers, slots = errors.shape
+    rules = {"all": fewer([slots] * layers)}
+    rules |= {f"pesf {alpha:g}": pesf(alpha, experts) for alpha in (0.3, 0.7, 1.0)}
+    last = torch.zeros_like(medians)
+    last[:, -1] = medians[:, -1]
+    rules |= {"naee, last slot": skipping(last), "naee, all slots": skipping(medians)}
+    for share in (0.75, 0.5):
+        budget = round(share * layers * slots)
+        rules[f"lexi {share:g}"] = fewer(share_out(errors, budget))
+        rules[f"equal layers {share:g}"] = fewer([budget // layers] * layers)
+    return rules
+
+
+def _rescaled(weights: Tensor, kept: Tensor) -> Tensor:
+    """`weights` [T, K] inside `kept` bool [T, K], which has each token's best, with the same sum."""
+    left = weights * kept
+    return left * (weights.sum(1, keepdim=True) / left.sum(1, keepdim=True))
+
+
+class _Model:
+    """The demo's model in plain transformers: blocks with `gate` (logits, weights, index) and `experts`."""
+
+    def __init__(self, folder: Any) -> None:
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPE)).eval()
+        self._blocks = [layer.mlp for layer in self._model.model.layers if hasattr(layer.mlp, "gate")]
+
+    @torch.inference_mode()
+    def errors(self) -> F64:
+        """`|MoE_l(X; k) - MoE_l(X; K)|` for k = 1 ... K, X of normal noise: f64 [L, K]."""
+        noise = torch.Generator().manual_seed(SEED)
+        found = []
+        for block in self._blocks:
+            x = torch.randn(NOISE, self._model.config.hidden_size, generator=noise)  # [n, H]
+            _, weights, index = block.gate(x)
+            whole = block.experts(x, index, weights)  # [n, H]
+            cut = [_rescaled(weights, torch.arange(weights.shape[1]).expand_as(weights) < k + 1) for k in _slots(index)]
+            found.append([float((block.experts(x, index, each) - whole).norm()) for each in cut])
+        return np.array(found)
+
+    def medians(self, text: Sequence[Encoded]) -> Tensor:
+        """Of `w_j / w_1` over the text's tokens: [L, K]."""
+        seen: list[list[Tensor]] = [[] for _ in self._blocks]
+        for batch in _batches(text):
+            valid = batch.mask.flatten() == 1  # [T]
+
+            def look(layer: int, weights: Tensor, _: Tensor, __: Tensor, valid: Tensor = valid) -> Tensor:
+                seen[layer].append((weights / weights[:, :1])[valid])
+                return weights
+
+            self._forward(batch, look)
+        medians = torch.stack([torch.cat(each).quantile(0.5, dim=0) for each in seen])  # [L, K]
+        medians[:, 0] = 0  # the best slot always runs
+        return medians
+
+    def measure(self, text: Sequence[Encoded], rule: Rule, ends: Sequence[int]) -> tuple[float, float]:
+        """Accuracy, and the share of expert calls that the rule saves."""
+        right, saved, calls = 0, 0, 0
+        for shard, batch in zip(_shards(text), _batches(text), strict=True):
+            valid = batch.mask.flatten() == 1  # [T]
+            before: list[Tensor] = []
+
+            def counted(
+                layer: int, weights: Tensor, index: Tensor, prompt: Tensor,
+                valid: Tensor = valid, before: list[Tensor] = before,
+            ) -> Tensor:  # fmt: skip
+                after = rule(layer, weights, index, prompt)
+                before.append(((after == 0) & (weights != 0))[valid])  # [n, K]
+                return after
+
+            first = self._forward(batch, counted).argmax(-1).tolist()  # [B, S]
+            right += sum(_right(one, choices, ends) for one, choices in zip(shard, first, strict=True))
+            saved += sum(int(each.sum()) for each in before)
+            calls += sum(each.numel() for each in before)
+        return right / len(text), saved / calls
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch, rule: Rule) -> Tensor:
+        prompt = (batch.mask == 1) & (batch.roles == PROMPT)  # [B, S]
+        with self._hooked(rule, prompt):
+            logits: Tensor = self._model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+        return logits  # [B, S, V]
+
+    @contextmanager
+    def _hooked(self, rule: Rule, prompt: Tensor) -> Iterator[None]:
+        def at(layer: int) -> Callable[[Any, Any, tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor, Tensor]]:
+            def hook(_: Any, __: Any, routed: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+                logits, weights, index = routed
+                return logits, rule(layer, weights, index, prompt), index
+
+            return hook
+
+        handles = [block.gate.register_forward_hook(at(layer)) for layer, block in enumerate(self._blocks)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _slots(index: Tensor) -> range:
+    return range(index.shape[1])
+
+
+def _shards(text: Sequence[Encoded]) -> list[list[Encoded]]:
+    return list(shards(text, ROWS, TOKENS))
+
+
+def _batches(text: Sequence[Encoded]) -> Iterator[Batch]:
+    return (pad(shard) for shard in _shards(text))
+
+
+def _right(one: Encoded, first: Sequence[int], ends: Sequence[int]) -> bool:
+    """`first` [S]: the model's choice after each token."""
+    said = first[len(one.prompt) - 1 : len(one.tokens)]
+    return tuple(said[:-1]) == one.response and said[-1] in ends
