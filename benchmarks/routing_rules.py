@@ -7,7 +7,7 @@ B rows, S length, T = B S tokens, E experts, K = top_k slots a token, best first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -196,7 +196,7 @@ class _Model:
         medians[:, 0] = 0  # the best slot always runs
         return medians
 
-    def measure(self, text: Sequence[Encoded], rule: Rule, ends: Sequence[int]) -> tuple[float, float]:
+    def measure(self, text: Sequence[Encoded], rule: Rule, ends: Collection[int]) -> tuple[float, float]:
         """Accuracy, and the share of expert calls that the rule saves."""
         right, saved, calls = 0, 0, 0
         for shard, batch in zip(_shards(text), _batches(text), strict=True):
@@ -253,7 +253,7 @@ def _batches(text: Sequence[Encoded]) -> Iterator[Batch]:
     return (pad(shard) for shard in _shards(text))
 
 
-def _right(one: Encoded, first: Sequence[int], ends: Sequence[int]) -> bool:
+def _right(one: Encoded, first: Sequence[int], ends: Collection[int]) -> bool:
     """`first` [S]: the model's choice after each token."""
     said = first[len(one.prompt) - 1 : len(one.tokens)]
     return tuple(said[:-1]) == one.response and said[-1] in ends
