@@ -6,6 +6,7 @@ store; while it rings, that task's queries are kept like those that are near no 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,11 +37,13 @@ class Discovery:
         self._embedder, self._proposer = embedder, Proposer(embedder)
         self._drift = DriftWatch(self._alarmed)
         self._writer = ThreadPoolExecutor(1, "moepager-events")
+        self._grouper = ThreadPoolExecutor(1, "moepager-proposals")  # who waits for groups takes no query's thread
 
     def __enter__(self) -> Discovery:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._grouper.shutdown(cancel_futures=True)
         self._writer.shutdown()
 
     def asked(self, text: str | None, retrieval: Retrieval) -> None:
@@ -64,6 +67,13 @@ class Discovery:
 
     def proposals(self) -> list[Proposal]:
         """Groups among the queries kept. Embeds those that are new: call it in a thread."""
+        return self._grouper.submit(self._proposals).result()
+
+    async def grouped(self) -> list[Proposal]:
+        """The same, for a coroutine, which waits in no thread."""
+        return await asyncio.wrap_future(self._grouper.submit(self._proposals))
+
+    def _proposals(self) -> list[Proposal]:
         return self._proposer.propose(self.kept(), self._store.exemplars.list(embedder=self._embedder.id))
 
     def _alarmed(self, alarm: Alarm) -> None:

@@ -27,15 +27,19 @@ from store.errors import InvalidInput, MoepagerError, StoreUnreachable
 log = logging.getLogger("moepager.service")
 
 CONNECT_SECONDS = 2.0
+ANSWER_SECONDS = 5.0  # of a Redis that hangs
 RETRY_SECONDS = 1.0
 FOREVER = -1  # seconds: a job may take hours, and its row tells whether it lives
 HERE = "service.job_queue.perform"
 
 
-def connect(url: str) -> Redis:
-    """Raises InvalidInput for what is no URL of a Redis. Whether one answers there shows later."""
+def connect(url: str, answer_seconds: float | None = ANSWER_SECONDS) -> Redis:
+    """Raises InvalidInput for what is no URL of a Redis. Whether one answers there shows later. Without
+    `answer_seconds` whoever uses it sets a bound: rq's worker does, which waits there for jobs."""
     try:
-        return Redis.from_url(url, socket_connect_timeout=CONNECT_SECONDS, health_check_interval=15)
+        return Redis.from_url(
+            url, socket_connect_timeout=CONNECT_SECONDS, socket_timeout=answer_seconds, health_check_interval=15
+        )
     except ValueError as error:
         raise InvalidInput(f"Not a URL of a Redis: {error}. Write redis://host:6379/0.", param="redis") from None
 
@@ -123,10 +127,11 @@ def perform(name: str) -> None:
     work(workshop.store.jobs.get(name), workshop, Worker.stop)
 
 
-def run_worker(workshop: Workshop, redis: Redis) -> None:
+def run_worker(workshop: Workshop, url: str) -> None:
     """Work until SIGTERM or SIGINT. Redis may come and go."""
+    redis = connect(url, None)
     Worker.workshop, Worker.stop = workshop, threading.Event()
-    courier = Courier(redis, lambda: workshop)
+    courier = Courier(connect(url), lambda: workshop)
     try:
         while not Worker.stop.is_set():
             try:

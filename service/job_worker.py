@@ -23,7 +23,7 @@ def serve_jobs(settings: Settings) -> None:
     from service.workshop import open_workshop  # noqa: PLC0415
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    redis = connect(settings.redis)
+    connect(settings.redis)  # refused now, if it is no URL
     with open_workshop(settings) as workshop:
         typer.echo(f"Waiting for jobs of {workshop.folder}.")
-        run_worker(workshop, redis)
+        run_worker(workshop, settings.redis)

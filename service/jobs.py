@@ -45,16 +45,26 @@ def queue_job(store: Store, model: str, task: str, options: Mapping[str, Any], k
     Raises NotFound for a task without text, Conflict where a job of the task has not ended, and for a key that was
     used for something else.
     """
-    name = f"job-{uuid.uuid4().hex}" if key is None else _name_by(key)
     if key is not None and (known := _asked_before(store, key, model, task, options)) is not None:
         return known
     if task != GENERALIST:
         store.corpora.get(task)
     refuse_active(store, task)
-    now = datetime.now(UTC)
-    job = Job(name, model, task, "queued", 0.0, "waits for its turn", now, now, options)
-    store.jobs.put(job)
+    job = new_job(model, task, options, key)
+    try:
+        store.jobs.put(job)
+    except Conflict:  # the same request twice at once
+        if key is None or (known := _asked_before(store, key, model, task, options)) is None:
+            raise
+        return known
     return job
+
+
+def new_job(model: str, task: str, options: Mapping[str, Any], key: str | None) -> Job:
+    """One that is not in the store yet."""
+    name = f"job-{uuid.uuid4().hex}" if key is None else _name_by(key)
+    now = datetime.now(UTC)
+    return Job(name, model, task, "queued", 0.0, "waits for its turn", now, now, options)
 
 
 def job_named(store: Store, key: str) -> Job | None:

@@ -7,6 +7,7 @@ known tasks. Knows no HTTP. n queries, m exemplars, d dimensions.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from store.records import F32, F64, Exemplar, UnmatchedQuery
 
 LEAST = 8  # different queries: fewer are no task
 NO_EVIDENCE = 0.5  # mean similarity inside a task, where known tasks can't tell
-MOST_REMEMBERED = 4096  # vectors
+MOST_REMEMBERED = 10_000  # vectors, as many as queries can be kept: fewer would be embedded again at every look
+MOST_CLUSTERED = 2000  # queries: their distances are 32 MB, and the time is that of their square
+PORTION = 1024  # queries that are compared with the groups at once
 WORD = r"(?u)\b[^\W\d_]{3,}\b"
 
 
@@ -38,18 +41,28 @@ class Proposal:
 
 
 class Proposer:
-    """Remembers vectors of queries, so that each is embedded once. Called from any thread, one call at a time each."""
+    """Remembers vectors of queries, so that each is embedded once, and the last answer. One call at a time works."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
         self._vectors: OrderedDict[str, F32] = OrderedDict()
+        self._last: tuple[object, list[Proposal]] = None, []
+        self._working = threading.Lock()
 
     def propose(self, queries: Sequence[UnmatchedQuery], exemplars: Sequence[Exemplar]) -> list[Proposal]:
-        """The groups of at least `LEAST` queries, the most asked first."""
+        """The groups of at least `LEAST` queries, the most asked first. `queries`: the newest first."""
+        asked = tuple(queries), tuple((exemplar.task, exemplar.text) for exemplar in exemplars)
+        with self._working:
+            if self._last[0] != asked:
+                self._last = asked, self._propose(queries, exemplars)
+            return list(self._last[1])
+
+    def _propose(self, queries: Sequence[UnmatchedQuery], exemplars: Sequence[Exemplar]) -> list[Proposal]:
         if len(queries) < LEAST:
             return []
         vectors = self._embed(queries)  # [n, d]
-        groups = grouped(vectors, level_of(exemplars))
+        level = level_of(exemplars)
+        groups = joined(grouped(vectors[:MOST_CLUSTERED], level), vectors, level)
         taken = {exemplar.task for exemplar in exemplars}
         names = named([[queries[i].text for i in group] for group in groups], [e.text for e in exemplars], taken)
         made = [_proposal(name, group, queries, vectors) for name, group in zip(names, groups, strict=True)]
@@ -101,6 +114,21 @@ def grouped(vectors: F64, level: float) -> list[npt.NDArray[np.intp]]:
     labels = method.fit_predict(distances)  # [n]
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     return [group for group in groups if len(group) >= LEAST]
+
+
+def joined(groups: Sequence[npt.NDArray[np.intp]], vectors: F64, level: float) -> list[npt.NDArray[np.intp]]:
+    """The groups of the first `MOST_CLUSTERED` rows of `vectors` [n, d], and each later row in the one that it is most
+    similar to, where the mean similarity is at least `level`."""
+    if not groups:
+        return []
+    means = np.stack([vectors[group].mean(axis=0) for group in groups])  # [groups, d]
+    found = [group.tolist() for group in groups]
+    for start in range(MOST_CLUSTERED, len(vectors), PORTION):
+        similarities = vectors[start : start + PORTION] @ means.T  # [rows, groups]
+        for row, place in enumerate(similarities.argmax(axis=1)):
+            if similarities[row, place] >= level:
+                found[int(place)].append(start + row)
+    return [np.array(group, dtype=np.intp) for group in found]
 
 
 def named(groups: Sequence[Sequence[str]], others: Sequence[str], taken: Collection[str]) -> list[str]:

@@ -83,12 +83,12 @@ class Database:
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
-            with self._breaker.passing():
+            with self._breaker.passing() as began:
                 try:
                     yield
                 except DBAPIError as error:
                     if isinstance(error.orig, Silent | psycopg.errors.ConnectionTimeout):
-                        self._breaker.trip(str(_meaning(error, self.name)))
+                        self._breaker.trip(str(_meaning(error, self.name)), began)
                     raise
         except DBAPIError as error:
             meaning = _meaning(error, self.name)

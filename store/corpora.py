@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 
 from sqlalchemy import select
@@ -9,8 +10,10 @@ from sqlalchemy import select
 from store.catalogue import check_name, require_task
 from store.connection import Database
 from store.errors import Conflict, NotFound
-from store.records import StoredCorpus, TaskRecord
+from store.journal import insert_job
+from store.records import Job, StoredCorpus, TaskRecord
 from store.schema import CorpusRow, TaskRow
+from store.unmatched import forget
 from store.writing import insert_once
 
 
@@ -18,8 +21,17 @@ class Corpora:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create(self, task: TaskRecord, corpus: StoredCorpus, created: datetime) -> None:
-        """Adds a new task with its text, both or neither. Raises Conflict where there is a task of this name."""
+    def create(
+        self,
+        task: TaskRecord,
+        corpus: StoredCorpus,
+        created: datetime,
+        job: Job | None = None,
+        unmatched: Collection[str] = (),
+    ) -> None:
+        """Adds a new task with its text and the `job` that profiles it, and forgets the queries that it was made of:
+        all of this or nothing. Raises Conflict where there is a task of this name, or the job.
+        """
         check_name(task.name)
         assert corpus.task == task.name, "a corpus is stored with its own task"
         row = {"name": task.name, "description": task.description, "created": created}
@@ -28,6 +40,10 @@ class Corpora:
             if not insert_once(session, TaskRow, row):
                 raise Conflict(f"Task {task.name!r} is in the store already. Delete it first, or choose another name.")
             session.add(CorpusRow(**{name: list(v) if isinstance(v, tuple) else v for name, v in text.items()}))
+            if job is not None:
+                insert_job(session, job)
+            if unmatched:
+                forget(session, unmatched)
 
     def tasks(self) -> frozenset[str]:
         """Names of the tasks that have text."""

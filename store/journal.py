@@ -22,11 +22,8 @@ class Jobs:
 
     def put(self, job: Job) -> None:
         """Adds the job. Raises Conflict where the id is taken: a job is changed by `update`."""
-        _check_progress(job.progress)
         with self._database.write() as session:
-            values = {field: getattr(job, field) for field in Job.__slots__} | {"options": dict(job.options)}
-            if not insert_once(session, JobRow, values):
-                raise Conflict(f"Job {job.id} is in the store already. Give the new job an id of its own.")
+            insert_job(session, job)
 
     def get(self, id: str) -> Job:  # noqa: A002
         """Raises NotFound."""
@@ -95,6 +92,13 @@ class Decisions:
         with self._database.read() as session:
             rows = session.scalars(select(DecisionRow).order_by(DecisionRow.id.desc()).limit(limit))
             return [_decision(row) for row in rows]
+
+
+def insert_job(session: Session, job: Job) -> None:
+    _check_progress(job.progress)
+    values = {field: getattr(job, field) for field in Job.__slots__} | {"options": dict(job.options)}
+    if not insert_once(session, JobRow, values):
+        raise Conflict(f"Job {job.id} is in the store already. Give the new job an id of its own.")
 
 
 def _require_job(session: Session, id: str) -> JobRow:  # noqa: A002

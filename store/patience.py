@@ -56,24 +56,27 @@ class Breaker:
 
     def __init__(self) -> None:
         self._said: str | None = None
-        self._again = 0.0
+        self._again = 0.0  # when it may be tried
+        self._answered = 0.0  # when it last did
         self._trying = threading.Lock()
 
     @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Raises StoreUnreachable where another has just waited in vain."""
+    def passing(self) -> Iterator[float]:
+        """Gives the time, for `trip`. Raises StoreUnreachable where another has just waited in vain."""
+        began = time.monotonic()
         if self._said is None:
-            yield
+            yield began
+            self._answered = time.monotonic()
             return
-        if time.monotonic() < self._again or not self._trying.acquire(blocking=False):
+        if began < self._again or not self._trying.acquire(blocking=False):
             raise StoreUnreachable(self._said)
-        before, self._again = self._again, 0.0
         try:
-            yield
+            yield began
+            self._answered, self._said = time.monotonic(), None
         finally:
-            if self._again == 0.0:  # nobody tripped it: it answers
-                self._said, self._again = None, before
             self._trying.release()
 
-    def trip(self, said: str) -> None:
-        self._said, self._again = said, time.monotonic() + RETRY_SECONDS
+    def trip(self, said: str, began: float) -> None:
+        """Whoever began at `began` has waited in vain, unless somebody was answered since then."""
+        if self._answered < began:
+            self._said, self._again = said, time.monotonic() + RETRY_SECONDS

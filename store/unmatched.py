@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
 
 from store.connection import Database
 from store.records import UnmatchedQuery
 from store.schema import UnmatchedRow
 from store.writing import insert_once
+
+PORTION = 1000  # digests of one statement
 
 
 class UnmatchedQueries:
@@ -25,9 +28,10 @@ class UnmatchedQueries:
         again = {"count": UnmatchedRow.count + 1, "similarity": similarity, "updated": now}
         youngest = select(UnmatchedRow.digest).order_by(UnmatchedRow.updated.desc(), UnmatchedRow.digest)
         with self._database.write() as session:
-            if not insert_once(session, UnmatchedRow, values):
+            if insert_once(session, UnmatchedRow, values):
+                session.execute(delete(UnmatchedRow).where(UnmatchedRow.digest.not_in(youngest.limit(limit))))
+            else:
                 session.execute(update(UnmatchedRow).where(UnmatchedRow.digest == digest).values(**again))
-            session.execute(delete(UnmatchedRow).where(UnmatchedRow.digest.not_in(youngest.limit(limit))))
 
     def list(self) -> Sequence[UnmatchedQuery]:
         """All of them, the one that was asked last first."""
@@ -37,8 +41,21 @@ class UnmatchedQueries:
 
     def delete(self, digests: Collection[str] | None = None) -> int:
         """Forget those, or all of them; how many there were."""
-        query = delete(UnmatchedRow)
-        if digests is not None:
-            query = query.where(UnmatchedRow.digest.in_(digests))
         with self._database.write() as session:
-            return len(session.scalars(query.returning(UnmatchedRow.digest)).all())
+            return forget(session, digests)
+
+
+def forget(session: Session, digests: Collection[str] | None) -> int:
+    """In portions: a statement has a bounded number of parameters."""
+    if digests is None:
+        return len(session.scalars(delete(UnmatchedRow).returning(UnmatchedRow.digest)).all())
+    count = 0
+    for portion in batched(sorted(digests), PORTION):
+        query = delete(UnmatchedRow).where(UnmatchedRow.digest.in_(portion))
+        count += len(session.scalars(query.returning(UnmatchedRow.digest)).all())
+    return count
+
+
+def batched(digests: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(digests), size):
+        yield digests[start : start + size]

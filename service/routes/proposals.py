@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -13,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from service.context import PartsDep
 from service.guard import operators_only
 from service.idempotency import IdempotencyKey, scoped
-from service.jobs import Announcer, job_named, queue_job
+from service.jobs import Announcer, job_named, new_job
 from service.parts import Parts
 from service.proposals import Proposal
 from service.routes.jobs import job_object
@@ -30,7 +29,7 @@ SHOWN = 20  # queries of a proposal in a list
 @router.get("/v1/proposals")
 async def list_proposals(parts: PartsDep) -> dict[str, Any]:
     """What the queries that were near no task have in common. They are kept where MOEPAGER_KEEP_UNMATCHED says so."""
-    found = await asyncio.to_thread(parts.discovery.proposals)
+    found = await parts.discovery.grouped()
     kept = await asyncio.to_thread(parts.discovery.kept)
     shown = [proposal_object(proposal) for proposal in found]
     return {"kept": len(kept), "limit": parts.settings.keep_unmatched, "proposals": shown}
@@ -93,20 +92,36 @@ def proposal_named(name: str, parts: Parts) -> Proposal:
 
 
 def accept(name: str, body: AcceptBody, parts: Parts, key: str | None) -> Job:
-    """The job of the new task. Raises NotFound, and Conflict where the task's name is taken."""
-    if key is not None and (known := job_named(parts.store, key)) is not None:
+    """The job of the new task. Task, job and the end of the proposal are one transaction: whoever is killed, a second
+    call with the key finds the job, or the proposal as it was. Raises NotFound, and Conflict where the task's name is
+    taken, or the key."""
+    if (known := accepted_before(name, body, parts, key)) is not None:
         return known
     proposal = proposal_named(name, parts)
     task = body.name or proposal.name
     corpus = corpus_of(task, proposal, body)
+    job = new_job(parts.catalogue.model, task, {**body.options(), "proposal": name}, key)
+    digests = [query.digest for query in proposal.queries]
     try:
-        parts.store.corpora.create(TaskRecord(task, body.description), corpus, datetime.now(UTC))
+        parts.store.corpora.create(TaskRecord(task, body.description), corpus, job.created, job, digests)
     except Conflict:
-        if key is None or parts.store.corpora.get(task) != corpus:  # else the call before was cut off right here
+        if (known := accepted_before(name, body, parts, key)) is None:
             raise
-    job = queue_job(parts.store, parts.catalogue.model, task, body.options(), key)
-    parts.store.unmatched.delete([query.digest for query in proposal.queries])
+        return known  # the same call came twice at once
     return job
+
+
+def accepted_before(name: str, body: AcceptBody, parts: Parts, key: str | None) -> Job | None:
+    known = None if key is None else job_named(parts.store, key)
+    if known is None:
+        return None
+    same = dict(known.options) == {**body.options(), "proposal": name} and body.name in (None, known.task)
+    if not same:
+        raise Conflict(
+            f"This Idempotency-Key was used for job {known.id} of task {known.task!r}, of another proposal or with "
+            "other options. Send a key of its own with every new request."
+        )
+    return known
 
 
 def corpus_of(task: str, proposal: Proposal, body: AcceptBody) -> StoredCorpus:

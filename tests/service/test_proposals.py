@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+import service.proposals
 from engine.embedder import HashEmbedder
 from engine.requests import FinishedEvent, Sampling
 from service.answer import Question, prepare
@@ -23,7 +24,7 @@ from service.callers import ANYBODY
 from service.discovery import Discovery
 from service.drift import DELAY, WARM_UP
 from service.parts import Parts, reread
-from service.proposals import LEAST, Proposer, cohesion_of, grouped, level_of, named
+from service.proposals import LEAST, Proposer, cohesion_of, grouped, joined, level_of, named
 from service.redaction import redact
 from service.serving import Serving, Wish, choose_serving
 from service.settings import Settings, load_settings
@@ -132,6 +133,32 @@ def test_groups_are_those_of_average_linkage() -> None:
     found = {frozenset(order[group].tolist()) for group in groups}
     starts = np.cumsum([0, LEAST, LEAST + 1, LEAST + 2])
     assert found == {frozenset(range(a, b)) for a, b in pairwise(starts)}
+
+
+def test_beyond_those_that_are_clustered_queries_join_the_groups_that_they_are_like(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(8)
+    rows = np.eye(3, 12)[np.arange(90) % 3] + 0.05 * rng.normal(size=(90, 12))
+    rows[80:] = np.eye(12)[11]  # like nothing before
+    vectors = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    monkeypatch.setattr(service.proposals, "MOST_CLUSTERED", 40)
+    monkeypatch.setattr(service.proposals, "PORTION", 7)
+    found = {frozenset(group.tolist()) for group in joined(grouped(vectors[:40], 0.5), vectors, 0.5)}
+    assert found == {frozenset(range(first, 80, 3)) for first in range(3)}
+
+
+def test_a_key_is_for_one_acceptance(client: TestClient) -> None:
+    ask(client, GARDEN)
+    [proposal] = client.get("/v1/proposals").json()["proposals"]
+    path, headers = f"/v1/proposals/{proposal['id']}/accept", {"idempotency-key": "k"}
+    first = client.post(path, json={"name": "garden"}, headers=headers)
+    assert first.status_code == 202
+    again = client.post(path, json={"name": "garden"}, headers=headers)
+    assert (again.status_code, again.json()["job"]["id"]) == (202, first.json()["job"]["id"])
+    for other, body in ((path, {"name": "yard"}), (path.replace(proposal["id"], "0" * 16), {"name": "garden"})):
+        assert client.post(other, json=body, headers=headers).status_code == 409
+    assert client.get("/v1/unmatched").json()["queries"] == []
 
 
 def test_names_are_never_taken_twice_and_exist_without_words() -> None:
