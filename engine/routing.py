@@ -164,14 +164,17 @@ class Routing:
         self._width = width
         self._valid = None if valid is None or bool(valid.all()) else valid.reshape(-1)  # [T]
         self._seen.clear()
-        if len(self._groups) > 1:
-            places = torch.arange(self._rows * width, device=self._device).view(self._rows, width)  # [B, S]
-            for group in self._groups:
-                group.tokens = places[group.rows].flatten()
-            if self._forbidden is not None:
-                self._forbidden_tokens = self._forbidden.repeat_interleave(width, 0).unbind(1)  # L of [T, E]
+        if self._forbidden is not None:
+            self._forbidden_tokens = self._forbidden.repeat_interleave(width, 0).unbind(1)  # L of [T, E]
+        if len(self._groups) > 1 and (self._forbidden is None or self._board.lookahead is not None):
+            self._place_groups(width)
         self._free = None if self._board.lookahead is None else self._free_tokens()
         self._board.routing = self
+
+    def _place_groups(self, width: int) -> None:
+        places = torch.arange(self._rows * width, device=self._device).view(self._rows, width)  # [B, S]
+        for group in self._groups:
+            group.tokens = places[group.rows].flatten()
 
     def _free_tokens(self) -> Tensor | slice | None:
         """Which of the pass's T tokens are routed freely and no padding; None: none of them."""
