@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from benchmarks.model_commands import families_command, make_model_command
+from benchmarks.shown import AsJson, answer, table
 
 if TYPE_CHECKING:
     from benchmarks.retrieve import Vectorise
@@ -17,26 +19,11 @@ app = typer.Typer(
     name="bench", help="Measure: every claim of the README is one of these commands.", no_args_is_help=True
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 Model = Annotated[Path | None, typer.Option("--model", help="Model folder; the bundled demo model by default.")]
 
 
-@app.command("make-model")
-def make_model_command(
-    out: Annotated[Path, typer.Option(help="A new folder.")],
-    shape: Annotated[str | None, typer.Option(help="olmoe-mini (1.8 GB) or olmoe (13.8 GB).")] = None,
-    config: Annotated[Path | None, typer.Option(help="Or the shape of a published config.json.")] = None,
-    seed: int = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Write a random checkpoint in hub layout at real shapes, for speed only. It may be larger than memory."""
-    from benchmarks.make_model import make_from_config, make_model
-    from store.errors import InvalidInput
-
-    if (shape is None) == (config is None):
-        raise InvalidInput("Name either --shape or --config.", param="shape")
-    written = make_model(shape or "", out, seed) if config is None else make_from_config(config, out, seed)
-    _answer({"path": str(out), "bytes": written}, as_json)
+app.command("make-model")(make_model_command)
+app.command("families")(families_command)
 
 
 @app.command("load")
@@ -50,7 +37,7 @@ def load_command(
     from benchmarks.load import bench_load
     from store.home import bundled_model
 
-    _answer(asdict(bench_load(model or bundled_model(), keep, runs)), as_json)
+    answer(asdict(bench_load(model or bundled_model(), keep, runs)), as_json)
 
 
 @app.command("ttft")
@@ -66,9 +53,9 @@ def ttft_command(
     from store.home import bundled_model
 
     rows = [asdict(row) for row in bench_ttft(model or bundled_model(), keep, _numbers(prompts), runs)]
-    _table("time to first token", rows)
+    table("time to first token", rows)
     if as_json:
-        _answer({"rows": rows}, as_json)
+        answer({"rows": rows}, as_json)
 
 
 def _numbers(text: str) -> list[int]:
@@ -100,7 +87,7 @@ def profile_command(
     from store.home import bundled_model
     from store.sizes import parse_bytes
 
-    _answer(asdict(bench_profile(model or bundled_model(), items, runs, parse_bytes(cap) if cap else None)), as_json)
+    answer(asdict(bench_profile(model or bundled_model(), items, runs, parse_bytes(cap) if cap else None)), as_json)
 
 
 @app.command("quality")
@@ -135,13 +122,13 @@ def quality_command(
     with bar() as report:
         rows = bench_quality(grid, report, checkpoint)
     averages = means(rows)
-    _table("mean over the tasks", [asdict(mean) for mean in averages])
+    table("mean over the tasks", [asdict(mean) for mean in averages])
     if plot is not None:
         from benchmarks.quality_plot import plot_quality
 
         plot_quality(rows, averages, plot)
     if as_json:
-        _answer({"rows": [asdict(row) for row in rows], "means": [asdict(mean) for mean in averages]}, as_json)
+        answer({"rows": [asdict(row) for row in rows], "means": [asdict(mean) for mean in averages]}, as_json)
 
 
 @app.command("rules")
@@ -156,9 +143,9 @@ def rules_command(
     with bar() as report:
         rows = bench_rules([task.name for task in TASKS], items, report)
     averages = [asdict(row) for row in rule_means(rows)]
-    _table("mean over the tasks", averages)
+    table("mean over the tasks", averages)
     if as_json:
-        _answer({"rows": [asdict(row) for row in rows], "means": averages}, as_json)
+        answer({"rows": [asdict(row) for row in rows], "means": averages}, as_json)
 
 
 @app.command("packs")
@@ -182,9 +169,9 @@ def packs_command(
     with bar() as report:
         rows = bench_packs(tasks, keep or [0.5, 0.25, 0.125], way or PACK_WAYS, items, draws, report, checkpoint)
     averages = pack_means(rows)
-    _table("mean over the tasks", [asdict(mean) for mean in averages])
+    table("mean over the tasks", [asdict(mean) for mean in averages])
     if as_json:
-        _answer({"rows": [asdict(row) for row in rows], "means": [asdict(mean) for mean in averages]}, as_json)
+        answer({"rows": [asdict(row) for row in rows], "means": [asdict(mean) for mean in averages]}, as_json)
 
 
 @app.command("retrieve")
@@ -211,8 +198,8 @@ def retrieve_command(
         found = [measure(data, name, vectorise, cosine=cosine) for data in sets for name, vectorise, cosine in ways]
         latency = {name: embed_ms_p50(vectorise, sets[0].queries.texts) for name, vectorise, _ in ways}
     sizes = [size for size in (1_000, 10_000, 100_000, 1_000_000) if size <= largest]
-    _table("retrieval", [asdict(one) for one in found])
-    _answer(
+    table("retrieval", [asdict(one) for one in found])
+    answer(
         {
             "accuracy": found[0].accuracy,
             "abstain_auroc": found[0].abstain_auroc,
@@ -253,8 +240,8 @@ def decode_command(
         raise InvalidInput("llama.cpp needs both --llama-python and --gguf.", param="gguf")
     peer = None if llama_python is None or gguf is None else LlamaPeer(llama_python, gguf)
     arms, ratios = bench_decode(model, arm or list(ARMS), limit, keep, tokens, threads, rounds, peer)
-    _table("decoding", [asdict(one) for one in arms])
-    _answer({"arms": [asdict(one) for one in arms], "ratios": ratios}, as_json)
+    table("decoding", [asdict(one) for one in arms])
+    answer({"arms": [asdict(one) for one in arms], "ratios": ratios}, as_json)
 
 
 @app.command("mixed")
@@ -288,8 +275,8 @@ def mixed_command(
         threads=threads,
     )
     arms, ratios = bench_mixed(model or bundled_model(), work, runs)
-    _table("mixed tasks", [asdict(arm) for arm in arms])
-    _answer({"arms": [asdict(arm) for arm in arms], "ratios": ratios, "work": asdict(work)}, as_json)
+    table("mixed tasks", [asdict(arm) for arm in arms])
+    answer({"arms": [asdict(arm) for arm in arms], "ratios": ratios, "work": asdict(work)}, as_json)
 
 
 @app.command("service")
@@ -306,8 +293,8 @@ def service_command(
 
     work = Work(requests=requests, tokens=tokens, idle=idle, rounds=rounds, embedder=embedder)
     arms, throughput = bench_service(work)
-    _table("the engine alone and over HTTP", [asdict(arm) for arm in arms])
-    _answer({"arms": [asdict(arm) for arm in arms], **throughput, "work": asdict(work)}, as_json)
+    table("the engine alone and over HTTP", [asdict(arm) for arm in arms])
+    answer({"arms": [asdict(arm) for arm in arms], **throughput, "work": asdict(work)}, as_json)
 
 
 @app.command("guard")
@@ -324,12 +311,12 @@ def guard_command(
     with bar() as report:
         rows = bench_guard(keep or (0.5, 0.25, 0.125), items, alarm_rate, report)
     flat = [{name: value for name, value in asdict(row).items() if name not in ("own", "others")} for row in rows]
-    _table("the guard", flat)
+    table("the guard", flat)
     means = [asdict(mean) for mean in guard_means(rows)]
     for mean in means:
-        _answer(mean, as_json=False)
+        answer(mean, as_json=False)
     if as_json:
-        _answer({"rows": [asdict(row) for row in rows], "means": means}, as_json)
+        answer({"rows": [asdict(row) for row in rows], "means": means}, as_json)
 
 
 @app.command("soak")
@@ -344,7 +331,7 @@ def soak_command(
     from benchmarks.soak import bench_soak
 
     found = bench_soak(minutes, clients, keep, seed)
-    _answer({**asdict(found), "flat": found.flat, "ok": found.ok}, as_json)
+    answer({**asdict(found), "flat": found.flat, "ok": found.ok}, as_json)
     if not found.ok:
         raise typer.Exit(1)
 
@@ -362,39 +349,7 @@ def cache_command(
     from store.home import bundled_model
 
     arms = bench_cache(model or bundled_model(), keep or (0.5, 0.25, 0.125), requests, scorer)
-    _table("recorded routing, replayed", [asdict(arm) for arm in arms])
+    table("recorded routing, replayed", [asdict(arm) for arm in arms])
     for line in verdicts(arms):
         typer.echo(line, err=True)
-    _answer({"arms": [asdict(arm) for arm in arms], "verdicts": verdicts(arms)}, as_json)
-
-
-def _answer(figures: dict[str, Any], as_json: bool) -> None:
-    from benchmarks.machine import machine
-
-    whole = figures | {"machine": machine()}
-    if as_json:
-        typer.echo(json.dumps(whole))
-        return
-    for name, value in whole.items():
-        if not isinstance(value, list):
-            typer.echo(f"{name:>22}  {_shown(value)}")
-
-
-def _table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*_cells(row.values()))
-    Console(stderr=True, width=140).print(table)
-
-
-def _cells(values: Iterable[object]) -> list[str]:
-    return [_shown(value) for value in values]
-
-
-def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    answer({"arms": [asdict(arm) for arm in arms], "verdicts": verdicts(arms)}, as_json)

@@ -18,7 +18,7 @@ app = typer.Typer()
 group = typer.Typer(name="demo-tools", help="What the demo is made of.", no_args_is_help=True)
 
 StoreUrl = Annotated[str | None, typer.Option("--store", help="Database URL; a fresh temporary store by default.")]
-Keep = Annotated[float, typer.Option("--keep", help="Share of the experts that the memory budget holds.")]
+Keep = Annotated[float, typer.Option("--keep", min=0, max=1, help="Share of the experts that the memory budget holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 
 
