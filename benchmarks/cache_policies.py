@@ -98,7 +98,8 @@ def belady(trace: Sequence[Request], slots: int) -> Tally:
 
 def _next_use(uses: Sequence[ExpertKey]) -> list[int]:
     """For each use the place of the next one of the same expert, or one past the end."""
-    following, ahead = [len(uses)] * len(uses), {}
+    following = [len(uses)] * len(uses)
+    ahead: dict[ExpertKey, int] = {}
     for place in range(len(uses) - 1, -1, -1):
         following[place] = ahead.get(uses[place], len(uses))
         ahead[uses[place]] = place

@@ -142,7 +142,8 @@ def plain_statistics(subject: Subject, rows: list[Any]) -> list[LayerSums]:
 def open_subject(family: str, folder: Path) -> Subject:
     """Raises UnsupportedFamily with the reason."""
     # In one group, for a model cut down to a selection has no groups of the same size; groups are tested by themselves.
-    write_tiny(family, folder, **{name: 1 for name in ("n_group", "topk_group") if name in tiny_fields(family)})
+    ungrouped: dict[str, Any] = {name: 1 for name in ("n_group", "topk_group") if name in tiny_fields(family)}
+    write_tiny(family, folder, **ungrouped)
     engine = Engine.open(EngineConfig(folder, max_context=CONTEXT))
     return Subject(folder, engine, plain_model(folder))
 

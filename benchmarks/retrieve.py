@@ -65,7 +65,7 @@ def scores_by_task(queries: F32, exemplars: F32, tasks: np.ndarray, *, cosine: b
     q, x = queries.astype(np.float64), exemplars.astype(np.float64)
     of_task = [x[tasks == task] for task in range(tasks.max() + 1)]  # [n_t, d] each
     if cosine:
-        columns = [task_scores(q @ one.T, np.linalg.norm(one.sum(0), keepdims=True)) for one in of_task]
+        columns = [task_scores(q @ one.T, np.atleast_1d(np.linalg.norm(one.sum(0)))) for one in of_task]
     else:
         columns = [(2 * q @ one.T - (one**2).sum(1)).max(axis=1) - (q**2).sum(1) for one in of_task]
     return np.stack(columns, axis=1)

@@ -67,7 +67,7 @@ def train_step(model: Qwen2MoeForCausalLM, tap: RouterTap, batch: Batch, recipe:
     loss = (losses * weights).sum() / weights.sum()
     valid = (batch.ids != 0).float()
     row, whole, z = routing_losses(tap.take(), valid)
-    (loss + recipe.row_entropy * row - recipe.batch_entropy * whole + recipe.router_z * z).backward()
+    (loss + recipe.row_entropy * row - recipe.batch_entropy * whole + recipe.router_z * z).backward()  # type: ignore[no-untyped-call]
     return {"loss": loss.item(), "response": response.item(), "row_entropy": row.item(), "batch_entropy": whole.item()}
 
 
