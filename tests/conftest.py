@@ -117,7 +117,18 @@ class Postgres:
         self._options: dict[str, Any] = {
             "cwd": self._folder, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, **as_user
         }  # fmt: skip
-        words = ["-D", self._folder / "data", "-A", "trust", "-U", "postgres", "--no-sync", "--locale=C", "-E", "UTF8"]
+        words: list[str | Path] = [
+            "-D",
+            self._folder / "data",
+            "-A",
+            "trust",
+            "-U",
+            "postgres",
+            "--no-sync",
+            "--locale=C",
+            "-E",
+            "UTF8",
+        ]
         with self._log.open("wb") as output:
             made = subprocess.run(
                 [binaries / "initdb", *words], stdout=output, stderr=output, check=False, **self._options
@@ -126,7 +137,15 @@ class Postgres:
         self.start()
 
     def start(self) -> None:
-        words = [self.binaries / "postgres", "-D", self._folder / "data", "-h", "127.0.0.1", "-p", str(self._port)]
+        words: list[str | Path] = [
+            self.binaries / "postgres",
+            "-D",
+            self._folder / "data",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(self._port),
+        ]
         words += ["-k", self._folder, *(word for setting in CARELESS for word in ("-c", setting))]
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(words, stdout=output, stderr=output, **self._options)

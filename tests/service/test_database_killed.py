@@ -78,7 +78,7 @@ def test_a_service_outlives_its_database(mortal_postgres: Any, service: httpx.Cl
     answer = service.post("/v1/query", json=QUERY)
     assert refused(answer)
     assert "could not be written to the audit" in answer.json()["error"]["message"]
-    task = {"json": {**body_of(1), "name": "pots"}, "headers": {"idempotency-key": "once"}}
+    task: Any = {"json": {**body_of(1), "name": "pots"}, "headers": {"idempotency-key": "once"}}
     assert refused(service.post("/v1/tasks", **task))
     assert wait_for(lambda: refused(service.get("/readyz")))
     assert service.get("/healthz").status_code == 200

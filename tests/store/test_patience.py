@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 import store.connection
 from store.database import open_store
@@ -92,6 +93,6 @@ def test_a_server_killed_in_the_middle_of_a_write_kept_all_or_nothing(mortal_pos
 
 
 def _insert(name: str) -> Any:
-    return store.connection.text(
+    return text(
         f"INSERT INTO tasks (name, description, created) VALUES ('{name}', '', now())"  # noqa: S608
     )
