@@ -49,14 +49,19 @@ def gather(points: Iterable[EntryPoint]) -> typer.Typer:
     return root
 
 
-def _before_any(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
-    if version:
-        from importlib.metadata import version as installed  # noqa: PLC0415
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version  # noqa: PLC0415
 
-        typer.echo(installed("moepager"))
+        typer.echo(version("moepager"))
         raise typer.Exit
+
+
+def _before_any(
+    version: bool = typer.Option(  # noqa: ARG001 - its callback answers, before a command is missed
+        False, "--version", callback=_say_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
     from service.settings import refuse_unknown_variables  # noqa: PLC0415
 
     refuse_unknown_variables(os.environ)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ def test_a_misspelt_variable_is_refused_by_every_command(monkeypatch: pytest.Mon
     assert isinstance(result.exception, InvalidInput)
     assert "Did you mean MOEPAGER_MEMORY" in str(result.exception)
     assert "cooked" not in result.stdout
+
+
+def test_the_version_is_told_without_a_command(moepager: Run) -> None:
+    done = moepager("--version")
+    assert (done.returncode, done.stdout) == (0, metadata.version("moepager") + "\n")
 
 
 def test_apps_without_a_name_add_to_the_top_and_named_ones_become_groups(monkeypatch: pytest.MonkeyPatch) -> None:
