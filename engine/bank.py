@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from math import inf
 
@@ -45,11 +46,12 @@ class Lease:
     keys: tuple[ExpertKey, ...]
     delivery: Delivery | None
     waited: float  # seconds from the wish to the lease
+    staged: Callable[[], float]  # seconds of those reads that go through a host buffer, one after the other
 
     @property
     def seconds(self) -> float:
         """How long the reads took; of a lease that was taken ahead of them, so far."""
-        return max(self.waited, 0.0 if self.delivery is None else self.delivery.transfer.seconds)
+        return max(self.waited, self.staged(), 0.0 if self.delivery is None else self.delivery.transfer.seconds)
 
     def __hash__(self) -> int:
         return id(self)
@@ -71,6 +73,7 @@ class Bank:
         self._reader = reader
         self._arriving: dict[ExpertKey, Delivery] = {}
         self._queued: dict[ExpertKey, Load] = {}  # leased ahead, to be read by us when it suits
+        self._staged: dict[ExpertKey, float] = {}  # seconds that an expert's last read through the host buffer took
         self.interrupted: Callable[[], bool] | None = None  # asked while a pass waits for experts
         self.memory = torch.zeros(slots, layout.slot_bytes, dtype=torch.uint8, device=device)  # [S, slot_bytes]
         self.views = layout.views(self.memory)
@@ -107,9 +110,13 @@ class Bank:
         loads, delivery = self._acquire(keys, ahead=ahead)
         try:
             size = sum(self._experts.span(load.key).nbytes for load in loads)
-            yield Lease(len(keys), len(loads), size, keys, delivery, time.perf_counter() - started)
+            waited = time.perf_counter() - started
+            yield Lease(len(keys), len(loads), size, keys, delivery, waited, partial(self._staged_seconds, loads))
         finally:
             self._let_go(keys)
+
+    def _staged_seconds(self, loads: Sequence[Load]) -> float:
+        return sum(self._staged.get(load.key, 0.0) for load in loads)
 
     def wait(self, lease: Lease) -> None:
         """Until the last expert of a lease that was taken ahead is there. Raises what made a read fail."""
@@ -322,7 +329,9 @@ class Bank:
             self._read_staged(loads)
             return None
         if not self._direct:
-            self._queued.update({load.key: load for load in loads})
+            for load in loads:
+                self._queued[load.key] = load
+                self._staged.pop(load.key, None)
             return None
         big = min(self._experts.expert_bytes) >= BIG
         groups = [list(group) for _, group in groupby(loads, key=lambda load: load.key if big else load.key.layer)]
@@ -379,6 +388,7 @@ class Bank:
             self.paged.count(1, report.needed)
             self.paged.bytes_read += report.read
             self.paged.seconds += report.seconds
+            self._staged[load.key] = report.seconds
 
     def _no_room(self, layer: int, missing: int) -> str:
         return (

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,22 @@ def test_bytes_that_need_a_cast_are_read_in_slices_between_the_tokens_of_others(
             order += [event.row for event in batch.step() if isinstance(event, TokenEvent)]
     assert order.index(1) >= 10  # twelve experts, one at each boundary
     assert (order.count(0), order.count(1)) == (38, 4)
+
+
+def test_a_receipt_tells_how_long_reads_took_that_need_a_cast(
+    checkpoint: Checkpoint, open_engine: Open, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(checkpoint("qwen2_moe"), dtype="bfloat16")
+    read = engine.bank._reader.read
+
+    def slow(extents: Any) -> Any:
+        return replace(read(extents), seconds=0.25)
+
+    monkeypatch.setattr(engine.bank._reader, "read", slow)
+    for seconds in (12 * 0.25, 0.0):  # twelve experts; then they are there
+        *_, done = engine.generate([ask(PROMPT, EARLY, max_tokens=2)])
+        assert isinstance(done, FinishedEvent)
+        assert done.served.swap_ms == pytest.approx(1000 * seconds, abs=100)
 
 
 def test_a_prompt_goes_through_the_first_layer_while_the_others_are_read(
