@@ -20,7 +20,8 @@ from rq.serializers import JSONSerializer
 
 from service.attempt import without_password
 from service.context import Opening
-from service.jobs import IDLE_SECONDS, Announcer, JobRunner, waiting, work
+from service.jobs import run_here, waiting, work
+from service.lookout import Lookout
 from service.workshop import Workshop, workshop_of
 from store.errors import InvalidInput, MoepagerError, StoreUnreachable
 
@@ -70,35 +71,21 @@ def announce(name: str, queue: Queue) -> None:
     queue.enqueue_call(HERE, args=(name,), job_id=name, timeout=FOREVER, result_ttl=0, failure_ttl=60)
 
 
-class Courier:
-    """A thread that announces what waits in the store. `wake` after a job was queued."""
+def courier(redis: Redis, current: Callable[[], Workshop | None]) -> Lookout:
+    """Announces what waits in the store. `wake` it after a job was queued. `current` gives None while there is no
+    workshop yet."""
 
-    def __init__(self, redis: Redis, workshop: Callable[[], Workshop | None]) -> None:
-        """`workshop` gives None while there is none yet."""
-        self._redis, self._workshop = redis, workshop
-        self._stop, self._woken = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="moepager-courier", daemon=True)
-        self._thread.start()
+    def look(_stop: threading.Event) -> bool:
+        try:
+            if (workshop := current()) is not None:
+                queue = queue_of(workshop.model, redis)
+                for job in waiting(workshop):
+                    announce(job.id, queue)
+        except (RedisError, MoepagerError) as error:  # one of them is away: the rows wait
+            log.warning("jobs can't be announced: %s", error)
+        return False
 
-    def wake(self) -> None:
-        self._woken.set()
-
-    def close(self) -> None:
-        self._stop.set()
-        self._woken.set()
-        self._thread.join()
-
-    def _loop(self) -> None:
-        while not self._stop.is_set():
-            try:
-                if (workshop := self._workshop()) is not None:
-                    queue = queue_of(workshop.model, self._redis)
-                    for job in waiting(workshop):
-                        announce(job.id, queue)
-            except (RedisError, MoepagerError) as error:  # one of them is away: the rows wait
-                log.warning("jobs can't be announced: %s", error)
-            self._woken.wait(IDLE_SECONDS)
-            self._woken.clear()
+    return Lookout("moepager-courier", look)
 
 
 class Worker(SimpleWorker):
@@ -131,7 +118,7 @@ def run_worker(workshop: Workshop, url: str) -> None:
     """Work until SIGTERM or SIGINT. Redis may come and go."""
     redis = connect(url, None)
     Worker.workshop, Worker.stop = workshop, threading.Event()
-    courier = Courier(connect(url), lambda: workshop)
+    announcing = courier(connect(url), lambda: workshop)
     try:
         while not Worker.stop.is_set():
             try:
@@ -141,11 +128,11 @@ def run_worker(workshop: Workshop, url: str) -> None:
                 log.warning("the worker waits for Redis: %s", error)
             Worker.stop.wait(RETRY_SECONDS)  # unasked it ends only where Redis is away
     finally:
-        courier.close()
+        announcing.close()
 
 
-def open_jobs(opening: Opening, redis: str | None) -> Announcer:
+def open_jobs(opening: Opening, redis: str | None) -> Lookout:
     """Who is told of queued jobs in a service: its own runner, or a courier to the workers."""
     if redis is None:
-        return JobRunner(opening)
-    return Courier(connect(redis), lambda: workshop_of(opening.current()) if opening.ready else None)
+        return run_here(opening)
+    return courier(connect(redis), lambda: workshop_of(opening.current()) if opening.ready else None)

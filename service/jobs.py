@@ -15,10 +15,11 @@ import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from service.attempt import LONGEST_DETAIL, Attempt
 from service.context import Opening
+from service.lookout import Lookout
 from service.workshop import Workshop, workshop_of
 from store.database import Store
 from store.errors import Conflict, MoepagerError, NotFound, StoreUnreachable
@@ -27,16 +28,7 @@ from store.records import GENERALIST, Exemplar, Job, JobState, StoredCorpus
 log = logging.getLogger("moepager.service")
 
 ACTIVE: tuple[JobState, ...] = ("queued", "running")
-IDLE_SECONDS = 1.0  # between two looks for a job
 STALE = timedelta(seconds=15)  # without a note: its runner is dead
-
-
-class Announcer(Protocol):
-    """Told of jobs that were queued, so that they need not be found."""
-
-    def wake(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def queue_job(store: Store, model: str, task: str, options: Mapping[str, Any], key: str | None = None) -> Job:
@@ -92,18 +84,21 @@ def _asked_before(store: Store, key: str, model: str, task: str, options: Mappin
 
 
 def refuse_active(store: Store, task: str) -> None:
-    for job in store.jobs.list():
-        if job.task == task and job.state in ACTIVE:
+    for job in store.jobs.list(ACTIVE):
+        if job.task == task:
             raise Conflict(f"Job {job.id} of task {task!r} is {job.state}. Wait for its end, or cancel it.")
 
 
 def waiting(workshop: Workshop) -> Sequence[Job]:
-    """The model's queued jobs, the oldest first, among them those whose runner is dead."""
-    jobs = [job for job in workshop.store.jobs.list() if job.model == workshop.model]
-    for job in jobs:
-        if job.state == "running" and datetime.now(UTC) - job.updated > STALE:
-            workshop.store.jobs.change(job.id, ["running"], state="queued", detail="taken up again: its runner died")
-    return [job for job in reversed(jobs) if workshop.store.jobs.get(job.id).state == "queued"]
+    """The model's queued jobs, the oldest first, among them those whose runner is dead: they are queued again."""
+    mine = [job for job in reversed(workshop.store.jobs.list(ACTIVE)) if job.model == workshop.model]
+    return [job for job in mine if job.state == "queued" or _revived(job, workshop.store)]
+
+
+def _revived(job: Job, store: Store) -> bool:
+    """Whether a running job's runner is dead, and it was put back here, not by somebody else."""
+    dead = datetime.now(UTC) - job.updated > STALE
+    return dead and store.jobs.change(job.id, ["running"], state="queued", detail="taken up again: its runner died")
 
 
 def work(job: Job, workshop: Workshop, stop: threading.Event) -> bool:
@@ -153,35 +148,19 @@ def put_exemplars(corpus: StoredCorpus, workshop: Workshop) -> None:
     workshop.store.exemplars.replace(corpus.task, made)
 
 
-class JobRunner:
-    """Runs jobs in a thread of the service. `wake` after a job was queued; `close` puts a running job back."""
+def run_here(opening: Opening) -> Lookout:
+    """Runs jobs in a thread of the service. `wake` it after a job was queued; `close` puts a running job back."""
 
-    def __init__(self, opening: Opening) -> None:
-        self._opening = opening
-        self._stop, self._woken = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="moepager-jobs", daemon=True)
-        self._thread.start()
-
-    def wake(self) -> None:
-        self._woken.set()
-
-    def close(self) -> None:
-        self._stop.set()
-        self._woken.set()
-        self._thread.join()
-
-    def _loop(self) -> None:
-        while not self._stop.is_set():
-            try:
-                worked = self._opening.ready and self._step(workshop_of(self._opening.current()))
-            except MoepagerError as error:  # the store is away: the row waits for it
-                log.warning("jobs wait: %s", error)
-                worked = False
-            if not worked:
-                self._woken.wait(IDLE_SECONDS)
-                self._woken.clear()
-
-    def _step(self, workshop: Workshop) -> bool:
+    def look(stop: threading.Event) -> bool:
         """Run the oldest job that waits; whether there was one."""
-        jobs = waiting(workshop)
-        return bool(jobs) and work(jobs[0], workshop, self._stop)
+        try:
+            if not opening.ready:
+                return False
+            workshop = workshop_of(opening.current())
+            jobs = waiting(workshop)
+            return bool(jobs) and work(jobs[0], workshop, stop)
+        except MoepagerError as error:  # the store is away: the row waits for it
+            log.warning("jobs wait: %s", error)
+            return False
+
+    return Lookout("moepager-jobs", look)

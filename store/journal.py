@@ -30,10 +30,13 @@ class Jobs:
         with self._database.read() as session:
             return _job(_require_job(session, id))
 
-    def list(self) -> Sequence[Job]:
-        """The youngest first."""
+    def list(self, states: Collection[JobState] | None = None) -> Sequence[Job]:
+        """Those in one of `states`, or all; the youngest first."""
+        query = select(JobRow).order_by(JobRow.created.desc(), JobRow.id)
+        if states is not None:
+            query = query.where(JobRow.state.in_(states))
         with self._database.read() as session:
-            rows = session.scalars(select(JobRow).order_by(JobRow.created.desc(), JobRow.id))
+            rows = session.scalars(query)
             return [_job(row) for row in rows]
 
     def update(

@@ -16,7 +16,8 @@ from service.described import ONLY_EVENTS
 from service.draining import Draining
 from service.guard import operators_only
 from service.idempotency import IdempotencyKey, scoped
-from service.jobs import ACTIVE, Announcer, queue_job
+from service.jobs import ACTIVE, queue_job
+from service.lookout import Lookout
 from service.parts import Parts
 from service.refusals import with_error_frame
 from service.schemas import JobBody
@@ -36,8 +37,8 @@ async def start_job(body: JobBody, request: Request, parts: PartsDep, key: Idemp
     gives the job of the first time."""
     model, options = parts.catalogue.model, body.options()
     job = await asyncio.to_thread(queue_job, parts.store, model, body.task, options, scoped(key, request))
-    announcer: Announcer = request.app.state.jobs
-    announcer.wake()
+    lookout: Lookout = request.app.state.jobs
+    lookout.wake()
     return job_object(job)
 
 

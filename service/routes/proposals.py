@@ -12,7 +12,8 @@ from fastapi import APIRouter, Query, Request
 from service.context import PartsDep
 from service.guard import operators_only
 from service.idempotency import IdempotencyKey, scoped
-from service.jobs import Announcer, job_named, new_job
+from service.jobs import job_named, new_job
+from service.lookout import Lookout
 from service.parts import Parts
 from service.proposals import Proposal
 from service.routes.jobs import job_object
@@ -42,8 +43,8 @@ async def accept_proposal(
     """Make it a task, and start its profiling: two thirds of its queries calibrate, one third is evidence, measured
     against the whole model's own answers."""
     job = await asyncio.to_thread(accept, proposal, body, parts, scoped(key, request))
-    announcer: Announcer = request.app.state.jobs
-    announcer.wake()
+    lookout: Lookout = request.app.state.jobs
+    lookout.wake()
     return {"task": job.task, "job": job_object(job)}
 
 

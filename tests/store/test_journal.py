@@ -58,6 +58,13 @@ def test_jobs_are_listed_the_youngest_first(store: Store) -> None:
     assert [found.id for found in store.jobs.list()] == ["j3", "j2", "j1"]
 
 
+def test_jobs_are_listed_by_their_states(store: Store) -> None:
+    for number, state in enumerate(("queued", "done", "running", "queued")):
+        store.jobs.put(job(f"j{number}", state=state, created=START + timedelta(hours=number)))
+    assert [found.id for found in store.jobs.list(("queued", "running"))] == ["j3", "j2", "j0"]
+    assert store.jobs.list(("failed",)) == []
+
+
 def test_an_id_that_is_taken_is_refused(store: Store) -> None:
     store.jobs.put(job())
     with pytest.raises(Conflict, match="j1 is in the store already"):
