@@ -203,17 +203,18 @@ def _nonsense(client: httpx.Client, rng: random.Random, question: Question, _wan
         question.body() | {"keep": 2.0},
         {"queery": question.text},
     )
-    reply = client.post("/v1/query", json=rng.choice(bodies))
-    if not _refused(reply, tally) and not 400 <= reply.status_code < 500:
-        tally.blame(f"nonsense was answered with {reply.status_code}: {reply.text[:200]}")
-    tally.note("nonsense")
+    _turned_away(client, rng.choice(bodies), "nonsense", tally)
 
 
 def _too_much(client: httpx.Client, _rng: random.Random, question: Question, _wanted: str, tally: Tally) -> None:
-    reply = client.post("/v1/query", json=question.body() | {"query": question.text * 200})
+    _turned_away(client, question.body() | {"query": question.text * 200}, "too long", tally)
+
+
+def _turned_away(client: httpx.Client, body: dict[str, Any], what: str, tally: Tally) -> None:
+    reply = client.post("/v1/query", json=body)
     if not _refused(reply, tally) and not 400 <= reply.status_code < 500:
-        tally.blame(f"a prompt longer than the context was answered with {reply.status_code}")
-    tally.note("too long")
+        tally.blame(f"a query that was {what} was answered with {reply.status_code}: {reply.text[:200]}")
+    tally.note(what)
 
 
 def _refused(reply: httpx.Response, tally: Tally) -> bool:
@@ -229,7 +230,6 @@ def _refused(reply: httpx.Response, tally: Tally) -> bool:
 @contextmanager
 def _troubled(client: httpx.Client, process: int, tally: Tally, seed: int) -> Iterator[None]:
     """Faults from outside, every second or so."""
-    stop = threading.Event()
 
     def evict() -> None:
         client.delete("/v1/residency")
@@ -242,7 +242,7 @@ def _troubled(client: httpx.Client, process: int, tally: Tally, seed: int) -> It
         time.sleep(STOPPED_SECONDS)
         os.kill(process, signal.SIGCONT)
 
-    def work() -> None:
+    def work(stop: threading.Event) -> None:
         rng = random.Random(seed)
         deeds: Sequence[tuple[str, Callable[[], None]]] = (("evicted", evict), ("reread", reload), ("stopped", halt))
         while not stop.wait(rng.uniform(0.5, 2.0)):
@@ -250,31 +250,32 @@ def _troubled(client: httpx.Client, process: int, tally: Tally, seed: int) -> It
             deed()
             tally.note(name)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
+    with _beside(work):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @contextmanager
 def _sampled(process: int, samples: list[Sample]) -> Iterator[None]:
-    stop = threading.Event()
-
-    def work() -> None:
+    def work(stop: threading.Event) -> None:
         while not stop.wait(SAMPLE_SECONDS):
             samples.append(sample(process))
 
-    thread = threading.Thread(target=work)
+    with _beside(work):
+        yield
+    samples.append(sample(process))
+
+
+@contextmanager
+def _beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """`work` in a thread for as long as the block; it ends when its event is set."""
+    stop = threading.Event()
+    thread = threading.Thread(target=work, args=(stop,))
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
-        samples.append(sample(process))
 
 
 def sample(process: int) -> Sample:
