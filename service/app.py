@@ -15,6 +15,7 @@ from service.guard import Guard, SecurityHeaders
 from service.job_queue import open_jobs
 from service.middleware import BodyLimit, RequestIds
 from service.parts import Parts
+from service.rate_limits import RateLimits
 from service.refusals import add_refusals
 from service.reloading import Reloader
 from service.routes import (
@@ -61,7 +62,8 @@ def create_app(
 ) -> FastAPI:
     """The application. Its lifespan opens the parts in the background; `on_failure` is called where that fails.
 
-    With a `redis` URL jobs are announced there for workers; without one they run here.
+    With a `redis` URL jobs are announced there for workers, and keys' requests counted there with all services on it;
+    without one both are this process's own.
     """
 
     @asynccontextmanager
@@ -70,6 +72,7 @@ def create_app(
             drain = asyncio.create_task(app.state.draining.watch(app.state.opening))
             app.state.reloader = Reloader(app.state.opening)
             app.state.jobs = open_jobs(app.state.opening, redis)
+            await app.state.limits.open()
             watch = asyncio.create_task(app.state.reloader.watch())
             try:
                 yield
@@ -78,6 +81,7 @@ def create_app(
                 drain.cancel()
                 await asyncio.to_thread(app.state.jobs.close)
                 await asyncio.wait([watch, drain])
+                await app.state.limits.close()
                 await asyncio.to_thread(flush)
 
     app = FastAPI(
@@ -88,9 +92,10 @@ def create_app(
         responses=ERRORS,
     )
     app.state.draining = draining or Draining()
+    app.state.limits = RateLimits(redis)
     add_refusals(app)
     app.add_middleware(BodyLimit)
-    app.add_middleware(Guard)
+    app.add_middleware(Guard, app.state.limits)
     app.add_middleware(Drain, app.state.draining)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)

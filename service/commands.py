@@ -71,7 +71,8 @@ def serve(
         str | None, typer.Option(help="Where OpenTelemetry spans go: an OTLP endpoint over HTTP.")
     ] = None,
     redis: Annotated[
-        str | None, typer.Option(help="Redis URL: `moepager worker`s run the jobs. Default: the service runs them.")
+        str | None,
+        typer.Option(help="Redis URL: `moepager worker`s run the jobs, rate limits are shared. Default: neither."),
     ] = None,
     reload_seconds: Annotated[float | None, typer.Option(help="Between two looks at the store. Default: 1.")] = None,
     device: Device = None,

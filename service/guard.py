@@ -1,19 +1,15 @@
-"""Who may ask, and how often: keys, their limits, and headers that keep browsers careful. Plain ASGI, before routes."""
+"""Who may ask: keys, and headers that keep browsers careful. Plain ASGI, before routes."""
 
 from __future__ import annotations
-
-import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from fastapi import Depends, Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.context import Opening
+from service.rate_limits import RateLimits
 from service.refusals import refusal
-from store.errors import Forbidden, MoepagerError, TooMany, Unauthorized
+from store.errors import Forbidden, MoepagerError, Unauthorized
 from store.records import ApiKey
 
 OPEN = frozenset({"/", "/healthz", "/health", "/readyz"})  # probes carry no key
@@ -25,7 +21,6 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
-ROUNDING = 1e-9  # of adding up parts of a token
 STRICT = "default-src 'none'; frame-ancestors 'none'"
 # Of the console: its own files and nothing else, and no script can make markup out of text.
 OWN = (
@@ -57,32 +52,32 @@ def is_console(path: str) -> bool:
 class Guard:
     """Lets a request through with its key in `scope["api_key"]` (None where the service has no keys), or refuses it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, limits: RateLimits) -> None:
         self._app = app
-        self._limits = Limits()
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN and not is_console(scope["path"]):
             send = _counted(scope, send)
             try:
-                scope["api_key"] = self._admitted(scope)
+                scope["api_key"] = await self._admitted(scope)
             except MoepagerError as error:
                 await refusal(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _admitted(self, scope: Scope) -> ApiKey | None:
+    async def _admitted(self, scope: Scope) -> ApiKey | None:
         opening: Opening = scope["app"].state.opening
-        ring = opening.current().keys  # while it loads, nobody knows whether keys are needed
-        if not len(ring):
+        parts = opening.current()  # while it loads, nobody knows whether keys are needed
+        if not len(parts.keys):
             return None
         kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not secret.strip():
             raise Unauthorized("This service needs a key: send `Authorization: Bearer KEY`. Its operator makes keys.")
-        key = ring.find(secret.strip())
+        key = parts.keys.find(secret.strip())
         if key is None:
             raise Unauthorized("Nobody knows this key. Check it, or ask the operator for a new one: it may be revoked.")
-        self._limits.take(key)
+        await self._limits.take(key, parts.metrics.counted_alone)
         return key
 
 
@@ -95,35 +90,6 @@ def _counted(scope: Scope, send: Send) -> Send:
         await send(message)
 
     return counting
-
-
-@dataclass(slots=True)
-class _Bucket:
-    tokens: float
-    filled: float
-
-
-class Limits:
-    """A bucket a key: it holds a minute's requests and fills evenly. One process's own; belongs to one thread."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._buckets: dict[str, _Bucket] = {}
-
-    def take(self, key: ApiKey) -> None:
-        """Raises TooMany where the bucket is empty."""
-        if key.per_minute is None:
-            return
-        now, rate = self._clock(), key.per_minute / 60
-        bucket = self._buckets.setdefault(key.id, _Bucket(key.per_minute, now))
-        bucket.tokens = min(float(key.per_minute), bucket.tokens + (now - bucket.filled) * rate)
-        bucket.filled = now
-        if bucket.tokens < 1 - ROUNDING:
-            seconds = math.ceil((1 - bucket.tokens) / rate - ROUNDING)
-            raise TooMany(
-                f"Key {key.name!r} may ask {key.per_minute} times a minute, and has. Try again in {seconds} s.", seconds
-            )
-        bucket.tokens -= 1
 
 
 def require_operator(request: Request) -> None:

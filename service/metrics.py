@@ -36,6 +36,9 @@ class Metrics:
         self._drifts = self._counter(
             "drift", "Alarms that a task's traffic is not what its profile was made of.", ("task",)
         )
+        self._alone = self._counter(
+            "rate_limits_alone", "Requests whose key's limit was counted by this process alone, for Redis was away."
+        )
         self._tokens = self._counter("tokens", "Tokens read and written.", ("kind",))
         self._swaps = self._counter("swaps", "Queries that had to wait for experts.", of_task)
         self._bytes = self._counter("bytes_paged", "Bytes of experts read for queries.", of_task)
@@ -79,6 +82,9 @@ class Metrics:
 
     def answered(self, status: int) -> None:
         self._responses.labels(str(status)).inc()
+
+    def counted_alone(self) -> None:
+        self._alone.inc()
 
     def ended(self, task: str | None, mode: str, outcome: str) -> None:
         self._requests.labels(task or NO_TASK, mode, outcome).inc()

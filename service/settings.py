@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     keep_unmatched: int = Field(default=0, ge=0, le=10_000)  # queries near no task that are kept for proposals; 0: none
     redact: Annotated[str, AfterValidator(_pattern)] = PRIVATE  # what of their text is left out, a regular expression
     traces: str | None = None  # an OTLP endpoint over HTTP, such as http://localhost:4318/v1/traces; None: no traces
-    redis: str | None = None  # a Redis URL: jobs go to `moepager worker`s by it; None: the service runs them itself
+    redis: str | None = None  # a Redis URL: for jobs of `moepager worker`s and shared rate limits; None: neither
     reload_seconds: float = Field(default=1.0, gt=0)  # between two looks whether tasks or keys in the store changed
     device: str = "cpu"
     dtype: str = "auto"

