@@ -74,8 +74,9 @@ async def _open(
 
 
 def current_parts(request: Request) -> Parts:
+    """As the key of the request sees them."""
     state: Opening = request.app.state.opening
-    return state.current()
+    return state.current().seen_by(request.scope.get("api_key"))
 
 
 def request_id(request: Request) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from service.keys import make_key
 from service.settings import load_settings
+from store.errors import NotFound
 
 if TYPE_CHECKING:
     from store.database import Store
@@ -26,14 +28,19 @@ def create(
     name: Annotated[str, typer.Argument(help="Whose key it is, for people.")],
     role: Annotated[str, typer.Option(help="query: ask. operator: also tasks, jobs, eviction, reload.")] = "query",
     per_minute: Annotated[int | None, typer.Option(help="Requests a minute. Default: no limit.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable: for this key there are no other tasks. Default: all, later ones too."),
+    ] = None,
     store: StoreUrl = None,
     as_json: Json = False,
 ) -> None:
     """Make a key and show it, once: the store keeps only its hash."""
-    key, secret = make_key(name, role, per_minute)
+    key, secret = make_key(name, role, per_minute, task or ())
     with _opened(store) as opened:
+        _refuse_unknown(task or (), opened)
         opened.keys.put(key)
-    typer.echo(f"Key {key.id} for {key.name!r}, role {key.role}. It is not shown again:\n{secret}")
+    typer.echo(f"Key {key.id} for {key.name!r}, role {key.role}, {_tasks(key)}. It is not shown again:\n{secret}")
     if as_json:
         typer.echo(json.dumps({**_shown(key), "key": secret}))
 
@@ -45,7 +52,7 @@ def list_keys(store: StoreUrl = None, as_json: Json = False) -> None:
         keys = opened.keys.list()
     for key in keys:
         limit = f"{key.per_minute} a minute" if key.per_minute else "no limit"
-        typer.echo(f"{key.id}  {key.role:<8}  {limit:<14}  {key.created:%Y-%m-%d %H:%M}  {key.name}")
+        typer.echo(f"{key.id}  {key.role:<8}  {limit:<14}  {key.created:%Y-%m-%d %H:%M}  {key.name}, {_tasks(key)}")
     if not keys:
         typer.echo("No keys: whoever reaches the service may use all of it.")
     if as_json:
@@ -61,6 +68,20 @@ def revoke(
         opened.keys.delete(key)
         left = len(opened.keys.list())
     typer.echo(f"Key {key} is revoked; {left} are left." + ("" if left else " The service now asks for no key."))
+
+
+def _refuse_unknown(tasks: Sequence[str], store: Store) -> None:
+    known = sorted(each.name for each in store.tasks.list())
+    for task in tasks:
+        if task not in known:
+            raise NotFound(
+                f"No task {task!r} is in the store, so the key could not use it. It has: {', '.join(known) or 'none'}. "
+                "Check the name, or create the task first."
+            )
+
+
+def _tasks(key: ApiKey) -> str:
+    return "all tasks" if key.tasks is None else f"only {', '.join(key.tasks)}"
 
 
 def _opened(url: str | None) -> Store:

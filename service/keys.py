@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 
 from store.errors import InvalidInput
@@ -20,17 +20,24 @@ NOBODY = "0" * 64  # compared with where no stored key has the id, so that both 
 ROLES: dict[str, Role] = {"query": "query", "operator": "operator"}
 
 
-def make_key(name: str, role: str, per_minute: int | None) -> tuple[ApiKey, str]:
-    """What is stored, and the key itself, which is shown once."""
+def make_key(name: str, role: str, per_minute: int | None, tasks: Collection[str] = ()) -> tuple[ApiKey, str]:
+    """What is stored, and the key itself, which is shown once. With `tasks` there are no others for it."""
     if role not in ROLES:
         raise InvalidInput(f"A key's role is query or operator, got {role!r}.", param="role")
     if not name.strip() or not name.isprintable():
         raise InvalidInput(f"A key's name is printable text that says whose it is, got {name!r}.", param="name")
     if per_minute is not None and per_minute < 1:
         raise InvalidInput(f"A key's limit is at least 1 request a minute, got {per_minute}.", param="per_minute")
+    if tasks and role == "operator":
+        raise InvalidInput(
+            "An operator runs the whole service: jobs, eviction, proposals out of everybody's queries. Only a key of "
+            "role query can be limited to tasks.",
+            param="task",
+        )
     identity = secrets.token_hex(6)
     secret = f"mp-{identity}-{secrets.token_urlsafe(32)}"
-    return ApiKey(identity, name.strip(), ROLES[role], digest_of(secret), per_minute, datetime.now(UTC)), secret
+    named, made = tuple(sorted(set(tasks))) or None, datetime.now(UTC)
+    return ApiKey(identity, name.strip(), ROLES[role], digest_of(secret), per_minute, made, named), secret
 
 
 def digest_of(secret: str) -> str:

@@ -24,7 +24,7 @@ from service.sessions import Sessions
 from service.settings import Settings
 from store.database import Store, open_store
 from store.errors import MismatchError
-from store.records import GENERALIST
+from store.records import GENERALIST, ApiKey
 from store.vectors import VectorIndex
 
 log = logging.getLogger("moepager.service")
@@ -48,7 +48,20 @@ class Parts:
     discovery: Discovery
     changes: int  # the store's count of changes when retriever and catalogue were read
     started: int  # seconds since 1970
+    tasks: frozenset[str] | None = None  # all that there is for who asks; None: every task
     streams: WeakSet[TokenStream] = field(default_factory=WeakSet)  # of answers under way, and of some that have ended
+
+    _views: dict[frozenset[str], Parts] = field(init=False, default_factory=dict, repr=False, compare=False)
+
+    def seen_by(self, key: ApiKey | None) -> Parts:
+        """The same, for a key that is limited to some tasks as if there were no others."""
+        if key is None or key.tasks is None:
+            return self
+        tasks = frozenset(key.tasks)
+        if tasks not in self._views:  # made twice where two ask at once, which harms nothing
+            retriever = self.retriever.only(tasks, self.settings.threshold)
+            self._views[tasks] = replace(self, catalogue=self.catalogue.only(tasks), retriever=retriever, tasks=tasks)
+        return self._views[tasks]
 
     @property
     def folder(self) -> Path:

@@ -9,7 +9,7 @@ n queries, m exemplars of one task, t tasks, d dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,17 @@ class Retriever:
         ]  # t of [m, d]
         self._sums = [vectors.sum(axis=0, dtype=np.float64) for vectors in self._vectors]  # t of [d]
         self._neighbours = NEIGHBOURS + len(index) - len(exemplars)
+
+    def only(self, tasks: Container[str], threshold: float | None = None) -> Retriever:
+        """As if there were no other tasks: without a `threshold`, theirs alone calibrate it."""
+        kept = [
+            Exemplar(task, "", vector, self.embedder.id)
+            for task, vectors in zip(self._tasks, self._vectors, strict=True)
+            if task in tasks
+            for vector in vectors
+        ]
+        threshold = calibrate_threshold(kept).threshold if threshold is None else threshold
+        return Retriever(self.embedder, self.index, threshold, kept)
 
     def decide(self, query: str) -> Retrieval:
         if not query.strip():

@@ -7,7 +7,7 @@ only with a bound that rests on enough items of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,11 @@ class Catalogue:
             elif having := [other.name for other in others if store.profiles.latest(other.fingerprint, task.name)]:
                 elsewhere[task.name] = having[0]
         return cls(model, tasks, elsewhere)
+
+    def only(self, tasks: Container[str]) -> Catalogue:
+        """As if there were no other tasks."""
+        there = {name: task for name, task in self.tasks.items() if name in tasks}
+        return Catalogue(self.model, there, {name: other for name, other in self.elsewhere.items() if name in tasks})
 
     def named(self, task: str) -> ProfiledTask:
         if task in self.elsewhere:
@@ -162,9 +167,9 @@ def choose_serving(wish: Wish, retrieval: Retrieval, catalogue: Catalogue, polic
         return _exact(wish, retrieval)
     if task is not None:
         return _mask(task, wish, retrieval, policy)
-    if policy.unknown_task == "generalist" or (wish.mode == "mask" and GENERALIST in catalogue.tasks):
+    if GENERALIST in catalogue.tasks and (policy.unknown_task == "generalist" or wish.mode == "mask"):
         return _mask(catalogue.named(GENERALIST), wish, retrieval, policy)
-    if policy.unknown_task == "refuse" or wish.mode == "mask":
+    if policy.unknown_task != "exact" or wish.mode == "mask":  # a key that is limited to tasks may have no generalist
         raise InvalidInput(_no_task(retrieval), param="task", code="no_matching_task")
     return _exact(wish, retrieval)
 

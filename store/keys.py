@@ -42,4 +42,5 @@ class Keys:
 
 def _key(row: KeyRow) -> ApiKey:
     role = cast("Role", row.role)  # a check constraint holds it to these words
-    return ApiKey(row.id, row.name, role, row.digest, row.per_minute, row.created)
+    tasks = None if row.tasks is None else tuple(row.tasks)
+    return ApiKey(row.id, row.name, role, row.digest, row.per_minute, row.created, tasks)

@@ -216,7 +216,10 @@ Role = Literal["query", "operator"]
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """Who may ask. `digest` is the sha256 of the key, in hex; `per_minute` limits its requests, None does not."""
+    """Who may ask. `digest` is the sha256 of the key, in hex; `per_minute` limits its requests, None does not.
+
+    `tasks`, in order, are all that there is for it; None: every task.
+    """
 
     id: str
     name: str
@@ -224,6 +227,7 @@ class ApiKey:
     digest: str
     per_minute: int | None
     created: datetime
+    tasks: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

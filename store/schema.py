@@ -203,7 +203,8 @@ class ChangesRow(Row):
 
 
 class KeyRow(Row):
-    """`digest` is the sha256 of the key, which is never stored; `per_minute` is empty where nothing limits it."""
+    """`digest` is the sha256 of the key, which is never stored; `per_minute` is empty where nothing limits it, `tasks`
+    where it may use all."""
 
     __tablename__ = "keys"
     __table_args__ = (CheckConstraint("role IN ('query', 'operator')", name="role_is_known"),)
@@ -214,6 +215,7 @@ class KeyRow(Row):
     digest: Mapped[str]
     per_minute: Mapped[int | None]
     created: Mapped[datetime]
+    tasks: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class CorpusRow(Row):

@@ -85,6 +85,7 @@ async function begin() {
   setText(document.getElementById("model"), session.model);
   const { key } = session;
   setText(document.getElementById("key"), key ? `Key: ${key.name} (${key.role})` : "Key: none needed");
+  document.getElementById("key").title = key?.tasks ? `Only for ${key.tasks.join(", ")}` : "";
   return true;
 }
 

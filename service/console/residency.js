@@ -105,10 +105,11 @@ export class Residency {
       ["Leased now", count(found.leased)],
       ["Expert bytes", bytes(found.resident * found.slot_bytes)],
       ["Budget", found.budget === null ? "no limit" : bytes(found.budget)],
-      ["Paged in so far", `${count(found.experts_paged)} experts`],
-      ["Read so far", bytes(found.bytes_read)],
-      ["Time in reads", `${found.paging_seconds.toFixed(2)} s`],
     ];
+    if (found.bytes_read !== null) {  // the service's whole work is not told to a key that is limited to tasks
+      rows.push(["Paged in so far", `${count(found.experts_paged)} experts`], ["Read so far", bytes(found.bytes_read)],
+        ["Time in reads", `${found.paging_seconds.toFixed(2)} s`]);
+    }
     if (this.figures.childElementCount !== rows.length) {
       replace(this.figures, rows.map(([name]) => h("div", {}, h("dt", {}, name), h("dd", {}))));
     }

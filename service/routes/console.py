@@ -69,7 +69,7 @@ async def session(request: Request, parts: PartsDep) -> dict[str, Any]:
     key: ApiKey | None = request.scope.get("api_key")
     return {
         "model": parts.model_id,
-        "key": None if key is None else {"name": key.name, "role": key.role},
+        "key": None if key is None else {"name": key.name, "role": key.role, "tasks": key.tasks},
         "operator": key is None or key.role == "operator",
         "max_context": parts.max_context,
         "answer_tokens": parts.settings.answer_tokens,

@@ -35,7 +35,7 @@ async def list_tasks(parts: PartsDep) -> dict[str, Any]:
         "without_profile": [
             {"task": task.name, "description": task.description, "has_text": task.name in texts}
             for task in sorted(stored, key=lambda task: task.name)
-            if task.name not in parts.catalogue.tasks
+            if task.name not in parts.catalogue.tasks and (parts.tasks is None or task.name in parts.tasks)
         ],
     }
 

@@ -105,7 +105,7 @@ def test_a_session_says_whose_key_it_is(client: TestClient, locked: TestClient, 
     assert (open_to_all["model"], open_to_all["key"], open_to_all["operator"]) == ("tiny", None, True)
     for role, may in (("query", False), ("operator", True)):
         found = locked.get("/v1/session", headers={"authorization": f"Bearer {secrets[role]}"}).json()
-        assert found["key"] == {"name": f"{role} key", "role": role}
+        assert found["key"] == {"name": f"{role} key", "role": role, "tasks": None}
         assert found["operator"] is may
 
 

@@ -132,7 +132,7 @@ OWN = task(candidate("reap", 0.5))
         (Wish(mode="mask"), FAR, "exact", [OWN, GENERAL], ("mask", GENERALIST)),
         (Wish(mode="mask"), FAR, "exact", [OWN], InvalidInput),
         (Wish(), FAR, "refuse", [OWN, GENERAL], InvalidInput),
-        (Wish(), FAR, "generalist", [OWN], NotFound),
+        (Wish(), FAR, "generalist", [OWN], InvalidInput),
         (Wish(), decide((), 0.5), "refuse", [], InvalidInput),
         (Wish(), decide((), 0.5), "exact", [], ("exact", None)),
         (Wish(keep=0.5), FAR, "exact", [OWN], InvalidInput),

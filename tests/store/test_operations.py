@@ -40,7 +40,10 @@ def test_a_change_that_fails_is_not_counted(database_url: str) -> None:
 
 
 def test_keys_come_back_as_they_were_put_and_go_once(database_url: str) -> None:
-    keys = [ApiKey("a", "x", "operator", "1" * 64, None, NOW), ApiKey("b", "x", "query", "2" * 64, 60, NOW)]
+    keys = [
+        ApiKey("a", "x", "operator", "1" * 64, None, NOW),
+        ApiKey("b", "x", "query", "2" * 64, 60, NOW, ("code", "sql")),
+    ]
     with open_store(database_url) as store:
         for key in keys:
             store.keys.put(key)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import store.upgrade
 from store.connection import Database
 from store.database import open_store
 from store.errors import InvalidInput, MismatchError
-from store.records import TaskRecord
+from store.records import ApiKey, TaskRecord
 from store.revision import HEAD, VERSION_TABLE, current_revision
 from store.schema import Row
 from store.upgrade import config, upgrade, write_migration
@@ -156,6 +157,16 @@ def test_going_down_and_up_again_ends_where_it_began(database_url: str, database
     with database.write() as session:
         upgrade(session.connection(), "again")
     assert tables(database) == before
+
+
+def test_keys_of_an_older_store_may_use_every_task(database_url: str, database: Database) -> None:
+    key = ApiKey("a", "x", "query", "1" * 64, None, datetime(2026, 1, 2, tzinfo=UTC))
+    with open_store(database_url) as opened:
+        opened.keys.put(key)
+    with database.write() as session:
+        command.downgrade(config(session.connection()), "0007")
+    with open_store(database_url) as opened:
+        assert opened.keys.list() == [key]
 
 
 def test_a_store_of_a_newer_moepager_is_refused_and_left_alone(
