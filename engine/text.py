@@ -19,6 +19,7 @@ from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
 from engine.constraints import Words
+from engine.thought_form import ThoughtForm, thought_form_of
 from engine.tool_form import ToolForm, form_of
 from store.errors import CheckpointError, InvalidInput
 
@@ -75,12 +76,15 @@ class Tokenizer:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     @cached_property
+    def _template_sources(self) -> tuple[str, ...]:
+        template = getattr(self._tokenizer, "chat_template", None)
+        return tuple(template.values()) if isinstance(template, dict) else (template or "",)
+
+    @cached_property
     def template_variables(self) -> frozenset[str]:
         """What the chat template reads."""
-        template = self._tokenizer.chat_template
-        sources = template.values() if isinstance(template, dict) else [template or ""]
         parse = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse
-        plain = (GENERATION.sub("", source) for source in sources)  # a tag of transformers' own
+        plain = (GENERATION.sub("", source) for source in self._template_sources)  # a tag of transformers' own
         return frozenset[str]().union(*(find_undeclared_variables(parse(source)) for source in plain))
 
     @cached_property
@@ -94,9 +98,18 @@ class Tokenizer:
             form = form_of(self._rendered)
         except InvalidInput:
             return None
-        marks = form.begin + form.middle + form.end if form else ""
+        return form if form is not None and self._is_text(form.begin + form.middle + form.end) else None
+
+    @cached_property
+    def thought_form(self) -> ThoughtForm | None:
+        """How the chat template marks thoughts; None where it knows none or marks them by special tokens."""
+        form = thought_form_of(self._template_sources)
+        return form if form is not None and self._is_text(form.begin + form.end) else None
+
+    def _is_text(self, marks: str) -> bool:
+        """Whether they come out of `decode`, which leaves special tokens out."""
         special = frozenset(self._tokenizer.all_special_ids)
-        return None if special & set(self._tokenizer.encode(marks, add_special_tokens=False)) else form
+        return special.isdisjoint(self._tokenizer.encode(marks, add_special_tokens=False))
 
     def _rendered(
         self,

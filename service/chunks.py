@@ -7,13 +7,13 @@ from typing import Any
 
 from engine.requests import Event, FinishedEvent, Score, TokenEvent
 from engine.text import Tokenizer
-from engine.tool_form import ToolForm
+from service.answer_reader import AnswerReader, Forms, Thought
 from service.bodies import StreamOptions
 from service.replies import Reply, delta_choice, prompt_tokens, text_choice, token_usage, usage
 from service.running import Running, merged
 from service.scores import chat_scores, completion_scores
 from service.sse import DONE, data_frame
-from service.tools import Arguments, Begun, CallReader, Piece, call_object
+from service.tools import Arguments, Begun, Piece, call_object
 
 Choices = Callable[[Event], list[dict[str, Any]]]  # of one event of one answer; none: nothing to show yet
 
@@ -54,10 +54,10 @@ def _running_usage(running: Sequence[Running], counts: Sequence[int]) -> dict[st
 class ChatChoices:
     """The chunks of one answer. The role comes with the first text, or with the end of an answer that has none."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, form: ToolForm | None = None, named: bool = False) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, forms: Forms, named: bool = False) -> None:
         self._index = index
         self._tokenizer = tokenizer
-        self._reader = None if form is None else CallReader(form)
+        self._reader = AnswerReader(forms)
         self._named = named
         self._opened = False
         self._scores: list[Score] = []  # of tokens whose text is still to come
@@ -66,17 +66,12 @@ class ChatChoices:
         if isinstance(event, TokenEvent):
             if event.score is not None:
                 self._scores.append(event.score)
-            return [self._choice(delta) for delta in self._deltas(self._read(event.text))]
-        rest = self._deltas([] if self._reader is None else self._reader.flush())
+            return [self._choice(delta) for delta in self._deltas(self._reader.push(event.text))]
+        rest = self._deltas(self._reader.flush())
         last: dict[str, Any] = {} if self._opened else {"role": "assistant", "content": ""}
         return [*(self._choice(delta) for delta in rest), self._choice(last, self._reason(event))]
 
-    def _read(self, text: str) -> list[Piece]:
-        if self._reader is not None:
-            return self._reader.push(text)
-        return [text] if text else []
-
-    def _deltas(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    def _deltas(self, pieces: Sequence[Thought | Piece]) -> list[dict[str, Any]]:
         deltas = []
         for piece in pieces:
             delta = {} if self._opened else {"role": "assistant"}
@@ -90,7 +85,7 @@ class ChatChoices:
         return delta_choice(self._index, delta, reason, logprobs)
 
     def _reason(self, finished: FinishedEvent) -> str:
-        return finish_reason(finished, 0 if self._reader is None else self._reader.calls, self._named)
+        return finish_reason(finished, self._reader.calls, self._named)
 
 
 def finish_reason(finished: FinishedEvent, calls: int, named: bool) -> str:
@@ -98,7 +93,9 @@ def finish_reason(finished: FinishedEvent, calls: int, named: bool) -> str:
     return "tool_calls" if calls and finished.reason == "stop" and not named else finished.reason
 
 
-def _delta(piece: Piece) -> dict[str, Any]:
+def _delta(piece: Thought | Piece) -> dict[str, Any]:
+    if isinstance(piece, Thought):
+        return {"reasoning_content": piece.text}
     if isinstance(piece, Begun):
         return {"tool_calls": [{"index": piece.index, **call_object(piece)}]}
     if isinstance(piece, Arguments):

@@ -64,8 +64,11 @@ def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, card: Model
 
 
 def _turn(message: Message) -> dict[str, Any]:
-    """OpenAI's `developer` is the `system` of the templates."""
-    return {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+    """OpenAI's `developer` is the `system` of the templates. What an assistant thought goes along, where its template
+    shows it again."""
+    turn = {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+    thought = (message.model_extra or {}).get("reasoning_content")
+    return {**turn, "reasoning_content": thought} if message.role == "assistant" and isinstance(thought, str) else turn
 
 
 def _turn_with_calls(message: Message) -> dict[str, Any]:

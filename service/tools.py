@@ -190,22 +190,5 @@ class CallReader:
         return []
 
 
-def message_of(text: str, form: ToolForm | None) -> dict[str, Any]:
-    """The assistant's message of a whole answer. Without tools it is the text; with calls, text may be none."""
-    if form is None:
-        return {"role": "assistant", "content": text}
-    reader = CallReader(form)
-    said, calls = "", dict[int, dict[str, Any]]()
-    for piece in [*reader.push(text), *reader.flush()]:
-        if isinstance(piece, Begun):
-            calls[piece.index] = call_object(piece)
-        elif isinstance(piece, Arguments):
-            calls[piece.index]["function"]["arguments"] += piece.text
-        else:
-            said += piece
-    message: dict[str, Any] = {"role": "assistant", "content": said if said or not calls else None}
-    return {**message, "tool_calls": list(calls.values())} if calls else message
-
-
 def call_object(begun: Begun) -> dict[str, Any]:
     return {"id": begun.id, "type": "function", "function": {"name": begun.name, "arguments": ""}}

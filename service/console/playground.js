@@ -182,10 +182,12 @@ class Turn {
     this.rate = 0;
     this.first = null;
     this.reason = null;
+    this.thought = h("p", { class: "thinks" });
+    this.thinking = h("details", { class: "thought", hidden: true }, h("summary", {}, "Thought"), this.thought);
     this.answer = h("p", { class: "answer", "aria-busy": "true" });
     this.tags = h("div", { class: "tags" });
     this.more = h("div", { class: "more" });
-    this.element = h("article", { class: "turn card", "aria-label": "Question and answer" }, h("p", { class: "asked" }, question), this.answer, this.tags, this.more);
+    this.element = h("article", { class: "turn card", "aria-label": "Question and answer" }, h("p", { class: "asked" }, question), this.thinking, this.answer, this.tags, this.more);
   }
 
   take(chunk) {
@@ -196,6 +198,10 @@ class Turn {
       else this.rate = (1000 * (this.tokens - this.first.tokens)) / Math.max(now - this.first.at, 1);
     }
     for (const choice of chunk.choices) {
+      if (choice.delta?.reasoning_content) {
+        this.thinking.hidden = false;
+        this.thought.append(choice.delta.reasoning_content);
+      }
       if (choice.delta?.content) {
         this.text += choice.delta.content;
         this.answer.append(choice.delta.content);

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from engine.requests import FinishedEvent
-from engine.tool_form import ToolForm
 from service.answer import Prepared, Question, spread
+from service.answer_reader import Forms, message_of
 from service.bodies import ChatBody
 from service.callers import Caller, CallerDep, chat_caller, text_to_retrieve
 from service.chunks import ChatChoices, finish_reason, stream_frames
@@ -30,17 +30,17 @@ from service.sampling import Asked, sampling_for
 from service.scores import chat_scores
 from service.serving import Wish
 from service.sse import EventStream, data_frame
-from service.tools import form_for, message_of, with_tools
+from service.tools import form_for, with_tools
 
 router = APIRouter(tags=["openai"])
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """`form` is how the model writes calls of tools, None where it was offered none."""
+    """`forms` are how the model writes what is no plain text."""
 
     rows: list[Prepared]
-    form: ToolForm | None
+    forms: Forms
 
 
 @router.post("/v1/chat/completions")
@@ -50,12 +50,12 @@ async def chat(body: ChatBody, request: Request, name: RequestId, caller: Caller
     reply = Reply.to_chat(body.model, parts)
     if body.stream:
         named, tokenizer = isinstance(body.tool_choice, NamedTool), parts.engine.tokenizer
-        choices = [ChatChoices(index, tokenizer, asked.form, named) for index in range(len(running))]
+        choices = [ChatChoices(index, tokenizer, asked.forms, named) for index in range(len(running))]
         frames = stream_frames(reply, running, body.stream_options, choices)
         guarded = with_error_frame(name, frames, data_frame)
         return EventStream(guarded, expert_headers(asked.rows), partial(cancel_all, running))
     finished = await finish_all(request, running)
-    choices_of = [choice(index, event, body, asked.form, parts) for index, event in enumerate(finished)]
+    choices_of = [choice(index, event, body, asked.forms, parts) for index, event in enumerate(finished)]
     answer = reply.body(choices_of, usage=usage(running, finished))
     return JSONResponse(answer, headers=expert_headers(asked.rows, finished))
 
@@ -72,11 +72,13 @@ def prepare_chat(body: ChatBody, name: str, parts: Parts, caller: Caller) -> Con
     question = Question(
         name, "messages", text, prompt, wish, sampling, tuple(sorted((*ignored, *unread))), caller, not body.stream
     )
-    return Conversation(spread([question], body.choices, parts), form)
+    free = wanted is None or (form is not None and not wanted.is_json)  # what a grammar rules has no thought
+    forms = Forms.after(prompt, tokenizer, form) if free else Forms(form)
+    return Conversation(spread([question], body.choices, parts), forms)
 
 
-def choice(index: int, finished: FinishedEvent, body: ChatBody, form: ToolForm | None, parts: Parts) -> dict[str, Any]:
-    message = message_of(finished.text, form)
+def choice(index: int, finished: FinishedEvent, body: ChatBody, forms: Forms, parts: Parts) -> dict[str, Any]:
+    message = message_of(finished.text, forms)
     reason = finish_reason(finished, len(message.get("tool_calls", ())), isinstance(body.tool_choice, NamedTool))
     logprobs = chat_scores(finished.scores, parts.engine.tokenizer) if body.logprobs else None
     return message_choice(index, message, reason, logprobs)

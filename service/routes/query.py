@@ -11,7 +11,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from engine.requests import FinishedEvent
+from engine.text import Tokenizer
 from service.answer import Prepared, Question, prepare
+from service.answer_reader import AnswerReader, Forms, Thought, message_of
 from service.callers import Caller, CallerDep
 from service.context import PartsDep, RequestId
 from service.described import EVENTS
@@ -32,10 +34,11 @@ async def query(body: QueryBody, request: Request, name: RequestId, caller: Call
     prepared = await asyncio.to_thread(prepare_query, body, name, parts, caller.saying(body))
     running = submit([prepared], parts)
     if body.stream:
-        frames = with_error_frame(name, query_frames(running[0]), partial(named_frame, "error"))
+        frames = with_error_frame(name, query_frames(running[0], parts.engine.tokenizer), partial(named_frame, "error"))
         return EventStream(frames, expert_headers([prepared]), partial(cancel_all, running))
     finished = await finish_all(request, running)
-    return JSONResponse(query_answer(running[0], finished[0]), headers=expert_headers([prepared], finished))
+    answer = query_answer(running[0], finished[0], parts.engine.tokenizer)
+    return JSONResponse(answer, headers=expert_headers([prepared], finished))
 
 
 def prepare_query(body: QueryBody, name: str, parts: Parts, caller: Caller) -> Prepared:
@@ -45,16 +48,24 @@ def prepare_query(body: QueryBody, name: str, parts: Parts, caller: Caller) -> P
     return prepare(question, parts)
 
 
-async def query_frames(running: Running) -> AsyncIterator[bytes]:
-    """`task`, then each `token`, then `done` with what the plain answer would have been."""
+async def query_frames(running: Running, tokenizer: Tokenizer) -> AsyncIterator[bytes]:
+    """`task`, then each `token`, of the thought or of the answer, then `done` with what the plain answer would have
+    been."""
+    reader = AnswerReader(forms_of(running, tokenizer))
     yield named_frame("task", query_task(running))
     async for found in merged([running]):
         if isinstance(found, bytes):
             yield found
-        elif isinstance(found[1], FinishedEvent):
-            yield named_frame("done", query_answer(running, found[1]))
-        elif found[1].text:
-            yield named_frame("token", {"text": found[1].text})
+            continue
+        event = found[1]
+        for piece in reader.flush() if isinstance(event, FinishedEvent) else reader.push(event.text):
+            yield named_frame("token", {"reasoning": piece.text} if isinstance(piece, Thought) else {"text": piece})
+        if isinstance(event, FinishedEvent):
+            yield named_frame("done", query_answer(running, event, tokenizer))
+
+
+def forms_of(running: Running, tokenizer: Tokenizer) -> Forms:
+    return Forms.after(running.prepared.question.prompt, tokenizer)
 
 
 def query_task(running: Running) -> dict[str, Any]:
@@ -72,12 +83,16 @@ def query_task(running: Running) -> dict[str, Any]:
     }
 
 
-def query_answer(running: Running, finished: FinishedEvent) -> dict[str, Any]:
+def query_answer(running: Running, finished: FinishedEvent, tokenizer: Tokenizer) -> dict[str, Any]:
+    """With `reasoning` where the model thought before it answered."""
     receipt = running.receipt(finished)
+    said = message_of(finished.text, forms_of(running, tokenizer))
+    thought = {"reasoning": said["reasoning_content"]} if "reasoning_content" in said else {}
     return {
         "id": running.prepared.question.id,
         "task": receipt.task,
-        "answer": finished.text,
+        "answer": said["content"],
+        **thought,
         "finish_reason": finished.reason,
         "receipt": receipt.json(),
     }

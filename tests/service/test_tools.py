@@ -19,10 +19,11 @@ from pydantic import BaseModel, SecretStr
 from engine.text import Tokenizer
 from engine.tiny import write_tiny
 from engine.tool_form import GENERIC, ToolForm
+from service.answer_reader import Forms, message_of
 from service.app import create_app
 from service.parts import open_parts
 from service.settings import Settings
-from service.tools import Arguments, Begun, CallReader, message_of
+from service.tools import Arguments, Begun, CallReader
 
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "how long do I boil an egg"}]
@@ -226,12 +227,12 @@ def test_calls_are_read_the_same_however_the_text_is_cut(form: ToolForm, seed: i
     for place, (_, arguments) in enumerate(wanted):
         written = "".join(p.text for p in pieces if isinstance(p, Arguments) and p.index == place)
         assert json.loads(written) == arguments
-    message = message_of(text, form)
+    message = message_of(text, Forms(form))
     found = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message.get("tool_calls", [])]
     assert found == wanted
 
 
 def test_an_unfinished_call_shows_what_there_is() -> None:
-    message = message_of('<tool_call>\n{"name": "f", "arguments": {"a": 1', GENERIC)
+    message = message_of('<tool_call>\n{"name": "f", "arguments": {"a": 1', Forms(GENERIC))
     assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": 1'}
-    assert message_of("<tool_", GENERIC) == {"role": "assistant", "content": "<tool_"}
+    assert message_of("<tool_", Forms(GENERIC)) == {"role": "assistant", "content": "<tool_"}
