@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -61,7 +62,14 @@ def _before_any(
     version: bool = typer.Option(  # noqa: ARG001 - its callback answers, before a command is missed
         False, "--version", callback=_say_version, is_eager=True, help="Print the version and exit."
     ),
+    settings: Path | None = typer.Option(  # noqa: B008 - typer's way
+        None,
+        help="A file of MOEPAGER_* settings. Variables win over it, options over both. Default: MOEPAGER_SETTINGS.",
+    ),
 ) -> None:
-    from service.settings import refuse_unknown_variables  # noqa: PLC0415
+    from service.settings import FILE, apply_file, refuse_unknown_variables  # noqa: PLC0415
 
     refuse_unknown_variables(os.environ)
+    file = settings or (Path(os.environ[FILE]) if os.environ.get(FILE) else None)
+    if file is not None:
+        apply_file(file, os.environ)

@@ -1,18 +1,20 @@
-"""Settings of a service, from MOEPAGER_* variables and the command line. `store.home` alone reads MOEPAGER_HOME.
+"""Settings of a service: a file, MOEPAGER_* variables and the command line. `store.home` alone reads MOEPAGER_HOME.
 
-A command-line option wins over its variable. A variable that names no setting is refused: a setting that silently
-does nothing is worse than none.
+An option of the command line wins over its variable, and that over the file. A name that is no setting's is refused
+wherever it stands: a setting that silently does nothing is worse than none.
 """
 
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from dotenv.parser import parse_stream
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -23,6 +25,7 @@ from store.sizes import parse_bytes
 
 PREFIX = "MOEPAGER_"
 HOME = "MOEPAGER_HOME"  # read by store.home
+FILE = "MOEPAGER_SETTINGS"  # names the settings' file
 
 UnknownTask = Literal["exact", "generalist", "refuse"]
 ServedMode = Literal["mask", "auto"]
@@ -88,11 +91,46 @@ class Settings(BaseSettings):
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     """Refuse the first MOEPAGER_* variable that names no setting, with the nearest right name."""
-    known = [HOME, *(PREFIX + name.upper() for name in Settings.model_fields)]
+    known = [FILE, *known_names()]
     for name in sorted(environment):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
-            raise InvalidInput(f"No setting is named {name}. Did you mean {near[0]}? All of them: {', '.join(known)}.")
+            raise InvalidInput(_unknown(name, known))
+
+
+def known_names() -> list[str]:
+    return [HOME, *(PREFIX + name.upper() for name in Settings.model_fields)]
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
+    return f"No setting is named {name}. Did you mean {near[0]}? All of them: {', '.join(known)}."
+
+
+def apply_file(file: Path, environment: MutableMapping[str, str]) -> None:
+    """Set the variables that the file has and the environment has not. Lines are `MOEPAGER_NAME=value`, as systemd and
+    Docker read them; an empty value is the default. Refuses what it can't read, and names that are no setting's."""
+    try:
+        lines = list(parse_stream(io.StringIO(file.read_text(encoding="utf-8"))))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"The settings' file {file} can't be read: {error}.", param="settings") from error
+    found: dict[str, str] = {}
+    for line in lines:
+        if line.key is None and not line.error:
+            continue
+        written = line.original.string  # with the empty lines before it
+        where = f"{file}, line {line.original.line + written[: -len(written.lstrip())].count(chr(10))}"
+        if line.error or line.key is None or line.value is None:
+            wanted = "Write MOEPAGER_NAME=value, quoted where it has blanks at an end, or a comment after #."
+            raise InvalidInput(f"{where}: {written.strip()!r} sets nothing. {wanted}", param="settings")
+        name = line.key.upper()
+        if name not in known_names():
+            raise InvalidInput(f"{where}: {_unknown(line.key, known_names())}", param="settings")
+        if name in found:
+            raise InvalidInput(f"{where}: {name} is set a second time. Leave one of them.", param="settings")
+        found[name] = line.value
+    for name, value in found.items():
+        if value and not environment.get(name):
+            environment[name] = value
 
 
 def load_settings(**options: Any) -> Settings:

@@ -1,14 +1,18 @@
-"""Settings from variables and options. Pure: no service is opened."""
+"""Settings from a file, variables and options. No service is opened."""
 
 from __future__ import annotations
 
 import inspect
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import service.commands
-from service.settings import PREFIX, Settings, load_settings
+from service.settings import PREFIX, Settings, apply_file, load_settings
 from store.errors import InvalidInput
 
 
@@ -91,3 +95,66 @@ def test_the_example_of_an_environment_has_every_setting_with_its_default(monkey
 def test_every_setting_is_an_option_of_serve() -> None:
     options = inspect.signature(service.commands.serve).parameters
     assert options.keys() == Settings.model_fields.keys()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "service.env"
+
+
+def test_a_file_sets_what_the_environment_does_not(file: Path) -> None:
+    file.write_text(
+        "# ours\nMOEPAGER_PORT=9000\n\nMOEPAGER_MODEL='/models/a b' # quoted\nMOEPAGER_HOST=0.0.0.0\nMOEPAGER_KEEP=\n"
+    )
+    environment = {"MOEPAGER_HOST": "127.0.0.1", "MOEPAGER_MODEL": ""}
+    apply_file(file, environment)
+    assert environment == {"MOEPAGER_HOST": "127.0.0.1", "MOEPAGER_PORT": "9000", "MOEPAGER_MODEL": "/models/a b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\nMOEPAGER_MEMROY=2GiB", "line 2: No setting is named MOEPAGER_MEMROY. Did you mean MOEPAGER_MEMORY"),
+        ("MOPAGER_PORT=1", "line 1: No setting is named MOPAGER_PORT. Did you mean MOEPAGER_PORT"),
+        ("MOEPAGER_SETTINGS=other.env", "No setting is named MOEPAGER_SETTINGS"),
+        ("MOEPAGER_PORT", "line 1: 'MOEPAGER_PORT' sets nothing"),
+        ("MOEPAGER_PORT: 8000", "sets nothing"),
+        ("MOEPAGER_PORT=1\nMOEPAGER_PORT=2", "line 2: MOEPAGER_PORT is set a second time"),
+        ("MOEPAGER_MODEL='/models", "sets nothing"),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused_with_its_line_and_sets_nothing(file: Path, text: str, words: str) -> None:
+    file.write_text(text)
+    environment: dict[str, str] = {}
+    with pytest.raises(InvalidInput, match=re.escape(words)):
+        apply_file(file, environment)
+    assert environment == {}
+
+
+def test_a_file_that_is_not_there_is_refused(file: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"service\.env can't be read"):
+        apply_file(file, {})
+
+
+def test_the_example_is_such_a_file(file: Path) -> None:
+    environment: dict[str, str] = {}
+    apply_file(Path(__file__).parents[2] / "deploy" / "service.env.example", environment)
+    assert environment["MOEPAGER_PORT"] == "8000"
+    assert "MOEPAGER_MEMORY" not in environment
+
+
+def test_every_command_reads_the_file(file: Path, tmp_path: Path) -> None:
+    """By the command itself: the store that the file names is made, and the name it misspells is told."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+
+    def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "service", *words, "keys", "list"]
+        return subprocess.run(command, env={**env, **more}, capture_output=True, text=True, check=False)
+
+    file.write_text(f"MOEPAGER_STORE=sqlite:///{tmp_path / 'own.db'}\n")
+    done = run("--settings", str(file))
+    assert (done.returncode, "No keys" in done.stdout, (tmp_path / "own.db").exists()) == (0, True, True), done.stderr
+    file.write_text("MOEPAGER_STROE=x\n")
+    done = run(MOEPAGER_SETTINGS=str(file))
+    assert done.returncode == 2
+    assert "line 1: No setting is named MOEPAGER_STROE. Did you mean MOEPAGER_STORE?" in done.stderr
