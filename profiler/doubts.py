@@ -1,62 +1,50 @@
-"""Reasons not to trust a profile, read from its statistics: little text, routing like chance, halves that differ."""
+"""Reasons not to trust a profile, read from its statistics: little text, routing like chance, halves that differ.
+
+Judged once, when the profile is made: the store keeps figures and words, and everybody shows those.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from profiler.scorers.frequency import Frequency
 from profiler.stability import split_half_overlap
 from profiler.statistics import Statistics
-from store.records import F64
+from store.records import F64, Profile, Trust
 
-FEW_TOKENS = 30  # a routed token or two decide whether such an expert stays
+# Of an expert on the average, not of the median one: where a task has experts of its own, most others get next to
+# nothing however much text there is, and that is no fault of the text.
+FEW_TOKENS = 30
 LITTLE_SKEW = 2.0  # times what chance alone does
 LITTLE_AGREEMENT = 0.6  # half of all experts agree on a half by chance
 
 
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """`tokens_per_expert` and `skew` are medians over experts and layers, `unseen` is a share of all experts."""
-
-    tokens_per_expert: float
-    unseen: float
-    skew: float
-    least_skew: float
-    agreement: float | None
-
-    def doubts(self) -> list[str]:
-        found = []
-        if self.tokens_per_expert < FEW_TOKENS:
-            found.append(
-                f"The median expert saw {self.tokens_per_expert:.0f} tokens, fewer than {FEW_TOKENS}: "
-                "give more calibration text."
-            )
-        if self.skew < LITTLE_SKEW:
-            found.append(
-                f"Routing differs from chance only {self.skew:.1f} times as much as chance does: this text has no "
-                "experts of its own, and any selection is about as good as a random one."
-            )
-        if self.agreement is not None and self.agreement < LITTLE_AGREEMENT:
-            found.append(
-                f"Two halves of the text share {self.agreement:.0%} of the experts that they use most, chance alone "
-                "gives 50%: give more text of one kind."
-            )
-        return found
+def judged(profile: Profile, parts: Sequence[Profile] = ()) -> Profile:
+    """With a judgement; one that has one keeps it. `parts` are the profiles that it is the mean of, if it is one."""
+    if profile.trust is not None:
+        return profile
+    trust = judge(Statistics.from_arrays(profile.statistics), profile.tokens)
+    if doubted := [part.task for part in parts if judged(part).doubts]:
+        also = f"It is the mean of {len(parts)} profiles, of which these are doubted themselves: {', '.join(doubted)}."
+        trust = replace(trust, doubts=(*trust.doubts, also))
+    return replace(profile, trust=trust)
 
 
-def gates(statistics: Statistics, tokens: int) -> Gates:
+def judge(statistics: Statistics, tokens: int) -> Trust:
     """`tokens` is what the text had: a mean over tasks has forgotten it."""
     routed = statistics.total("selected") * (tokens / max(statistics.token_count, np.finfo(np.float64).tiny))
     found = skew(routed, tokens, statistics.top_k)
-    return Gates(
-        tokens_per_expert=float(np.median(routed)),
+    figures = Trust(
+        tokens_per_expert=float(routed.mean()),
         unseen=float((routed == 0).mean()),
         skew=float(np.median(found)),
         least_skew=float(found.min()),
         agreement=split_half_overlap(statistics, Frequency(), 0.5),
     )
+    return replace(figures, doubts=tuple(_doubts(figures)))
 
 
 def skew(routed: F64, tokens: int, top_k: int) -> F64:
@@ -71,3 +59,23 @@ def skew(routed: F64, tokens: int, top_k: int) -> F64:
         return np.ones(len(routed))
     spread: F64 = ((routed - mean) ** 2).sum(axis=1) / mean / (experts - top_k)
     return spread
+
+
+def _doubts(trust: Trust) -> list[str]:
+    found = []
+    if trust.tokens_per_expert < FEW_TOKENS:
+        found.append(
+            f"The text gave an expert {trust.tokens_per_expert:.0f} tokens on the average, fewer than {FEW_TOKENS}, "
+            "so few tokens decide which experts stay: give more calibration text."
+        )
+    if trust.skew < LITTLE_SKEW:
+        found.append(
+            f"Routing differs from chance only {trust.skew:.1f} times as much as chance does: this text has no "
+            "experts of its own, and any selection is about as good as a random one."
+        )
+    if trust.agreement is not None and trust.agreement < LITTLE_AGREEMENT:
+        found.append(
+            f"Two halves of the text share {trust.agreement:.0%} of the experts that they use most, chance alone "
+            "gives 50%: give more text of one kind."
+        )
+    return found

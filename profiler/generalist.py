@@ -8,6 +8,7 @@ from engine.engine import Engine
 from profiler.allocation import choose_allocators
 from profiler.batches import encode_corpus
 from profiler.corpus import Corpus
+from profiler.doubts import judged
 from profiler.evidence import HeldOut, check_sizes
 from profiler.extras import Needs
 from profiler.job import (
@@ -75,9 +76,9 @@ def _mean(store: Store, model: str, parts: list[Profile]) -> Profile:
     calibration = digest(*(part.id for part in parts))
     identity = profile_id(model, GENERALIST, calibration)
     if (found := stored_profile(store, identity)) is not None:
-        return found
+        return judged(found, parts)
     mean = balanced([Statistics.from_arrays(part.statistics) for part in parts])
-    return Profile(
+    made = Profile(
         id=identity,
         model=model,
         task=GENERALIST,
@@ -88,6 +89,7 @@ def _mean(store: Store, model: str, parts: list[Profile]) -> Profile:
         scorers=versions(computable(mean)),
         created=datetime.now(UTC),
     )
+    return judged(made, parts)
 
 
 def _require(parts: list[Profile], needs: Needs) -> None:

@@ -20,6 +20,7 @@ from profiler.batches import Encoded, encode_corpus, token_limit
 from profiler.bred import put_evolved
 from profiler.channels.weights import of_weights
 from profiler.corpus import Corpus, refuse_overlap
+from profiler.doubts import judged
 from profiler.evidence import KEEPS, HeldOut, Size, check_sizes, make_selections, put_evaluations, put_selections
 from profiler.extras import EXTRAS, NOTHING, Needs, formulas
 from profiler.gather import ROWS, gather_statistics
@@ -243,7 +244,7 @@ def _gather(
     static = of_router(engine.card.folder, needs, options.base)
     found = sorted(_profiles_of(store, model, task, calibration.content_hash, options.base), key=lambda p: p.created)
     if enough := [profile for profile in found if needs <= profile.statistics.keys()]:
-        return enough[-1]
+        return judged(enough[-1])
     if found:  # a profile may grow: what the youngest has, the new one has too
         needs |= found[-1].statistics.keys() & EXTRAS.keys()
         static = of_router(engine.card.folder, needs, options.base)
@@ -257,7 +258,7 @@ def _gather(
     collect = stream_statistics if stream else gather_statistics
     statistics = collect(engine, text, run, task, options.rows, report, needs).with_extras(static)
     statistics = statistics.with_extras(second_looks(engine, text, options.rows, needs))
-    return Profile(
+    made = Profile(
         id=identity,
         model=model,
         task=task,
@@ -268,6 +269,7 @@ def _gather(
         scorers=versions(computable(statistics)),
         created=datetime.now(UTC),
     )
+    return judged(made)
 
 
 def _profiles_of(store: Store, model: str, task: str, calibration_hash: str, base: Path | None) -> list[Profile]:

@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from profiler.doubts import gates
 from profiler.scorers.registry import computable
 from profiler.search import reasons_of
 from profiler.stability import split_half_overlap
@@ -23,7 +22,6 @@ LEFT = frozenset({"scorer", "allocator", "items of"})
 
 def summary(store: Store, made: Profile) -> dict[str, Any]:
     statistics = Statistics.from_arrays(made.statistics)
-    judged = gates(statistics, made.tokens)
     return {
         "profile_id": made.id,
         "task": made.task,
@@ -31,8 +29,8 @@ def summary(store: Store, made: Profile) -> dict[str, Any]:
         "tokens": made.tokens,
         "statistics": [{"name": name, "shape": list(array.shape)} for name, array in statistics.arrays.items()],
         "stability": {one.name: split_half_overlap(statistics, one, 0.5) for one in computable(statistics)},
-        "gates": asdict(judged),
-        "doubts": judged.doubts(),
+        "trust": None if made.trust is None else made.trust.figures,
+        "doubts": list(made.doubts),
         "search": reasons_of(store, made.id),
         "evaluations": [_evaluation(*pair) for pair in store.evaluations.list(made.id)],
         "prices": [asdict(price) for price in store.prices.list(made.id)],
@@ -44,11 +42,11 @@ def show(found: dict[str, Any]) -> None:
     console.print(_evaluations(found))
     if found["prices"]:
         console.print(_prices(found))
-    judged = found["gates"]
-    console.print(
-        f"{judged['tokens_per_expert']:.0f} tokens an expert (median), {judged['unseen']:.1%} of the experts never "
-        f"used, routing {judged['skew']:.1f} times as uneven as chance"
-    )
+    if trust := found["trust"]:
+        console.print(
+            f"{trust['tokens_per_expert']:.0f} tokens an expert, {trust['unseen']:.1%} of the experts never "
+            f"used, routing {trust['skew']:.1f} times as uneven as chance"
+        )
     for line in (*found["search"], *found["doubts"]):
         console.print(line, markup=False, highlight=False)
 

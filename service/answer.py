@@ -170,4 +170,5 @@ def make_receipt(prepared: Prepared, finished: FinishedEvent) -> Receipt:
         completion_tokens=finished.completion_tokens,
         priority=prepared.request.priority,
         ignored=prepared.question.ignored,
+        doubts=serving.doubts,
     )

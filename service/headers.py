@@ -18,6 +18,7 @@ def expert_headers(prepared: Sequence[Prepared], finished: Sequence[FinishedEven
         "keep": [f"{s.keep:g}" for s in serving],
         "reason": [s.retrieval.reason for s in serving],
         "profile": [s.profile_id or "none" for s in serving],
+        "doubts": [len(s.doubts) for s in serving],
     }
     if finished:
         columns["experts"] = [f.served.experts for f in finished]

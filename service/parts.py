@@ -83,6 +83,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         log.info("Kernel of few rows, as in decoding: %s", engine.kernel)
         changes = store.changes.count()  # before the rest: what changes in between is read again
         catalogue = Catalogue.read(store, engine.card.fingerprint)
+        warn_of_doubts(catalogue)
         policy = Policy.of(settings, engine.plan)
         if settings.unknown_task == "generalist":  # refused now rather than at the first query that needs it
             choose_candidate(catalogue.named(GENERALIST), settings.keep, settings.scorer, policy)
@@ -113,8 +114,18 @@ def reread(parts: Parts) -> Parts:
     """The same parts with the store's tasks as they are now. The old ones stay good for the requests that hold them."""
     changes = parts.store.changes.count()
     catalogue = Catalogue.read(parts.store, parts.catalogue.model)
+    warn_of_doubts(catalogue, parts.catalogue)
     retriever = open_retriever(parts.settings, parts.store, parts.retriever.embedder, catalogue.retrievable)
     return replace(parts, catalogue=catalogue, retriever=retriever, changes=changes)
+
+
+def warn_of_doubts(catalogue: Catalogue, before: Catalogue | None = None) -> None:
+    """To the operator's log, once a profile: those of `before` were told already."""
+    told = {task.profile_id for task in before.tasks.values()} if before else set()
+    for task in catalogue.tasks.values():
+        if task.profile_id not in told:
+            for doubt in task.doubts:
+                log.warning("The profile of task %s is served with a doubt: %s", task.name, doubt)
 
 
 def open_retriever(settings: Settings, store: Store, embedder: Embedder, tasks: Sequence[str]) -> Retriever:

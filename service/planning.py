@@ -27,7 +27,11 @@ class TaskPlan:
     serves: Candidate | None
     refusal: str | None
     sizes: tuple[Candidate, ...]
-    prices: tuple[Price, ...] = ()
+    profiled: ProfiledTask
+
+    @property
+    def prices(self) -> tuple[Price, ...]:
+        return self.profiled.prices
 
     @property
     def as_good(self) -> Candidate | None:
@@ -67,7 +71,14 @@ class ModelPlan:
         nothing = {**dict.fromkeys((*names, "stand_in", "others", "others_quality")), "fits": False}
         chosen = self.size(each.serves, each.prices) if each.serves else nothing
         as_good = each.as_good.stored.keep if each.as_good else None
-        return {"task": each.task, **chosen, "refusal": each.refusal, "as_good_keep": as_good, "sizes": sizes}
+        return {
+            "task": each.task,
+            **chosen,
+            "refusal": each.refusal,
+            "as_good_keep": as_good,
+            **judgement(each.profiled),
+            "sizes": sizes,
+        }
 
     def json(self) -> dict[str, Any]:
         plan = self.plan
@@ -96,13 +107,18 @@ def make_plan(settings: Settings, task: str | None = None) -> ModelPlan:
     return ModelPlan(card, plan, measure_disk(sorted(card.folder.glob("*.safetensors"))), tasks)
 
 
+def judgement(task: ProfiledTask) -> dict[str, Any]:
+    """How far the task's profile can be trusted, as the profiler judged it; null and one doubt where nobody did."""
+    return {"trust": None if task.trust is None else task.trust.figures, "doubts": list(task.doubts)}
+
+
 def plan_task(task: ProfiledTask, policy: Policy) -> TaskPlan:
     sizes = best_by_size(task, policy.scorer)
     try:
         serves = choose_candidate(task, policy.keep, policy.scorer, policy)
-        return TaskPlan(task.name, serves, None, sizes, task.prices)
+        return TaskPlan(task.name, serves, None, sizes, task)
     except MoepagerError as error:
-        return TaskPlan(task.name, None, str(error), sizes, task.prices)
+        return TaskPlan(task.name, None, str(error), sizes, task)
 
 
 def show_memory(card: ModelCard, plan: MemoryPlan) -> str:
@@ -149,7 +165,7 @@ def _task_lines(found: ModelPlan, each: TaskPlan) -> Sequence[str]:
             f"{each.task:<16} {each.as_good.stored.keep:.1%} is as good, as far as these items and draws tell: its "
             "accuracy lies inside the interval of the size that serves."
         )
-    return lines
+    return [*lines, *(f"{each.task:<16} doubt: {doubt}" for doubt in each.profiled.doubts)]
 
 
 def _sure(size: dict[str, Any]) -> str:

@@ -20,7 +20,9 @@ class Receipt:
     cost was predicted when the request was submitted; null in exact mode, where only the routing tells.
 
     In mode auto `guard` is the bound and what it rests on, `level` the lowest that it saw. Where it `escalated` the
-    answer, the tokens from `at_token` on were routed freely; `coverage` is that of the part before."""
+    answer, the tokens from `at_token` on were routed freely; `coverage` is that of the part before.
+
+    `doubts` are the profiler's about the profile that served: such a profile is served by its evidence all the same."""
 
     task: str | None
     similarity: float | None
@@ -50,6 +52,7 @@ class Receipt:
     completion_tokens: int
     priority: Priority
     ignored: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     def json(self) -> dict[str, Any]:
-        return {**asdict(self), "ignored": list(self.ignored)}
+        return {**asdict(self), "ignored": list(self.ignored), "doubts": list(self.doubts)}

@@ -16,7 +16,7 @@ from engine.plan import MemoryPlan
 from service.retrieval import Retrieval
 from service.settings import ServedMode, UnknownTask
 from store.errors import InvalidInput, MismatchError, NotFound
-from store.records import GENERALIST, Evaluation, Mode, Price, Profile, Selection, StoredSelection
+from store.records import GENERALIST, Evaluation, Mode, Price, Profile, Selection, StoredSelection, Trust
 from store.stand_ins import attach_all
 
 if TYPE_CHECKING:
@@ -36,13 +36,19 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class ProfiledTask:
-    """A task with a profile of the model that is served. Selections without evidence are not among the candidates."""
+    """A task with a profile of the model that is served. Selections without evidence are not among the candidates.
+
+    `doubts` are what the profiler said against the profile. They refuse nothing: evidence decides what is served, and
+    whoever is served is told.
+    """
 
     name: str
     description: str
     profile_id: str
     candidates: tuple[Candidate, ...]
     prices: tuple[Price, ...] = ()
+    trust: Trust | None = None
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +66,15 @@ class Catalogue:
         for task in store.tasks.list():
             profile = store.profiles.latest(model, task.name, proven=True)
             if profile is not None:
-                candidates = read_candidates(store, profile)
-                prices = tuple(store.prices.list(profile.id))
-                tasks[task.name] = ProfiledTask(task.name, task.description, profile.id, candidates, prices)
+                tasks[task.name] = ProfiledTask(
+                    task.name,
+                    task.description,
+                    profile.id,
+                    read_candidates(store, profile),
+                    tuple(store.prices.list(profile.id)),
+                    profile.trust,
+                    profile.doubts,
+                )
             elif having := [other.name for other in others if store.profiles.latest(other.fingerprint, task.name)]:
                 elsewhere[task.name] = having[0]
         return cls(model, tasks, elsewhere)
@@ -131,7 +143,10 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What will serve one request. `candidate` is None in exact mode; there is a `guard` in mode auto alone."""
+    """What will serve one request. `candidate` is None in exact mode; there is a `guard` in mode auto alone.
+
+    `doubts` are those about the profile that serves.
+    """
 
     retrieval: Retrieval
     mode: Mode
@@ -139,6 +154,7 @@ class Serving:
     profile_id: str | None
     candidate: Candidate | None
     guard: Guard | None = None
+    doubts: tuple[str, ...] = ()
 
     @property
     def selection(self) -> Selection | None:
@@ -190,7 +206,7 @@ def _mask(task: ProfiledTask, wish: Wish, retrieval: Retrieval, policy: Policy) 
     candidate = choose_candidate(task, keep, scorer, policy)
     mode = wish.mode or policy.mode
     guard = choose_guard(task, candidate, policy.alarm_rate) if mode == "auto" else None
-    return Serving(retrieval, mode, task.name, task.profile_id, candidate, guard)
+    return Serving(retrieval, mode, task.name, task.profile_id, candidate, guard, task.doubts)
 
 
 def choose_guard(task: ProfiledTask, candidate: Candidate, alarm_rate: float) -> Guard:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from store.catalogue import require_model, require_task
@@ -13,8 +13,8 @@ from store.changes import note_change
 from store.connection import Database
 from store.errors import Conflict, InvalidInput, NotFound
 from store.packing import pack_arrays, pack_selection, unpack_arrays, unpack_selection
-from store.records import Evaluation, Profile, StoredSelection
-from store.schema import EvaluationRow, ProfileRow, SelectionRow
+from store.records import Evaluation, Profile, StoredSelection, Trust
+from store.schema import EvaluationRow, ProfileRow, SelectionRow, TrustRow
 from store.writing import insert_once, upsert
 
 KEEP_TOLERANCE = 1e-9
@@ -27,7 +27,8 @@ class Profiles:
     def put(
         self, profile: Profile, selections: Sequence[StoredSelection] = (), evaluations: Sequence[Evaluation] = ()
     ) -> None:
-        """Adds the profile with what was made of it, all or nothing. One that is there already stays as it is.
+        """Adds the profile with what was made of it, all or nothing. One that is there already stays as it is, but
+        that one which nobody had judged takes on the judgement.
 
         Raises NotFound for an unknown model or task, Conflict where the id stands for another calibration.
         """
@@ -36,6 +37,8 @@ class Profiles:
             require_model(session, profile.model)
             require_task(session, profile.task)
             _put_profile(session, profile, statistics)
+            if profile.trust is not None:
+                _put_trust(session, profile.id, profile.trust)
             for selection in selections:
                 _put_selection(session, selection)
             for evaluation in evaluations:
@@ -45,25 +48,26 @@ class Profiles:
     def get(self, id: str) -> Profile:  # noqa: A002
         """Raises NotFound, and CorruptStore where its statistics are damaged."""
         with self._database.read() as session:
-            return _profile(_require_profile(session, id))
+            row = _require_profile(session, id)
+            return _profile(row, session.get(TrustRow, id))
 
     def latest(self, model: str, task: str, *, proven: bool = False) -> Profile | None:
         """The youngest profile of `task` for the model with this fingerprint; `proven`: one with evidence first."""
-        query = select(ProfileRow).where(ProfileRow.model == model, ProfileRow.task == task)
+        query = _judged().where(ProfileRow.model == model, ProfileRow.task == task)
         if proven:
             made = select(EvaluationRow.id).join(SelectionRow, SelectionRow.id == EvaluationRow.selection)
             query = query.order_by(made.where(SelectionRow.profile == ProfileRow.id).exists().desc())
         with self._database.read() as session:
-            row = session.scalars(query.order_by(ProfileRow.created.desc(), ProfileRow.id).limit(1)).first()
-            return None if row is None else _profile(row)
+            found = session.execute(query.order_by(ProfileRow.created.desc(), ProfileRow.id).limit(1)).first()
+            return None if found is None else _profile(found[0], found[1])
 
     def list(self, model: str | None = None, task: str | None = None) -> Sequence[Profile]:
         """By task, the oldest first; all models' without `model`, all tasks' without `task`."""
-        query = select(ProfileRow) if model is None else select(ProfileRow).where(ProfileRow.model == model)
+        query = _judged() if model is None else _judged().where(ProfileRow.model == model)
         query = query if task is None else query.where(ProfileRow.task == task)
         with self._database.read() as session:
-            rows = session.scalars(query.order_by(ProfileRow.task, ProfileRow.created, ProfileRow.id))
-            return [_profile(row) for row in rows]
+            rows = session.execute(query.order_by(ProfileRow.task, ProfileRow.created, ProfileRow.id))
+            return [_profile(row, trust) for row, trust in rows]
 
 
 class Selections:
@@ -153,6 +157,12 @@ def _put_profile(session: Session, profile: Profile, statistics: bytes) -> None:
         )
 
 
+def _put_trust(session: Session, profile: str, trust: Trust) -> None:
+    if not all(math.isfinite(figure) for figure in trust.figures.values() if figure is not None):
+        raise InvalidInput(f"A judgement of numbers that are not finite says nothing: {trust}. Profile the task again.")
+    insert_once(session, TrustRow, {"profile": profile, **trust.figures, "doubts": list(trust.doubts)})
+
+
 def _put_selection(session: Session, selection: StoredSelection) -> None:
     if not 0 < selection.keep <= 1:
         raise InvalidInput(
@@ -194,7 +204,12 @@ def _put_evaluation(session: Session, evaluation: Evaluation) -> None:
     upsert(session, EvaluationRow, values, update=[name for name in values if name not in key], key=key)
 
 
-def _profile(row: ProfileRow) -> Profile:
+def _judged() -> Select[ProfileRow, TrustRow]:
+    """Every profile with its judgement, or None for the profiles of old, which have none."""
+    return select(ProfileRow, TrustRow).outerjoin(TrustRow, TrustRow.profile == ProfileRow.id)
+
+
+def _profile(row: ProfileRow, trust: TrustRow | None) -> Profile:
     return Profile(
         id=row.id,
         model=row.model,
@@ -205,7 +220,13 @@ def _profile(row: ProfileRow) -> Profile:
         calibration_items=frozenset(row.calibration_items),
         scorers=row.scorers,
         created=row.created,
+        trust=None if trust is None else _trust(trust),
     )
+
+
+def _trust(row: TrustRow) -> Trust:
+    values = {field: getattr(row, field) for field in Trust.__slots__}
+    return Trust(**values | {"doubts": tuple(row.doubts)})
 
 
 def _selection(row: SelectionRow) -> StoredSelection:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
@@ -109,6 +109,33 @@ class Exemplar:
     embedder: str = ""
 
 
+UNJUDGED = (
+    "This profile was stored before profiles were judged, so nobody knows how far to trust it: profile its text again, "
+    "which runs no forward."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """How far a profile's statistics can be trusted: figures, and what they give to doubt, in words.
+
+    `tokens_per_expert` is a mean over experts, `skew` (1 is chance) a median over layers and `least_skew` the lowest of
+    a layer; `unseen` is the share of all experts that no token reached, `agreement` the share of experts on which two
+    halves of the text agree at a half (None where one half is empty).
+    """
+
+    tokens_per_expert: float
+    unseen: float
+    skew: float
+    least_skew: float
+    agreement: float | None
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        return {name: value for name, value in asdict(self).items() if name != "doubts"}
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """A task's expert statistics for one model: f64 arrays `[L, E]` (or smaller), additive over calibration text."""
@@ -122,6 +149,12 @@ class Profile:
     calibration_items: frozenset[str]  # content hash of every calibration item, for the disjointness rule
     scorers: Mapping[str, str]  # scorer name -> version
     created: datetime
+    trust: Trust | None = None  # None: stored before there was a judgement
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why to doubt it; where nobody judged, that."""
+        return (UNJUDGED,) if self.trust is None else self.trust.doubts
 
 
 @dataclass(frozen=True, slots=True)

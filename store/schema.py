@@ -116,6 +116,24 @@ class ProfileRow(Row):
     created: Mapped[datetime]
 
 
+class TrustRow(Row):
+    """How far a profile is to be trusted, as it was judged when it was made; `doubts` is a list of sentences."""
+
+    __tablename__ = "trust"
+    __table_args__ = (
+        CheckConstraint("unseen >= 0 AND unseen <= 1", name="unseen_is_a_share"),
+        CheckConstraint("agreement >= 0 AND agreement <= 1", name="agreement_is_a_share"),
+    )
+
+    profile: Mapped[str] = mapped_column(ForeignKey("profiles.id", ondelete="CASCADE"), primary_key=True)
+    tokens_per_expert: Mapped[float]
+    unseen: Mapped[float]
+    skew: Mapped[float]
+    least_skew: Mapped[float]
+    agreement: Mapped[float | None]
+    doubts: Mapped[list[str]] = mapped_column(JSON)
+
+
 class SelectionRow(Row):
     """`bitmap` has one row of `width` bits for each of `layers` layers, rows padded to whole bytes; `stand_in` is a
     kind of store.stand_ins, whose vectors are in the profile's statistics.

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from profiler.allocation import UNIFORM, uniform
-from profiler.doubts import Gates, gates
 from profiler.scorers.gate import Gate
 from profiler.scorers.random import Random
 from profiler.scorers.registry import computable
@@ -59,7 +58,6 @@ class TaskReport:
     chosen: Selection  # by router weight, at the report's share
     measured: tuple[Measured, ...]
     agreement: Mapping[str, float]  # of two halves of the text, by scorer, at the report's share
-    gates: Gates
     reasons: tuple[str, ...]
 
     @property
@@ -110,7 +108,6 @@ def _task(store: Store, profile: Profile, keep: float) -> TaskReport:
         chosen=uniform(scores, keep, statistics.top_k),
         measured=_measured(store, profile.id),
         agreement={name: share for name, share in halves.items() if share is not None},
-        gates=gates(statistics, profile.tokens),
         reasons=tuple(reasons_of(store, profile.id)),
     )
 

@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { field, h, replace, setText, table } from "./dom.js";
 import { bytes, percent, seconds } from "./format.js";
-import { accuracy } from "./tasks.js";
+import { accuracy, named } from "./tasks.js";
 
 const MIB = 2 ** 20;
 const STEPS = 400;
@@ -72,7 +72,7 @@ export class Plan {
     if (!this.text.value) this.text.value = `${(size / MIB).toFixed(1)}MiB`;
     setText(this.status, `${found.slots} slots: ${found.slots_per_layer} of ${found.experts} experts a layer `
       + `(${percent(found.slots / (found.layers * found.experts))}).`);
-    replace(this.result, h("div", { class: "card" }, tasksTable(found)), h("div", { class: "card" }, partsTable(found)),
+    replace(this.result, h("div", { class: "card" }, tasksTable(found), doubtsList(found)), h("div", { class: "card" }, partsTable(found)),
       h("p", { class: "hint" }, `Load times: every expert of the task read at ${bytes(found.disk_bytes_per_second)}/s, measured on this disk. `
         + "As good at: a smaller size whose accuracy lies inside the interval; these items can't tell the two apart."));
   }
@@ -86,12 +86,17 @@ export class Plan {
 function tasksTable(found) {
   const columns = [["Task"], ["Experts kept", true], ["Memory", true], ["Quality", true], ["Accuracy, 95%", true],
     ["Off its task", true], ["As good at", true], ["Load", true], ["Served by"]];
-  const rows = found.tasks.map((each) => [h("a", { href: `#/tasks/${encodeURIComponent(each.task)}`, class: "clip" }, each.task),
+  const rows = found.tasks.map((each) => [named(each),
     percent(each.keep), bytes(each.bytes), percent(each.quality), each.keep === null ? null : accuracy(each),
     percent(each.others_quality), percent(each.as_good_keep), seconds(each.load_seconds),
     each.refusal ? h("span", { class: "error" }, each.refusal) : each.scorer]);
   if (rows.length === 0) return h("p", { class: "empty" }, "No task has a profile of this model yet.");
   return table("What fits of each task", columns, rows);
+}
+
+function doubtsList(found) {
+  const doubts = found.tasks.flatMap((each) => each.doubts.map((doubt) => h("li", {}, `${each.task}: ${doubt}`)));
+  return doubts.length > 0 && h("div", {}, h("h2", {}, "Doubts about profiles"), h("ul", { class: "doubts" }, doubts));
 }
 
 function partsTable(found) {

@@ -220,6 +220,7 @@ class Turn {
       h("span", { class: "tag" }, receipt.mode),
       h("span", { class: "tag" }, `${percent(receipt.keep)} of the experts`),
       receipt.coverage !== null && h("span", { class: "tag" }, `coverage ${percent(receipt.coverage)}`),
+      receipt.doubts?.length > 0 && h("a", { class: "tag warn", href: `#/tasks/${encodeURIComponent(receipt.served_task)}` }, "doubted profile"),
       receipt.escalated && h("span", { class: "tag warn" }, "escalated"),
       receipt.ignored?.length > 0 && h("span", { class: "tag warn" }, `ignored: ${receipt.ignored.join(", ")}`));
     const details = h("details", { class: "receipt", open: true }, h("summary", {}, "Receipt"), receiptList(receipt));

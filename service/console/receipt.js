@@ -38,6 +38,7 @@ const ROWS = [
   ["priority", "Priority", (r) => r.priority],
   ["model", "Model", (r) => r.model],
   ["profile_id", "Profile", (r) => r.profile_id ?? "–"],
+  ["doubts", "Doubts about it", (r) => r.doubts.join(" ") || "none"],
   ["selection", "Selection", (r) => r.selection ?? "–"],
   ["ignored", "Ignored fields", (r) => r.ignored.join(", ") || "none"],
 ];

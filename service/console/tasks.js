@@ -55,7 +55,7 @@ export class Tasks {
   showList(chosen) {
     const rows = this.found.tasks.map((task) => {
       const served = task.evidence.find((each) => each.selection === task.serves);
-      return [link(task.task), served ? served.scorer : "exact only", served && percent(served.keep),
+      return [named(task), served ? served.scorer : "exact only", served && percent(served.keep),
         served && bytes(served.bytes), served && accuracy(served), served && percent(served.coverage)];
     });
     const waiting = this.found.without_profile.map(({ task }) => [link(task), "no profile yet", null, null, null, null]);
@@ -98,13 +98,14 @@ export class Tasks {
 
   remarks(task) {
     const served = task.evidence.find((each) => each.selection === task.serves);
-    const doubts = doubtsOf(task, served);
+    const doubts = [...task.doubts, ...doubtsOf(task, served)];
     return [
       task.refusal && h("p", { class: "error" }, task.refusal),
       served && h("p", {}, `Served from ${served.experts} experts, ${bytes(served.bytes)}, chosen by ${served.scorer}.`),
+      task.trust && h("p", { class: "hint" }, trusted(task.trust)),
       doubts.length > 0 && h("div", {}, h("h3", {}, "Doubts"),
         h("ul", { class: "doubts" }, doubts.map((text) => h("li", {}, text)))),
-      served && doubts.length === 0 && h("p", { class: "good" }, "Nothing in its evidence speaks against it."),
+      served && doubts.length === 0 && h("p", { class: "good" }, "Nothing in its profile or its evidence speaks against it."),
     ].flat().filter(Boolean);
   }
 
@@ -158,6 +159,18 @@ function link(name) {
 export function accuracy(each) {
   if (each.accuracy === null) return "–";
   return `${percent(each.accuracy)} (${percent(each.low, 0)}–${percent(each.high, 0)})`;
+}
+
+// A task's link, and beside it whether the profiler doubted its profile: the words are on the task's own page.
+export function named(task) {
+  if (task.doubts.length === 0) return link(task.task);
+  return h("span", {}, link(task.task), " ", h("span", { class: "tag warn", title: task.doubts.join("\n") }, "in doubt"));
+}
+
+function trusted(trust) {
+  const halves = trust.agreement === null ? "one half of the text is empty" : `two halves of the text agree on ${percent(trust.agreement, 0)} of the experts`;
+  return `The profile's text gave an expert ${trust.tokens_per_expert.toFixed(0)} tokens on the average, and ${percent(trust.unseen)} of them none; `
+    + `routing is ${trust.skew.toFixed(1)} times as uneven as chance (${trust.least_skew.toFixed(1)} in the most even layer); ${halves}.`;
 }
 
 // What the numbers themselves say against a selection.

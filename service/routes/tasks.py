@@ -14,6 +14,7 @@ from service.guard import operators_only
 from service.idempotency import IdempotencyKey
 from service.jobs import refuse_active
 from service.parts import Parts
+from service.planning import judgement
 from service.price_tags import price_tag
 from service.reloading import Reloader
 from service.schemas import TaskBody
@@ -98,6 +99,7 @@ def task_object(task: ProfiledTask, policy: Policy) -> dict[str, Any]:
         "profile_id": task.profile_id,
         "serves": serves,
         "refusal": refusal,
+        **judgement(task),
         "evidence": [evidence_object(c, task, policy) for c in sorted(task.candidates, key=_by_size)],
     }
 

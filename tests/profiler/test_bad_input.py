@@ -23,7 +23,6 @@ from engine.tiny import write_tiny
 from profiler import gather as gather_module
 from profiler import job
 from profiler.corpus import Item, gather
-from profiler.doubts import gates
 from profiler.job import Options, profile_task
 from profiler.run import hold
 from profiler.scorers.registry import computable
@@ -68,7 +67,8 @@ def test_experts_that_the_text_never_reaches_rank_last_and_are_counted(tmp_path,
     statistics = Statistics.from_arrays(made.statistics)
     silent = statistics.total("selected") == 0
     assert silent.any()
-    assert gates(statistics, made.tokens).unseen == pytest.approx(silent.mean())
+    assert made.trust is not None
+    assert made.trust.unseen == pytest.approx(silent.mean())
     for scorer in computable(statistics):
         assert np.isfinite(scorer.score(statistics)).all(), scorer.name
     seen = (~silent).sum(axis=1)

@@ -63,10 +63,13 @@ def test_the_last_line_is_one_json_object_with_the_profile_and_its_evidence(run,
     assert rows == [("random", 1.0, 24), ("random", 0.5, 12), ("reap", 1.0, 24), ("reap", 0.5, 12)]
     assert 0 <= found["stability"]["reap"] <= 1
     assert found["evaluations"][1]["accuracy_95"] == pytest.approx([0, 0.5615], abs=1e-4)  # none of three
-    assert found["gates"]["tokens_per_expert"] > 0
+    assert found["trust"]["tokens_per_expert"] > 0
     assert found["search"] == []
     with open_store(f"sqlite:///{tmp_path}/home/store.db") as store:
-        assert store.profiles.get(found["profile_id"]).task == "words"
+        stored = store.profiles.get(found["profile_id"])
+        assert stored.task == "words"
+        assert stored.trust is not None
+        assert (stored.trust.figures, list(stored.doubts)) == (found["trust"], found["doubts"])
         assert store.tasks.get("words").description == "yes"
         assert len(store.exemplars.list(task="words")) == 6
 

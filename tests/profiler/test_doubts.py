@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import numpy as np
 import pytest
 
-from profiler.doubts import gates, skew
+from profiler.doubts import judge, judged, skew
 from profiler.statistics import Statistics
+from store.records import Profile, Trust
 
 
 def routed(tokens: int, experts: int, top_k: int, weights: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -40,17 +43,23 @@ def test_where_every_expert_always_runs_there_is_nothing_to_choose():
 
 def test_good_evidence_raises_no_doubt():
     counts = np.stack([routed(400, 16, 4, np.geomspace(1, 30, 16), seed) for seed in (1, 2)])
-    found = gates(made_of(counts, 400, 4), 400)
+    found = judge(made_of(counts, 400, 4), 400)
     assert found.agreement == 1.0
-    assert found.doubts() == []
+    assert found.doubts == ()
     assert found.unseen == 0
 
 
 def test_little_text_and_routing_like_chance_are_said():
-    few = gates(made_of(routed(20, 16, 4, np.ones(16))[None], 20, 4), 20)
-    [tokens, chance] = few.doubts()
-    assert "fewer than 30: give more calibration text" in tokens
+    few = judge(made_of(routed(20, 16, 4, np.ones(16))[None], 20, 4), 20)
+    [tokens, chance] = few.doubts
+    assert tokens.startswith("The text gave an expert 5 tokens on the average, fewer than 30")
     assert "any selection is about as good as a random one" in chance
+
+
+def test_experts_that_a_task_has_no_use_for_are_no_sign_of_little_text():
+    """Four of sixteen carry all; the median expert got nothing."""
+    found = judge(made_of(np.array([[300.0] * 4 + [0.0] * 12]), 300, 4), 300)
+    assert (found.tokens_per_expert, found.unseen, found.doubts) == (75, 0.75, ())
 
 
 def test_halves_that_use_other_experts_are_said():
@@ -58,12 +67,31 @@ def test_halves_that_use_other_experts_are_said():
     statistics.selected[0, 0, 0, :4] = 500
     statistics.selected[1, 0, 0, 4:] = 500
     statistics.tokens[:, 0] = 1000
-    found = gates(statistics, 2000)
+    found = judge(statistics, 2000)
     assert found.agreement == 0
-    assert found.doubts()[-1].startswith("Two halves of the text share 0% of the experts that they use most")
+    assert found.doubts[-1].startswith("Two halves of the text share 0% of the experts that they use most")
 
 
 def test_a_mean_over_tasks_is_counted_in_the_tokens_that_it_came_from():
     counts = np.stack([routed(400, 16, 4, np.geomspace(1, 30, 16), seed) for seed in (1, 2)])
     whole = made_of(counts, 400, 4)
-    assert gates(whole.scaled(1 / 400), 400).tokens_per_expert == pytest.approx(gates(whole, 400).tokens_per_expert)
+    assert judge(whole.scaled(1 / 400), 400).tokens_per_expert == pytest.approx(judge(whole, 400).tokens_per_expert)
+
+
+def profile_of(task: str, statistics: Statistics, trust: Trust | None = None) -> Profile:
+    return Profile(
+        task, "m", task, statistics.arrays, int(statistics.token_count), "h", frozenset(), {}, datetime.now(UTC), trust
+    )
+
+
+def test_a_profile_is_judged_once_and_a_mean_names_the_parts_that_are_doubted():
+    counts = np.stack([routed(400, 16, 4, np.geomspace(1, 30, 16), seed) for seed in (1, 2)])
+    good, little = made_of(counts, 400, 4), made_of(counts / 50, 8, 4)
+    before = profile_of("before", good, Trust(1.0, 0.0, 1.0, 1.0, None, ("As it was judged.",)))
+    assert judged(before) is before
+    parts = [profile_of("good", good), profile_of("little", little), before]
+    found = judged(profile_of("generalist", good), parts).trust
+    assert found is not None
+    assert found.figures == judge(good, 400).figures
+    assert found.doubts == ("It is the mean of 3 profiles, of which these are doubted themselves: little, before.",)
+    assert judged(profile_of("generalist", good), parts[:1]).doubts == ()

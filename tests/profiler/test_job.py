@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from engine.tiny import write_tiny
 from profiler import evidence
 from profiler.allocators import PLAIN
 from profiler.corpus import Corpus, Item, gather
+from profiler.doubts import judge
 from profiler.evaluate import evaluate
 from profiler.extras import EXTRAS
 from profiler.generalist import profile_generalist
@@ -93,6 +96,7 @@ def test_a_profile_comes_with_its_provenance_selections_and_evidence(engine, sto
     template = len(engine.tokenizer.encode_chat([{"role": "user", "content": ""}]))
     tokens = sum(len(encode(item.prompt)) + template + len(encode(item.response)) for item in calibration.items)
     assert found.tokens == tokens
+    assert found.trust == judge(Statistics.from_arrays(found.statistics), tokens) == made.trust
     assert store.tasks.get("words").description == "upper case"
     assert store.models.get(engine.card.fingerprint).top_k == engine.card.top_k
     pairs = store.evaluations.list(made.id)
@@ -415,8 +419,27 @@ def test_the_generalist_is_the_balanced_mean_of_all_tasks(engine, store, options
     assert found.calibration_items == parts[0].calibration_items | parts[1].calibration_items
     gates = [Statistics.from_arrays(part.statistics).total("gates") / part.tokens for part in parts]
     np.testing.assert_allclose(Statistics.from_arrays(found.statistics).total("gates"), np.mean(gates, axis=0))
+    assert found.trust == made.trust
+    doubted = [part.task for part in parts if part.doubts]
+    assert "t1" in doubted  # three items are little text
+    assert made.doubts[-1].endswith(f"of which these are doubted themselves: {', '.join(doubted)}.")
     assert len(store.evaluations.list(made.id)) == 28
     assert profile_generalist(engine, store, texts(7, 4), options=options).created == made.created
+
+
+def test_a_profile_that_nobody_judged_is_judged_by_the_next_run_without_a_forward(
+    engine, store, options, tmp_path, passes
+):
+    def run():
+        return profile_task(engine, store, TaskRecord("t"), texts(1, 3), None, embedder=HashEmbedder(), options=options)
+
+    made = run()
+    with closing(sqlite3.connect(tmp_path / "store.db")) as database, database:
+        database.execute("DELETE FROM trust")
+    assert store.profiles.get(made.id).trust is None
+    passes.clear()
+    assert run().trust == store.profiles.get(made.id).trust == made.trust
+    assert passes == []
 
 
 def test_a_generalist_of_nothing_or_judged_by_seen_text_is_refused(engine, store, options):

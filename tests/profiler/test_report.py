@@ -23,7 +23,17 @@ from profiler.statistics import Statistics
 from store.database import Store, open_store
 from store.errors import InvalidInput, MoepagerError, NotFound
 from store.intervals import wilson
-from store.records import Evaluation, ModelRecord, Price, Profile, Selection, StoredSelection, TaskRecord
+from store.records import (
+    UNJUDGED,
+    Evaluation,
+    ModelRecord,
+    Price,
+    Profile,
+    Selection,
+    StoredSelection,
+    TaskRecord,
+    Trust,
+)
 
 HOSTILE = '<img src=x onerror="alert(1)">&$\\frac{x$'
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -85,7 +95,9 @@ def fingerprint(folder: Path) -> str:
 def put(store: Store, fingerprint: str) -> Callable[..., Profile]:
     """`put(task, seed, accuracy)`: a profile with selections of two scorers, and evidence unless accuracy is `...`."""
 
-    def make(task: str, seed: int = 0, accuracy: float | None = 0.75, *, proven: bool = True) -> Profile:
+    def make(
+        task: str, seed: int = 0, accuracy: float | None = 0.75, *, proven: bool = True, trust: Trust | None = None
+    ) -> Profile:
         draw = np.random.default_rng(seed)
         statistics = Statistics.zeros(LAYERS, EXPERTS, TOP_K)
         statistics.tokens[:] = 100
@@ -94,7 +106,7 @@ def put(store: Store, fingerprint: str) -> Callable[..., Profile]:
         store.tasks.put(TaskRecord(task))
         profile = Profile(
             f"p{seed}", fingerprint, task, statistics.arrays, 400, f"calibration{seed}", frozenset({"a", "b"}),
-            {"tcess": "1"}, datetime(2026, 1, seed + 1, tzinfo=UTC),
+            {"tcess": "1"}, datetime(2026, 1, seed + 1, tzinfo=UTC), trust,
         )  # fmt: skip
         store.profiles.put(profile)
         for scorer in ("tcess", "random") if proven else ():
@@ -127,6 +139,23 @@ def test_the_page_stands_alone_and_names_every_task(
     for said in ("p1", "calibration1", "evaluation1", "tcess", "75.0%", "53%–89%", fingerprint, "12.00 MiB"):
         assert said in page.text
     assert [round(100 * bound) for bound in wilson(0.75, 20)] == [53, 89]
+
+
+def test_doubts_and_figures_are_those_that_the_store_has(
+    store: Store, put: Callable[..., Profile], fingerprint: str
+) -> None:
+    put("doubted", 0, trust=Trust(12.4, 0.125, 8.25, 1.0, 0.5, ("Much too <little> text.",)))
+    put("trusted", 1, trust=Trust(50.0, 0.0, 9.0, 3.0, 0.9))
+    put("of old", 2)
+    text = " ".join(Page(render(gather_report(store, fingerprint, 0.5), 1, store.name)).text.split())
+    for said in (
+        "Much too <little> text.",
+        "12 tokens an expert on the average, 12.5% of the experts never used",
+        UNJUDGED,
+    ):
+        assert said in text
+    assert text.count("No reason to doubt this profile was found.") == 1
+    assert text.count("times as uneven as chance") == 2
 
 
 def test_a_hostile_name_stays_text(store: Store, put: Callable[..., Profile], fingerprint: str) -> None:

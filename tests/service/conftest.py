@@ -37,9 +37,20 @@ from service.parts import Parts, open_parts
 from service.settings import PREFIX, Settings
 from store.database import Store, open_store
 from store.errors import Busy
-from store.records import Evaluation, Exemplar, Mode, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
+from store.records import (
+    Evaluation,
+    Exemplar,
+    Mode,
+    ModelRecord,
+    Profile,
+    Selection,
+    StoredSelection,
+    TaskRecord,
+    Trust,
+)
 
 COOKING = ["how long do I boil an egg", "how long do I boil potatoes", "boil rice how long"]
+DOUBT = "The text was all about one table."
 SQL = ["select all rows from the users table", "select rows from orders", "select names from the table users"]
 
 
@@ -48,6 +59,12 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(PREFIX):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def doubt() -> str:
+    """The profiler's, about sql."""
+    return DOUBT
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +89,7 @@ def selection_of(card: ModelCard) -> Callable[[float, int], Selection]:
 
 @pytest.fixture(scope="session")
 def stock(card: ModelCard, selection_of: Callable[[float, int], Selection]) -> Callable[[str], None]:
-    """Fills a new store: `cooking` and `sql` with evidence, `unproven` without, `stranger` of another model."""
+    """Fills a new store: `cooking` and `sql` (in doubt) have evidence, `unproven` none, `stranger` another model."""
 
     def fill(url: str) -> None:
         with open_store(url) as store:
@@ -92,10 +109,10 @@ def _put_task(store: Store, task: str, texts: list[str], model: str) -> None:
     store.tasks.put(TaskRecord(task, f"about {task}"))
     store.exemplars.replace(task, [Exemplar(task, text, embedder.embed([text])[0], embedder.id) for text in texts])
     statistics = {"count": np.ones((3, 8))}
+    made = datetime.now(UTC)
+    trust = Trust(50.0, 0.125, 9.0, 3.0, 0.9, (DOUBT,) if task == "sql" else ())
     store.profiles.put(
-        Profile(
-            f"p-{task}", model, task, statistics, 100, "hash", frozenset({"item"}), {"reap": "1"}, datetime.now(UTC)
-        )
+        Profile(f"p-{task}", model, task, statistics, 100, "hash", frozenset({"item"}), {"reap": "1"}, made, trust)
     )
 
 

@@ -55,7 +55,7 @@ def test_a_bad_retrieval_is_refused(client: TestClient, body: dict[str, object])
     assert client.post("/v1/retrieve", json=body).status_code == 400
 
 
-def test_tasks_show_the_evidence_of_each_size(client: TestClient, parts: Parts) -> None:
+def test_tasks_show_the_evidence_of_each_size(client: TestClient, parts: Parts, doubt: str) -> None:
     found = client.get("/v1/tasks").json()
     tasks = {task["task"]: task for task in found["tasks"]}
     assert list(tasks) == ["cooking", "sql", "unproven"]
@@ -68,6 +68,9 @@ def test_tasks_show_the_evidence_of_each_size(client: TestClient, parts: Parts) 
     assert (half["experts"], half["bytes"], half["fits"]) == (12, 12 * parts.engine.plan.slot_bytes, True)
     assert half["retention"] == half["accuracy"] == pytest.approx(0.9 * 0.85)
     assert not any(e["fits"] for e in cooking["evidence"] if e["keep"] == 1.0)
+    assert (cooking["doubts"], tasks["sql"]["doubts"]) == ([], [doubt])
+    figures = {"tokens_per_expert": 50.0, "unseen": 0.125, "skew": 9.0, "least_skew": 3.0, "agreement": 0.9}
+    assert cooking["trust"] == tasks["sql"]["trust"] == figures
     assert tasks["unproven"]["serves"] is None
     assert "no stored evaluation" in tasks["unproven"]["refusal"]
 

@@ -57,6 +57,7 @@ def test_the_receipt_is_in_headers_too(client: TestClient) -> None:
         "keep": "0.5",
         "reason": "retrieved",
         "profile": "p-cooking",
+        "doubts": "0",
         "experts": str(receipt["experts"]),
         "experts-paged": str(receipt["experts_paged"]),
         "bytes-paged": str(receipt["bytes_paged"]),

@@ -136,7 +136,7 @@ def test_errors_become_one_message_and_an_exit_code(
 
 
 def test_a_plan_prices_every_task_before_anything_is_loaded(
-    invoke: Callable[..., Any], half_settings: Settings, card: Any
+    invoke: Callable[..., Any], half_settings: Settings, card: Any, doubt: str
 ) -> None:
     options = ["--model", half_settings.model, "--store", half_settings.store, "--memory", half_settings.memory]
     done = invoke("plan", *options, "--max-context", 256, "--max-batch", 4, "--json")
@@ -151,16 +151,19 @@ def test_a_plan_prices_every_task_before_anything_is_loaded(
     assert cooking["quality"] == pytest.approx(0.9 * 0.85)
     assert cooking["load_seconds"] == pytest.approx(12 * card.expert_bytes / found["disk_bytes_per_second"])
     assert [(size["keep"], size["fits"]) for size in cooking["sizes"]] == [(1.0, False), (0.5, True), (0.25, True)]
+    assert (cooking["doubts"], tasks["sql"]["doubts"]) == ([], [doubt])
+    assert cooking["trust"]["tokens_per_expert"] == 50
     assert (tasks["unproven"]["keep"], tasks["unproven"]["sizes"]) == (None, [])
     assert "no stored evaluation" in tasks["unproven"]["refusal"]
 
 
-def test_a_plan_of_one_task_and_one_size(invoke: Callable[..., Any], half_settings: Settings) -> None:
+def test_a_plan_of_one_task_and_one_size(invoke: Callable[..., Any], half_settings: Settings, doubt: str) -> None:
     options = ["--model", half_settings.model, "--store", half_settings.store, "--task", "sql", "--keep", 0.25]
     done = invoke("plan", *options)
     assert done.exit_code == 0
     assert [line.split()[0] for line in done.output.splitlines() if "(served)" in line] == ["sql"]
     assert "25.0%" in next(line for line in done.output.splitlines() if "(served)" in line)
+    assert f"{'sql':<16} doubt: {doubt}" in done.output.splitlines()
 
 
 def test_doctor_finds_a_healthy_set_up(

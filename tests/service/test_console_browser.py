@@ -239,7 +239,9 @@ def test_keys_open_what_their_role_may_do(parts: Parts, live: Live, visit: Visit
         expect(page.get_by_text("No job yet")).to_be_visible()
 
 
-def test_tasks_show_their_evidence_with_intervals(site: str, visit: Visit) -> None:
+def test_tasks_show_their_evidence_with_intervals_and_what_speaks_against_it(
+    site: str, visit: Visit, doubt: str
+) -> None:
     page = visit(site)
     section(page, "Tasks")
     page.get_by_role("link", name="cooking").click()
@@ -249,6 +251,11 @@ def test_tasks_show_their_evidence_with_intervals(site: str, visit: Visit) -> No
     expect(page.locator(".chart .point")).to_have_count(12)
     expect(page.locator(".chart .whisker")).to_have_count(12)
     expect(page.locator(".doubts")).to_contain_text("baseline random is as good")
+    expect(page.locator(".doubts")).not_to_contain_text(doubt)
+    expect(page.get_by_text("gave an expert 50 tokens on the average")).to_be_visible()
+    page.get_by_role("link", name="sql").click()
+    expect(page.locator(".doubts li").first).to_have_text(doubt)
+    expect(page.get_by_role("table", name="All tasks").locator("tr", has_text="sql")).to_contain_text("in doubt")
     page.get_by_role("link", name="unproven").click()
     expect(page.get_by_text("no stored evaluation")).to_be_visible()
     page.get_by_role("link", name="stranger").click()

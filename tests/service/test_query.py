@@ -65,6 +65,13 @@ def test_the_receipt_says_what_was_served(client: TestClient, parts: Parts, sele
     assert receipt["ttft_ms"] > receipt["queue_ms"] >= 0
 
 
+def test_a_doubted_profile_serves_and_the_receipt_says_the_doubt(client: TestClient, doubt: str) -> None:
+    doubted = ask(client, query="select rows from orders", task="sql")["receipt"]
+    assert (doubted["mode"], doubted["doubts"]) == ("mask", [doubt])
+    assert ask(client, query=EGG)["receipt"]["doubts"] == []
+    assert ask(client, query="select rows from orders", task="sql", mode="exact")["receipt"]["doubts"] == []
+
+
 def test_what_is_resident_is_not_paged_again(client: TestClient) -> None:
     ask(client, query=EGG)
     receipt = ask(client, query=EGG)["receipt"]

@@ -18,7 +18,7 @@ from service.app import create_app
 from service.parts import Parts, reread
 from service.serving import Catalogue
 from store.database import Store, open_store
-from store.records import Evaluation, Exemplar, Profile, Selection, StoredSelection, TaskRecord
+from store.records import UNJUDGED, Evaluation, Exemplar, Profile, Selection, StoredSelection, TaskRecord
 
 GARDEN = ["when do I plant tomatoes outside", "when do I plant beans outside"]
 
@@ -72,6 +72,7 @@ def test_a_profile_that_is_stored_while_serving_serves(running: TestClient, own:
     wait_for(lambda: "garden" in tasks_of(running))
     receipt = running.post("/v1/query", json=query).json()["receipt"]
     assert (receipt["task"], receipt["profile_id"], receipt["mode"]) == ("garden", "p-garden", "mask")
+    assert receipt["doubts"] == [UNJUDGED]
     own.store.tasks.delete("garden")
     wait_for(lambda: "garden" not in tasks_of(running))
     assert running.post("/v1/query", json=query).json()["task"] is None
@@ -82,6 +83,14 @@ def test_reload_answers_with_the_tasks_as_they_are_now(running: TestClient, own:
     answer = running.post("/v1/tasks/reload")
     assert answer.status_code == 200
     assert "garden" in [one["task"] for one in answer.json()["tasks"]]
+
+
+def test_doubts_about_a_new_profile_are_logged_once(own: Parts, caplog: pytest.LogCaptureFixture) -> None:
+    put_garden(own.store, own)
+    reread(reread(own))
+    assert [record.getMessage() for record in caplog.records if "doubt" in record.getMessage()] == [
+        f"The profile of task garden is served with a doubt: {UNJUDGED}"
+    ]
 
 
 def test_a_request_keeps_the_parts_it_began_with(own: Parts) -> None:

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import create_engine
 
 from store.database import Store, open_store
-from store.records import Evaluation, Exemplar, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
+from store.records import Evaluation, Exemplar, ModelRecord, Profile, Selection, StoredSelection, TaskRecord, Trust
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -134,6 +134,7 @@ def make_profile() -> Callable[..., Profile]:
             "calibration_items": frozenset({"b" * 64, "c" * 64}),
             "scorers": {"gate": "1", "peu": "3"},
             "created": datetime(2025, 5, 1, 12, 30, 0, 123456, tzinfo=UTC),
+            "trust": Trust(12.5, 0.25, 9.0, 1.5, None, ("Too little text.", "Too much of one kind.")),
         }
         return Profile(**{**fields, **changes})
 

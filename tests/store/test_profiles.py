@@ -5,6 +5,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from store.database import Store, open_store
 from store.errors import Conflict, CorruptStore, InvalidInput, NotFound
-from store.records import Evaluation, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
+from store.records import UNJUDGED, Evaluation, ModelRecord, Profile, Selection, StoredSelection, TaskRecord, Trust
 
 MakeProfile = Callable[..., Profile]
 MakeSelection = Callable[..., StoredSelection]
@@ -48,6 +49,36 @@ def test_a_profile_put_again_stays_as_it_was(stocked: Store, make_profile: MakeP
     later = datetime(2026, 1, 1, tzinfo=UTC)
     stocked.profiles.put(make_profile(created=later))
     assert [profile.created for profile in stocked.profiles.list()] == [make_profile().created]
+
+
+def test_a_profile_that_nobody_judged_says_so_and_takes_on_the_first_judgement(
+    stocked: Store, make_profile: MakeProfile
+) -> None:
+    stocked.profiles.put(make_profile(trust=None))
+    assert stocked.profiles.latest(make_profile().model, "sql") == make_profile(trust=None)
+    assert stocked.profiles.get("p1").doubts == (UNJUDGED,)
+    stocked.profiles.put(make_profile())
+    stocked.profiles.put(make_profile(trust=Trust(99.0, 0.0, 99.0, 99.0, 1.0)))
+    [found] = stocked.profiles.list()
+    assert (found, found.doubts) == (make_profile(), ("Too little text.", "Too much of one kind."))
+
+
+@pytest.mark.parametrize("figure", ["tokens_per_expert", "unseen", "skew", "least_skew", "agreement"])
+def test_a_judgement_that_is_no_number_leaves_no_profile(
+    stocked: Store, make_profile: MakeProfile, figure: str
+) -> None:
+    broken = replace(make_profile().trust, **{figure: float("nan")})
+    with pytest.raises(InvalidInput, match="not finite says nothing"):
+        stocked.profiles.put(make_profile(trust=broken))
+    assert stocked.profiles.list() == []
+
+
+def test_a_judgement_goes_with_its_task(stocked: Store, make_profile: MakeProfile) -> None:
+    stocked.profiles.put(make_profile())
+    stocked.tasks.delete("sql")
+    stocked.tasks.put(TaskRecord("sql"))
+    stocked.profiles.put(make_profile(trust=None))
+    assert stocked.profiles.get("p1").trust is None
 
 
 def test_an_id_that_stands_for_another_calibration_is_refused(stocked: Store, make_profile: MakeProfile) -> None:
@@ -214,7 +245,7 @@ DIES = """
     import numpy as np
     import store.profiles
     from store.database import open_store
-    from store.records import Profile, Selection, StoredSelection
+    from store.records import Profile, Selection, StoredSelection, Trust
 
     def die(*_):
         os._exit(9)
@@ -222,7 +253,8 @@ DIES = """
     url, model = sys.argv[1:]
     store.profiles._put_evaluation = die  # after profile and selection are written, before the commit
     statistics = {"gate": np.ones((64, 64))}
-    profile = Profile("p1", model, "sql", statistics, 1, "h", frozenset(), {}, datetime.now(UTC))
+    trust = Trust(1.0, 0.0, 1.0, 1.0, None, ("Killed.",))
+    profile = Profile("p1", model, "sql", statistics, 1, "h", frozenset(), {}, datetime.now(UTC), trust)
     selection = StoredSelection("s1", "p1", "gate", "uniform", 0.5, Selection.whole(2, 4))
     open_store(url).profiles.put(profile, [selection], [None])
 """
