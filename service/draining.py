@@ -1,6 +1,7 @@
 """The end of a service that was told to stop: no new work, time for answers under way, then a last word to the rest.
 
-The port stays open meanwhile, so that probes and clients are told rather than left guessing.
+The port stays open meanwhile, so that probes and clients are told rather than left guessing. An operator may drain it
+beforehand: then it takes no new work until it is told otherwise, and what is under way has all the time it needs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ log = logging.getLogger("moepager.service")
 
 STOPPING = "The service is stopping and takes no new requests. Send it again shortly, or to another one."
 CUT_OFF = "The answer was not finished before the service stopped. Send the request again."
+DRAINED = "The service is drained: its operator lets it take no new work. Send it again later, or to another one."
 ALIVE = frozenset({"/healthz", "/health"})
+READY = "/readyz"
+DRAIN = "/v1/drain"
 LOOK_SECONDS = 0.05
 LAST_WORDS_SECONDS = 2.0  # for errors to reach those who were cut off
 
@@ -34,11 +38,22 @@ class Draining:
     def __init__(self, grace: float = 0.0, ended: Callable[[], None] = lambda: None) -> None:
         self._grace, self._ended = grace, ended
         self.begun = False
+        self.paused = False  # by an operator
         self.active = 0  # requests that are being answered
+        self.asked = 0  # of them, those that are work: the POSTs
 
     def begin(self) -> None:
         """May be called in a signal's handler."""
         self.begun = True
+
+    def pause(self, paused: bool) -> None:
+        if paused != self.paused:
+            log.info("drained by an operator" if paused else "takes work again")
+        self.paused = paused
+
+    def takes(self, scope: Scope) -> bool:
+        """Whether the request is let in while an operator has drained the service: whoever looks still may."""
+        return not self.paused or (scope["path"] != READY and not is_work(scope))
 
     def refuse(self) -> None:
         """Raises Busy once the service is stopping."""
@@ -68,6 +83,10 @@ def cut_off(opening: Opening) -> None:
     for stream in list(opening.current().streams) if opening.ready else ():
         stream.put(Busy(CUT_OFF))  # at once: the engine ends it at its next token, which may take long
         stream.cancel()
+
+
+def is_work(scope: Scope) -> bool:
+    return bool(scope["method"] == "POST" and scope["path"] != DRAIN)
 
 
 class Server(uvicorn.Server):
@@ -101,8 +120,14 @@ class Drain:
             answer.headers["connection"] = "close"
             await answer(scope, receive, send)
             return
+        if not self._draining.takes(scope):
+            await refusal(Busy(DRAINED))(scope, receive, send)
+            return
+        work = is_work(scope)
         self._draining.active += 1
+        self._draining.asked += work
         try:
             await self._app(scope, receive, send)
         finally:
             self._draining.active -= 1
+            self._draining.asked -= work

@@ -26,7 +26,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is, for people.")],
-    role: Annotated[str, typer.Option(help="query: ask. operator: also tasks, jobs, eviction, reload.")] = "query",
+    role: Annotated[
+        str, typer.Option(help="query: ask. operator: also tasks, jobs, eviction, prefetch, drain.")
+    ] = "query",
     per_minute: Annotated[int | None, typer.Option(help="Requests a minute. Default: no limit.")] = None,
     task: Annotated[
         list[str] | None,

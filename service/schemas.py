@@ -94,6 +94,14 @@ class RetrieveBody(Body):
     query: Text
 
 
+class PrefetchBody(Body):
+    """`POST /v1/residency/prefetch`."""
+
+    task: Text
+    keep: Keep | None = None
+    scorer: Text | None = None
+
+
 class TokenizeBody(Body):
     """`POST /tokenize`: a text, or messages in the model's chat template."""
 

@@ -81,7 +81,8 @@ async function begin() {
     if (error.status === 503) setTimeout(retry, 1500);  // the model is still loading
     return false;
   }
-  notice.hidden = true;
+  notice.hidden = !session.draining;
+  if (session.draining) setText(notice, "An operator has drained the service: it takes no new queries.");
   setText(document.getElementById("model"), session.model);
   const { key } = session;
   setText(document.getElementById("key"), key ? `Key: ${key.name} (${key.role})` : "Key: none needed");

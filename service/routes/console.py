@@ -74,4 +74,5 @@ async def session(request: Request, parts: PartsDep) -> dict[str, Any]:
         "max_context": parts.max_context,
         "answer_tokens": parts.settings.answer_tokens,
         "changes": parts.changes,
+        "draining": request.app.state.draining.paused,
     }

@@ -1,4 +1,4 @@
-"""`GET /v1/residency`: what is on the device. `DELETE`: forget what no running request holds."""
+"""`GET /v1/residency`: what is on the device. `DELETE`: forget what is idle. `prefetch`: page in ahead."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from engine.engine import Engine, Occupancy
 from service.context import PartsDep
 from service.guard import operators_only
 from service.parts import Parts
+from service.prefetch import prefetch
+from service.schemas import PrefetchBody
 from service.serving import choose_candidate
 from store.errors import MoepagerError
 from store.records import ExpertKey, StoredSelection
@@ -94,6 +96,14 @@ async def selections(parts: PartsDep) -> dict[str, Any]:
         for name, stored in sorted(served(parts).items())
     }
     return {"changes": parts.changes, "tasks": found}
+
+
+@router.post("/v1/residency/prefetch", dependencies=[operators_only])
+async def prefetch_task(body: PrefetchBody, parts: PartsDep) -> dict[str, Any]:
+    """Page a task's experts in ahead of its next query; answers once they are there. Running requests go on meanwhile
+    and keep theirs; where the task's do not fit beside those, it is a 503, for nobody is made to wait for it. What lies
+    idle may give way, as it would to a query, and these experts in their turn."""
+    return (await prefetch(body.task, body.keep, body.scorer, parts)).json()
 
 
 @router.delete("/v1/residency", dependencies=[operators_only])

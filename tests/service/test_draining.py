@@ -115,3 +115,26 @@ def test_a_second_signal_ends_a_service_at_once(model_folder: Path, store_url: s
         assert process.wait(20) == -signal.SIGTERM
         asked.ended()
         assert asked.failure  # it was cut off
+
+
+def test_a_drained_service_finishes_its_answers_takes_no_new_ones_and_comes_back(
+    scripted_app: Any, worker: Any, live: Callable[[Any], Any]
+) -> None:
+    worker.text, worker.delay = "a" * 18, 0.05
+    with live(scripted_app) as url:
+        asked = Asked(url, 18)
+        assert httpx.post(f"{url}/v1/drain").json() == {"draining": True, "under_way": 1}
+        for method, path in (("GET", "/readyz"), ("POST", "/v1/query"), ("POST", "/v1/jobs"), ("POST", "/tokenize")):
+            refused = httpx.request(method, f"{url}{path}", json={"query": EGG} if method == "POST" else None)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "busy"), path
+            assert refused.headers["retry-after"] == "1"
+            assert "is drained" in refused.json()["error"]["message"]
+        for path in ("/healthz", "/metrics", "/v1/models", "/console/"):
+            assert httpx.get(f"{url}{path}").status_code == 200, path
+        assert httpx.get(f"{url}/v1/session").json()["draining"] is True
+        assert "event: done" in asked.ended()
+        wait_for(lambda: httpx.get(f"{url}/v1/drain").json() == {"draining": True, "under_way": 0})
+        assert httpx.delete(f"{url}/v1/drain").json() == {"draining": False, "under_way": 0}
+        assert httpx.get(f"{url}/readyz").status_code == 200
+        worker.text = "b"
+        assert httpx.post(f"{url}/v1/query", json={"query": EGG}).json()["answer"] == "b"
