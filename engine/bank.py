@@ -1,6 +1,7 @@
-"""The experts' memory on the device: one bank of slots for all layers. Executes what the residency decides.
+"""The experts' memory on the device: one bank of slots for all layers. Leases them and shows them to who computes.
 
-Knows spans and bytes, not routing or text. Owned by one thread. S slots.
+The residency decides what is where, the arrivals bring the bytes. Knows no routing and no text. Owned by one thread. S
+slots.
 """
 
 from __future__ import annotations
@@ -10,30 +11,18 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from math import inf
 
-import numpy as np
 import torch
 
+from engine.arrivals import Arrivals
 from engine.delivery import Delivery
 from engine.guesses import Guesses
 from engine.layout import SlotLayout
-from engine.paged import Paged
 from engine.reader import Reader
 from engine.residency import ABSENT, NOBODY, Load, Residency
-from engine.transfer import Bytes, Extent
 from store.errors import BudgetError
 from store.experts import ExpertMap
 from store.records import ExpertKey, Selection
-
-BIG = 2**20  # bytes of an expert from which it is awaited by itself; smaller ones are read layer by layer
-GLANCE_SECONDS = 0.02  # between two looks whether a wait shall be broken off
-SLICE_SECONDS = 0.02  # of reading in one `poll`, where it can't be done beside
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """A pass that waited for experts was broken off, because there is something to do that needs none of them."""
 
 
 @dataclass(slots=True)
@@ -67,30 +56,22 @@ class Bank:
         """`read_ahead` is how many experts at most are read on a guess at a time; 0 where bytes need staging."""
         self.layout = layout
         self.residency = Residency(len(experts.layers), experts.experts, slots)
-        self.paged = Paged()
-        self._experts = experts
+        self.expert_bytes: Sequence[int] = experts.expert_bytes  # of one expert in the file, per layer
         self._total = len(experts.layers) * experts.experts
-        self._reader = reader
-        self._arriving: dict[ExpertKey, Delivery] = {}
-        self._queued: dict[ExpertKey, Load] = {}  # leased ahead, to be read by us when it suits
-        self._staged: dict[ExpertKey, float] = {}  # seconds that an expert's last read through the host buffer took
-        self.interrupted: Callable[[], bool] | None = None  # asked while a pass waits for experts
         self.memory = torch.zeros(slots, layout.slot_bytes, dtype=torch.uint8, device=device)  # [S, slot_bytes]
         self.views = layout.views(self.memory)
-        self._direct = layout.direct and device.type == "cpu"
-        self._host: Bytes | None = self.memory.numpy() if self._direct else None
-        assert self._direct or not read_ahead, read_ahead
+        self.arrivals = Arrivals(layout, experts, self.memory, self.views, self.residency, reader)
+        self.paged = self.arrivals.paged
+        assert self.arrivals.direct or not read_ahead, read_ahead
         self.guesses = Guesses(self.residency, read_ahead, self._begin_guess, lambda key, _: self._let_go([key]))
-        self._staging = None if self._direct else _host_buffer(experts.staged_bytes, device)
 
     @property
     def slot_bytes(self) -> int:
         return self.layout.slot_bytes
 
     @property
-    def expert_bytes(self) -> Sequence[int]:
-        """Of one expert in the file, per layer."""
-        return self._experts.expert_bytes
+    def resident_bytes(self) -> int:
+        return self.residency.resident * self.slot_bytes
 
     @property
     def reaches_all(self) -> bool:
@@ -109,19 +90,17 @@ class Bank:
         started = time.perf_counter()
         loads, delivery = self._acquire(keys, ahead=ahead)
         try:
-            size = sum(self._experts.span(load.key).nbytes for load in loads)
+            size = self.arrivals.nbytes(load.key for load in loads)
             waited = time.perf_counter() - started
-            yield Lease(len(keys), len(loads), size, keys, delivery, waited, partial(self._staged_seconds, loads))
+            staged = partial(self.arrivals.staged_seconds, loads)
+            yield Lease(len(keys), len(loads), size, keys, delivery, waited, staged)
         finally:
             self._let_go(keys)
-
-    def _staged_seconds(self, loads: Sequence[Load]) -> float:
-        return sum(self._staged.get(load.key, 0.0) for load in loads)
 
     def wait(self, lease: Lease) -> None:
         """Until the last expert of a lease that was taken ahead is there. Raises what made a read fail."""
         for key in lease.keys if self.residency.unfilled else ():
-            self._await(key)
+            self.arrivals.wait_for(key)
 
     def poll(self, lease: Lease, seconds: float = 0.0) -> bool:
         """Whether all experts of a lease that was taken ahead are there, after waiting for at most `seconds`.
@@ -131,24 +110,15 @@ class Bank:
         missing = self._missing(lease)
         if not missing:
             return True
-        for delivery in dict.fromkeys(self._arriving[key] for key in missing if key in self._arriving):
-            self._look_at(delivery)
-        if lost := [Load(key, self.residency.slot(key)) for key in missing if self._is_lost(key)]:
-            self._start(lost, urgent=False)
-        self._read_slice()
+        self.arrivals.look_after(missing)
+        if lost := [Load(key, self.residency.slot(key)) for key in missing if self.arrivals.is_lost(key)]:
+            self.arrivals.begin(lost, urgent=False)
+        self.arrivals.read_slice()
         missing = self._missing(lease)
-        if seconds and missing and missing[-1] in self._arriving:
-            self._await(missing[-1], seconds)
+        if seconds and missing and self.arrivals.is_under_way(missing[-1]):
+            self.arrivals.wait_for(missing[-1], seconds)
             missing = self._missing(lease)
         return not missing
-
-    def _read_slice(self) -> None:
-        """Some of what only the owner can read, one expert at least."""
-        until = time.perf_counter() + SLICE_SECONDS
-        while self._queued:
-            self._read_staged([self._queued.pop(next(iter(self._queued)))])
-            if time.perf_counter() >= until:
-                return
 
     def holds(self, keys: Iterable[ExpertKey]) -> bool:
         """Whether all of them are in memory, to the last byte."""
@@ -158,7 +128,7 @@ class Bank:
 
     def missing_bytes(self, lease: Lease) -> int:
         """What has still to come of a lease that was taken ahead."""
-        return sum(self._experts.span(key).nbytes for key in self._missing(lease))
+        return self.arrivals.nbytes(self._missing(lease))
 
     def at_hand(self, layer: int, experts: Sequence[int]) -> list[int] | None:
         """The slots of `experts`, NOBODY for what is no expert, good until another is read in; None where a byte of
@@ -179,7 +149,7 @@ class Bank:
         where a read fails. What `guesses` expects of the next layer begins to be read once all of `experts` have slots.
         """
         for delivery in self.guesses.judge(layer, experts):
-            self._reader.hurry(delivery.transfer)
+            self.arrivals.hurry(delivery)
         try:
             yield from self._visit(layer, experts)
         finally:
@@ -217,7 +187,7 @@ class Bank:
         for expert in experts:
             slot = row[expert]
             if slot in residency.unfilled:
-                self._await(ExpertKey(layer, expert))
+                self.arrivals.wait_for(ExpertKey(layer, expert))
             residency.touch(slot)
             yield expert, slot
 
@@ -235,7 +205,7 @@ class Bank:
         """A transfer of its own, so that it can be given up alone."""
         loads = self.residency.plan([key])
         try:
-            delivery = self._start(loads, urgent=False, guess=True)
+            delivery = self.arrivals.begin(loads, urgent=False, guess=True)
         except BaseException:
             self.residency.release([key])
             raise
@@ -248,147 +218,25 @@ class Bank:
         """Pin, and read what nobody else is reading; after a failure all pins are gone."""
         loads = self.residency.plan(keys)
         new = {load.key for load in loads}
-        loads += [Load(key, self.residency.slot(key)) for key in keys if key not in new and self._is_lost(key)]
+        loads += [Load(key, self.residency.slot(key)) for key in keys if key not in new and self.arrivals.is_lost(key)]
         delivery = None
         try:
-            delivery = self._start(loads, urgent=urgent or not ahead)
+            delivery = self.arrivals.begin(loads, urgent=urgent or not ahead)
             for key in () if ahead else keys:
-                self._await(key)
+                self.arrivals.wait_for(key)
         except BaseException:
             self._let_go(keys)
             raise
         return loads, delivery
 
     def _let_go(self, keys: Collection[ExpertKey]) -> None:
-        """Unpin. A read under way that brings a key which nobody else leases is given up: whoever leases another of its
-        keys reads that again.
-        """
-        if self._arriving or self._queued:
-            going = [key for key in keys if self.residency.is_last(key)]
-            for key in going:
-                self._queued.pop(key, None)
-            for delivery in dict.fromkeys(self._arriving[key] for key in going if key in self._arriving):
-                self._settle(delivery)
+        """Unpin."""
+        self.arrivals.give_up(keys)
         self.residency.release(keys)
 
     def _missing(self, lease: Lease) -> list[ExpertKey]:
         unfilled, residency = self.residency.unfilled, self.residency
         return [key for key in lease.keys if residency.slot(key) in unfilled] if unfilled else []
-
-    def _is_lost(self, key: ExpertKey) -> bool:
-        """Whether the key has a slot, but nobody is reading its bytes any more: they failed, or were given up."""
-        unread = self.residency.slot(key) in self.residency.unfilled
-        return unread and key not in self._arriving and key not in self._queued
-
-    def _look_at(self, delivery: Delivery) -> None:
-        """Without waiting: account for what has landed. Raises what made it fail."""
-        failure = delivery.transfer.failure
-        if failure is not None or delivery.transfer.landed:
-            self._settle(delivery)
-        if failure is not None:
-            raise failure
-
-    def _await(self, key: ExpertKey, seconds: float = inf) -> None:
-        """Until the bytes of a pinned key are there, `seconds` are over, or the wait is interrupted.
-
-        A read that failed is over; whoever asks next begins another.
-        """
-        slot = self.residency.slot(key)
-        if slot not in self.residency.unfilled:
-            return
-        self._queued.pop(key, None)
-        delivery = self._arriving.get(key) or self._start([Load(key, slot)], urgent=True)
-        assert delivery is not None or slot not in self.residency.unfilled, key
-        if delivery is None:
-            return
-        began = time.perf_counter()
-        try:
-            while not delivery.transfer.wait(delivery.group[key], GLANCE_SECONDS if self.interrupted else seconds):
-                if self.interrupted is None:
-                    return
-                if self.interrupted():
-                    raise Interrupted
-        except Interrupted:  # the read goes on
-            raise
-        except BaseException:
-            self._settle(delivery)
-            raise
-        finally:
-            self.paged.waited += time.perf_counter() - began
-        if delivery.transfer.landed:
-            self._settle(delivery)
-        else:
-            self._arrived(key)
-
-    def _start(self, loads: Sequence[Load], *, urgent: bool, guess: bool = False) -> Delivery | None:
-        """Begin to fill the slots. What can't go straight from the file into a slot is read by the owner itself: at
-        once where it is urgent, else when it is asked for, or in slices by `poll`."""
-        if not loads:
-            return None
-        if not self._direct and urgent:
-            self._read_staged(loads)
-            return None
-        if not self._direct:
-            for load in loads:
-                self._queued[load.key] = load
-                self._staged.pop(load.key, None)
-            return None
-        big = min(self._experts.expert_bytes) >= BIG
-        groups = [list(group) for _, group in groupby(loads, key=lambda load: load.key if big else load.key.layer)]
-        transfer = self._reader.start([self._extents(group) for group in groups], urgent)
-        needed = sum(self._experts.span(load.key).nbytes for load in loads)
-        delivery = Delivery(transfer, groups, needed, guess=guess)
-        self._arriving.update(dict.fromkeys(delivery.group, delivery))
-        if not guess:
-            self.paged.count(len(loads), needed)
-        return delivery
-
-    def _settle(self, delivery: Delivery) -> None:
-        """Nothing of a delivery lands after this; what is there counts as there."""
-        delivery.transfer.cancel()
-        mine = [key for key in delivery.group if self._arriving.get(key) is delivery]
-        for key in mine:
-            if delivery.transfer.has(delivery.group[key]):
-                self._arrived(key)
-            else:
-                del self._arriving[key]
-                if not delivery.guess:
-                    self.paged.count(-1, -self._experts.span(key).nbytes)
-        if not delivery.settled:
-            delivery.settled = True
-            self.paged.bytes_read += delivery.transfer.read
-            self.paged.seconds += 0.0 if delivery.guess else delivery.transfer.seconds
-
-    def _arrived(self, key: ExpertKey) -> None:
-        del self._arriving[key]
-        self.residency.landed(key)
-
-    def _extents(self, loads: Sequence[Load]) -> list[Extent]:
-        """File bytes are slot bytes: the reader puts them where they are used."""
-        assert self._host is not None
-        extents = []
-        for load in loads:
-            slot = self._host[load.slot]
-            for part in self._experts.span(load.key).parts:
-                start, end = self.layout.byte_range(part.projection)
-                extents.append(Extent(part.file, part.offset, part.nbytes, slot[start:end]))
-        return extents
-
-    def _read_staged(self, loads: Sequence[Load]) -> None:
-        """One expert at a time through a host buffer: bytes that need a cast, a scattered landing or another device."""
-        assert self._staging is not None
-        tensor, host = self._staging
-        for load in loads:
-            span = self._experts.span(load.key)
-            report = self._reader.read(
-                [Extent(part.file, part.offset, part.nbytes, host[start:end]) for part, start, end in span.places()]
-            )
-            self.layout.fill(self.views[load.slot], span, tensor)
-            self.residency.landed(load.key)
-            self.paged.count(1, report.needed)
-            self.paged.bytes_read += report.read
-            self.paged.seconds += report.seconds
-            self._staged[load.key] = report.seconds
 
     def _no_room(self, layer: int, missing: int) -> str:
         return (
@@ -396,9 +244,3 @@ class Bank:
             "slots. "
             "Exact mode needs at least one free slot: wait for a lease to end, or raise the memory budget."
         )
-
-
-def _host_buffer(size: int, device: torch.device) -> tuple[torch.Tensor, Bytes]:
-    """Host memory that the device can be filled from, as a tensor and as the bytes that reads go into."""
-    tensor = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    return tensor, np.asarray(tensor.numpy())

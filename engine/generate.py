@@ -15,7 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from engine.bank import GLANCE_SECONDS, Interrupted
+from engine.arrivals import GLANCE_SECONDS, Interrupted
 from engine.group import Group, Prompts
 from engine.requests import Event, FailedEvent, GenerationRequest, Submission
 from engine.row import Row
@@ -70,7 +70,7 @@ class Batch:
         if self.full or not (self.may_swap or self._engine.bank.holds(selection or ())):
             return False
         spare = selection is None or any(row.request.mode == "exact" for row in self._rows())
-        return self._engine.has_room(selection, spare=spare)
+        return self._engine.admission.has_room(selection, spare=spare)
 
     @property
     def may_swap(self) -> bool:
@@ -86,7 +86,7 @@ class Batch:
         Without a `submission` it is made now. Raises MoepagerError, with nothing changed, where the read can't even
         begin; where it fails later, the row ends with a FailedEvent.
         """
-        submission = submission or Submission(time.perf_counter(), self._engine.predict(request))
+        submission = submission or Submission(time.perf_counter(), self._engine.admission.predict(request))
         row = Row(self._engine, number, request, submission)
         if not self.fits(request.selection):
             raise BudgetError(
@@ -143,7 +143,7 @@ class Batch:
             return []
         bank = self._engine.bank
         if not all(row.there for row in group.rows):
-            bank.interrupted = partial(self._gives_way, group)
+            bank.arrivals.interrupted = partial(self._gives_way, group)
         try:
             group.advance(self._chunk(group))
         except Interrupted:
@@ -155,7 +155,7 @@ class Batch:
             self._joining = None
             return _failed(group, range(len(group.rows)), error)
         finally:
-            bank.interrupted = None
+            bank.arrivals.interrupted = None
         return []
 
     def _gives_way(self, group: Group) -> bool:
@@ -235,7 +235,7 @@ class Batch:
     def _chunk(self, group: Group) -> int:
         """Tokens of prompts in one pass. Few while others wait for it, unless each pass would page everything again."""
         whole = self._engine.plan.chunk_tokens
-        pages = group.rows[0].request.mode == "exact" and not self._engine.holds_all
+        pages = group.rows[0].request.mode == "exact" and not self._engine.admission.holds_all
         return whole if pages or not self._running.rows else min(whole, JOIN_TOKENS)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.bank import Interrupted
+from engine.arrivals import Interrupted
 from engine.requests import Event, FailedEvent, Reason, Score
 from engine.routing import Routing
 from engine.row import Paging, Row
@@ -116,7 +116,7 @@ class Group:
         length = self.cache.length
         try:
             with Paging(self._engine, self.rows):
-                return self._engine.step(ids, mask, self.cache, self.routing)
+                return self._engine.passes.step(ids, mask, self.cache, self.routing)
         except (MoepagerError, Interrupted):
             self.cache.rewind(length)
             raise

@@ -117,7 +117,7 @@ class Row:
     def missing_seconds(self) -> float:
         """How long its experts still need to come, at the disk's usual speed."""
         missing = 0 if self.there or self._lease is None else self._engine.bank.missing_bytes(self._lease)
-        return missing / self._engine.bytes_per_second
+        return missing / self._engine.admission.bytes_per_second
 
     @property
     def swap_seconds(self) -> float:
@@ -178,7 +178,7 @@ class Row:
             bytes_paged=self.bytes_paged,
             swap_ms=1000 * self.swap_seconds,
             ttft_ms=1000 * self._ttft_seconds,
-            resident_bytes=self._engine.resident_bytes,
+            resident_bytes=self._engine.bank.resident_bytes,
             queue_ms=1000 * self._queued_seconds,
             predicted=self._submission.predicted,
             level=self._level if self._asked.guard is not None else None,

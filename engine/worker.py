@@ -67,7 +67,7 @@ class _Room:
         return self.batch.fits(selection)
 
     def swap_seconds(self, selection: Selection | None) -> float:
-        return self.engine.missing_bytes(selection) / self.engine.bytes_per_second
+        return self.engine.admission.swap_seconds(selection)
 
 
 class EngineWorker:
@@ -100,8 +100,8 @@ class EngineWorker:
 
         Raises at once: InvalidInput or BudgetError if it can't ever be served, Busy if the queue is full.
         """
-        self._engine.check(request)
-        stream = TokenStream(request, self._engine.predict(request))
+        self._engine.admission.check(request)
+        stream = TokenStream(request, self._engine.admission.predict(request))
         with self._changed:
             self._require_place()
             self._scheduler.add(
@@ -257,5 +257,5 @@ def _never_begun(waiting: Waiting[TokenStream], engine: Engine) -> FinishedEvent
     queued = 1000 * (time.perf_counter() - waiting.submitted)
     experts = engine.card.layers * engine.card.experts if request.selection is None else len(request.selection)
     predicted = waiting.job.predicted
-    served = Served(request.mode, 1.0, experts, 0, 0, 0.0, 0.0, engine.resident_bytes, queued, predicted)
+    served = Served(request.mode, 1.0, experts, 0, 0, 0.0, 0.0, engine.bank.resident_bytes, queued, predicted)
     return FinishedEvent(0, "cancelled", "", len(request.prompt), 0, served)

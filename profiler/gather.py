@@ -48,7 +48,7 @@ def gather_statistics(
 def empty(engine: Engine, needs: Needs) -> Statistics:
     """Nothing seen yet, in the model's shapes."""
     card = engine.card
-    return Statistics.zeros(card.layers, card.experts, card.top_k, needs, card.hidden, engine.channels.width)
+    return Statistics.zeros(card.layers, card.experts, card.top_k, needs, card.hidden, engine.layers.channels.width)
 
 
 def _statistics(engine: Engine, part: Sequence[Encoded], needs: Needs) -> Statistics:

@@ -46,7 +46,7 @@ def write_pack(engine: Engine, recipe: Recipe, folder: Path, finish: Finish) -> 
     refuse_existing(folder)
     _check(engine, recipe)
     source = CheckpointMap.open(engine.card.folder)
-    config = shrunken(engine.card.folder, engine.channels, engine.card.experts, recipe.kept, recipe.width)
+    config = shrunken(engine.card.folder, engine.layers.channels, engine.card.experts, recipe.kept, recipe.width)
     with _beside(folder) as made:
         _check_room(made, source.weight_bytes)
         (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -78,7 +78,7 @@ def _check(engine: Engine, recipe: Recipe) -> None:
             f"The experts are stored as {card.geometry.stored or 'a quantised type'} and were opened as "
             f"{engine.plan.dtype}. A pack keeps the stored type: open the model with dtype auto, unquantised."
         )
-    if recipe.kept < card.experts and engine.grouped:
+    if recipe.kept < card.experts and engine.layers.grouped:
         raise UnsupportedFamily(
             "This family's router chooses groups of experts first, and fewer experts would fall into other groups. "
             "Keep all experts, and fewer channels of each."
@@ -86,7 +86,7 @@ def _check(engine: Engine, recipe: Recipe) -> None:
 
 
 def _card(engine: Engine, recipe: Recipe) -> dict[str, Any]:
-    card, before = engine.card, engine.channels.width
+    card, before = engine.card, engine.layers.channels.width
     size = card.layers * recipe.kept * card.expert_bytes * recipe.width // before
     return {
         "packed_from": card.fingerprint,
@@ -166,8 +166,8 @@ def _write_weights(engine: Engine, recipe: Recipe, source: CheckpointMap, folder
 def _experts(engine: Engine, layer: int) -> list[Expert]:
     """All of a layer, copied out of the bank."""
     found = {}
-    for number, views in engine.expert_weights(layer):
-        found[number] = engine.channels.split([view.clone().cpu() for view in views])
+    for number, views in engine.layers.expert_weights(layer):
+        found[number] = engine.layers.channels.split([view.clone().cpu() for view in views])
     return [found[number] for number in range(engine.card.experts)]
 
 
@@ -185,7 +185,7 @@ def _hub_tensors(
     engine: Engine, source: CheckpointMap, experts: ExpertMap, layer: int, made: Sequence[Expert]
 ) -> dict[str, Tensor]:
     """The new experts under the names that the old ones have: a tensor for each, or one for all."""
-    module, channels, layout = experts.modules[layer], engine.channels, engine.bank.layout
+    module, channels, layout = experts.modules[layer], engine.layers.channels, engine.bank.layout
     joined = [channels.join(expert) for expert in made]
     found: dict[str, Tensor] = {}
     for part in experts.span(ExpertKey(layer, 0)).parts:

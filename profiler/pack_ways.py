@@ -70,7 +70,7 @@ def pack_of(way: str, keep: float, scorer: str = "gate") -> Pack:
 
 def make_recipe(engine: Engine, statistics: Statistics, pack: Pack, text: Sequence[Encoded], rows: int) -> Recipe:
     """`text` is calibration text: `sub_moe` runs all experts on a sample of it."""
-    card, width = engine.card, engine.channels.width
+    card, width = engine.card, engine.layers.channels.width
     scorer = choose_scorers([pack.scorer])[0]
     scores = scorer.score(statistics)
     selection = uniform(scores, pack.experts, card.top_k)
@@ -123,4 +123,4 @@ def _unseen(statistics: Statistics) -> int:
 
 def _outputs(engine: Engine, text: Sequence[Encoded], rows: int) -> Outputs:
     sample = sample_routing(engine, text, rows)
-    return lambda layer: engine.expert_outputs(layer, sample(layer)[0]).cpu()
+    return lambda layer: engine.layers.expert_outputs(layer, sample(layer)[0]).cpu()

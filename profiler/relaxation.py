@@ -132,4 +132,4 @@ def _open(engine: Engine) -> tuple[Any, list[Any]]:
     )
     model.config.use_cache = False
     model.eval().requires_grad_(False).to(engine.device)
-    return model, [model.get_submodule(name) for name in engine.router_names]
+    return model, [model.get_submodule(name) for name in engine.layers.router_names]

@@ -59,9 +59,9 @@ def _of_layer(engine: Engine, layer: int, seen: tuple[Tensor, ...]) -> LayerSamp
     x, logits, weights, index = seen
 
     def route(tokens: Tensor, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return engine.route_within(layer, x[tokens], logits[tokens], experts)
+        return engine.layers.route_within(layer, x[tokens], logits[tokens], experts)
 
-    return LayerSample(engine.expert_outputs(layer, x), weights, index, route)
+    return LayerSample(engine.layers.expert_outputs(layer, x), weights, index, route)
 
 
 def _spread(text: Sequence[Encoded], tokens: int) -> list[Encoded]:

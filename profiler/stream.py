@@ -44,7 +44,7 @@ def stream_statistics(
     shapes = [(len(part), max(len(one.tokens) for one in part), card.hidden) for part in parts]
     spill = Spill(folder or run.folder, run.name, shapes, getattr(torch, engine.plan.dtype))
     done, total = run.load() or (0, empty(engine, needs))
-    last = engine.moe_layers[-1]
+    last = engine.layers.decoder_numbers[-1]
     if 0 < done <= last and not spill.has(done - 1):
         done, total = 0, empty(engine, needs)
     for layer in range(done, last + 1):
@@ -67,7 +67,7 @@ def _layer(
         batch = pad(parts[number])
         accumulator.begin(batch.roles, batch.halves)
         before = spill.read(layer - 1, number) if layer else None  # [B, S, H]
-        return engine.forward_layer(layer, batch.ids, batch.mask, before, accumulator)  # [B, S, H]
+        return engine.layers.forward(layer, batch.ids, batch.mask, before, accumulator)  # [B, S, H]
 
     if final:
         for number in range(len(parts)):

@@ -73,7 +73,7 @@ def prepare(question: Question, parts: Parts) -> Prepared:
         guard=serving.guard,
         restarts=serving.guard is not None and question.whole,
     )
-    parts.engine.check(request)
+    parts.engine.admission.check(request)
     return Prepared(parts.model_id, question, serving, request)
 
 

@@ -45,7 +45,7 @@ async def prefetch(task: str, keep: float | None, scorer: str | None, parts: Par
     policy = parts.policy
     candidate = choose_candidate(parts.catalogue.named(task), keep or policy.keep, scorer or policy.scorer, policy)
     selection = candidate.stored.selection
-    if not parts.engine.has_room(selection, spare=False):
+    if not parts.engine.admission.has_room(selection, spare=False):
         raise Busy(
             f"The {len(selection)} experts of task {task!r} do not fit beside those that running requests hold, and "
             "nobody is made to wait for a prefetch. Try again when fewer run, or name a smaller `keep`."

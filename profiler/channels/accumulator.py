@@ -23,7 +23,7 @@ def make_accumulator(engine: Engine, needs: Needs) -> Accumulator:
     if not needs & (SUMS | {PEAKS}):
         return Accumulator(card.layers, card.experts, card.top_k, device, needs=needs, hidden=card.hidden)
     return ChannelAccumulator(
-        card.layers, card.experts, card.top_k, device, needs=needs, hidden=card.hidden, channels=engine.channels
+        card.layers, card.experts, card.top_k, device, needs=needs, hidden=card.hidden, channels=engine.layers.channels
     )
 
 

@@ -64,7 +64,7 @@ def mean_squares(engine: Engine, text: Sequence[Encoded], rows: int) -> F64:
     The loss is the sum of the next tokens' negative log likelihoods, of prompts and responses alike, so that neither
     batches nor shards change q.
     """
-    card, width = engine.card, engine.channels.width
+    card, width = engine.card, engine.layers.channels.width
     sums = torch.zeros(card.layers, card.experts, width, dtype=torch.float64)
     counts = torch.zeros(card.layers, card.experts, dtype=torch.float64)
     model = _open(engine)

@@ -16,10 +16,10 @@ def of_weights(engine: Engine, needs: Needs) -> dict[str, F64]:
     """Those of `needs` that the weights give, f64 `[L, E, F]` each. Raises CheckpointError for NaN among them."""
     if not needs & {NORMS, SUMS}:
         return {}
-    channels, shape = engine.channels, (engine.card.layers, engine.card.experts, engine.channels.width)
+    channels, shape = engine.layers.channels, (engine.card.layers, engine.card.experts, engine.layers.channels.width)
     norms, sums = np.zeros(shape), np.zeros(shape)
     for layer in range(engine.card.layers):
-        for expert, views in engine.expert_weights(layer):
+        for expert, views in engine.layers.expert_weights(layer):
             down = channels.split(views).down.double()  # [F, H]
             norms[layer, expert] = down.norm(dim=1).cpu().numpy()
             sums[layer, expert] = down.abs().sum(dim=1).cpu().numpy()

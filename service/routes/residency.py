@@ -10,7 +10,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from engine.engine import Engine, Occupancy
+from engine.engine import Engine
+from engine.occupancy import Occupancy
 from service.context import PartsDep
 from service.guard import operators_only
 from service.parts import Parts

@@ -126,7 +126,7 @@ def test_an_expert_that_fails_to_compute_leaves_no_pin(
     def explode(*_: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(engine._experts[1], "_feed_forward", explode)
+    monkeypatch.setattr(engine.layers._experts[1], "_feed_forward", explode)
     with pytest.raises(RuntimeError, match="out of luck") as caught:
         engine.forward(ids, mask, [None, None])
     assert caught.value.__traceback__ is not None  # even while the traceback keeps the frames alive

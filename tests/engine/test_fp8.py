@@ -125,8 +125,8 @@ def test_the_smallest_budget_pages_bytes_as_stored_and_counts_slots_as_served(
     assert engine.bank.paged.bytes_needed == engine.bank.paged.experts * engine.card.expert_bytes
     assert engine.plan.dense_bytes == wide.plan.dense_bytes
     assert engine.plan.slot_bytes == wide.plan.slot_bytes
-    assert engine.bank._staging is not None
-    assert engine.bank._staging[0].nbytes < engine.plan.staging_bytes
+    assert engine.bank.arrivals.staging is not None
+    assert engine.bank.arrivals.staging.nbytes < engine.plan.staging_bytes
 
 
 def test_without_a_named_dtype_fp8_is_served_in_bfloat16(tmp_path: Path, open_engine: Open) -> None:

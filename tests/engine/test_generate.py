@@ -188,14 +188,14 @@ def test_a_request_cancelled_during_its_prompt_ends_after_the_chunk(
     checkpoint: Checkpoint, open_engine: Open, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = open_engine(checkpoint("qwen3_moe"), chunk_tokens=8)
-    request, real, chunks = ask(_prompt(60), Selection.of([range(4)] * 3)), engine.step, []
+    request, real, chunks = ask(_prompt(60), Selection.of([range(4)] * 3)), engine.passes.step, []
 
     def step(*args: Any) -> torch.Tensor:
         chunks.append(args)
         request.cancelled.set()
         return real(*args)
 
-    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setattr(engine.passes, "step", step)
     [done] = engine.generate([request])
     assert isinstance(done, FinishedEvent)
     assert (done.reason, done.completion_tokens, len(chunks)) == ("cancelled", 0, 1)

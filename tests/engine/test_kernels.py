@@ -53,5 +53,7 @@ def test_float32_without_our_own_products_is_left_alone(
     assert kernels.pad_rows(x) is x
     engine = open_engine(checkpoint("qwen2_moe"), kernel="torch")
     assert engine.kernel == "torch (our own are switched off)"
-    assert not [module for module in engine._model.modules() if type(module) is nn.Linear and "forward" in vars(module)]
+    assert not [
+        module for module in engine.passes._model.modules() if type(module) is nn.Linear and "forward" in vars(module)
+    ]
     assert engine.plan.kernel_bytes == 0

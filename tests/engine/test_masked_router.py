@@ -32,7 +32,7 @@ def test_each_token_gets_what_the_sliced_router_of_its_own_selection_gives(
     assert bool(engine.board.masked) == (family in SERVED)
     tolerance = 1e-5 if dtype == "float32" else 0.01
     rng, experts, top_k = random.Random(4), engine.card.experts, engine.card.top_k
-    for router, joint in zip(engine.board.masked, engine._joints, strict=bool(engine.board.masked)):
+    for router, joint in zip(engine.board.masked, engine.layers._joints, strict=bool(engine.board.masked)):
         x = torch.randn(40, engine.card.hidden).to(getattr(torch, dtype))  # [T, H]
         own = [sorted(rng.sample(range(experts), rng.randint(top_k, experts))) for _ in x]
         forbidden = torch.ones(40, experts, dtype=torch.bool)

@@ -104,7 +104,7 @@ def test_an_engine_takes_them_and_says_the_same(
     answers = []
     for kernel, taken in (("own", True), ("torch", False)):
         engine = open_engine(folder, kernel=kernel)
-        norms = [module for module in engine._model.modules() if "RMSNorm" in type(module).__name__]
+        norms = [module for module in engine.passes._model.modules() if "RMSNorm" in type(module).__name__]
         assert norms
         assert all(("forward" in vars(module)) == taken for module in norms)
         events = engine.generate([ask((3, 5, 7), max_tokens=8), ask((9, 2), max_tokens=8)])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from engine import bank as bank_module
+from engine import arrivals as arrivals_module
 from engine import reader as reader_module
 from engine.engine import Engine
 from engine.generate import Batch
@@ -131,7 +131,7 @@ def test_rows_that_run_get_their_tokens_while_a_lease_reads(
 def test_bytes_that_need_a_cast_are_read_in_slices_between_the_tokens_of_others(
     checkpoint: Checkpoint, open_engine: Open, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bank_module, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(arrivals_module, "SLICE_SECONDS", 0.0)
     engine = open_engine(checkpoint("qwen2_moe"), dtype="bfloat16")
     engine.tokenizer.eos = frozenset()
     order = []
@@ -149,12 +149,12 @@ def test_a_receipt_tells_how_long_reads_took_that_need_a_cast(
     checkpoint: Checkpoint, open_engine: Open, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = open_engine(checkpoint("qwen2_moe"), dtype="bfloat16")
-    read = engine.bank._reader.read
+    read = engine._reader.read
 
     def slow(extents: Any) -> Any:
         return replace(read(extents), seconds=0.25)
 
-    monkeypatch.setattr(engine.bank._reader, "read", slow)
+    monkeypatch.setattr(engine._reader, "read", slow)
     for seconds in (12 * 0.25, 0.0):  # twelve experts; then they are there
         *_, done = engine.generate([ask(PROMPT, EARLY, max_tokens=2)])
         assert isinstance(done, FinishedEvent)
@@ -165,9 +165,9 @@ def test_a_prompt_goes_through_the_first_layer_while_the_others_are_read(
     engine: Engine, ask: Ask, right: Callable[[Selection | None], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk gives the later layers' experts only once the first layer has computed."""
-    computed, layer = threading.Event(), engine._experts[0]
+    computed, layer = threading.Event(), engine.layers._experts[0]
     feed_forward, fetch = layer._feed_forward, reader_module._File.fetch
-    spans = [part for expert in range(4, 8) for part in engine.bank._experts.span(ExpertKey(0, expert)).parts]
+    spans = [part for expert in range(4, 8) for part in engine.bank.arrivals._experts.span(ExpertKey(0, expert)).parts]
 
     def compute(*args: Any) -> Any:
         computed.set()

@@ -42,7 +42,7 @@ def test_the_plan_counts_what_the_engine_really_allocates(
     family: str, checkpoint: Checkpoint, open_engine: Callable[..., Engine]
 ) -> None:
     engine = open_engine(checkpoint(family), max_context=64, max_batch=3)
-    plan, model = engine.plan, engine._model
+    plan, model = engine.plan, engine.passes._model
     dense = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     persistent = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
     assert plan.dense_bytes == sum(persistent.values())
@@ -153,11 +153,11 @@ def test_a_request_longer_than_the_context_is_refused(
     checkpoint: Checkpoint, open_engine: Callable[..., Engine], ask: Callable[..., object]
 ) -> None:
     engine = open_engine(checkpoint("qwen2_moe"), max_context=32)
-    engine.check(ask((1,) * 24, max_tokens=8))  # type: ignore[arg-type]
+    engine.admission.check(ask((1,) * 24, max_tokens=8))  # type: ignore[arg-type]
     with pytest.raises(
         InvalidInput, match="24 tokens and max_tokens is 9, together 33; the context holds 32"
     ) as refusal:
-        engine.check(ask((1,) * 24, max_tokens=9))  # type: ignore[arg-type]
+        engine.admission.check(ask((1,) * 24, max_tokens=9))  # type: ignore[arg-type]
     assert refusal.value.code == "context_length_exceeded"
 
 

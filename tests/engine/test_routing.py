@@ -56,7 +56,7 @@ def test_coverage_is_the_mean_share_of_the_free_routers_weight_inside_the_select
         for selection in selections:
             if selection is not None:
                 assert len(selection) <= engine.plan.slots
-        engine._forward(ids, mask, routing)
+        engine.passes.whole(ids, mask, routing)
     for row, selection in enumerate(selections):
         shares = []
         for column in range(10):
@@ -75,7 +75,7 @@ def test_coverage_of_a_whole_selection_and_of_a_free_row_is_one(checkpoint: Chec
     engine = open_engine(checkpoint("olmoe"))
     routing = Routing(engine.board, [Selection.whole(3, 8), None], engine.device)
     with torch.inference_mode():
-        engine._forward(torch.randint(0, 256, (2, 5)), torch.ones(2, 5, dtype=torch.long), routing)
+        engine.passes.whole(torch.randint(0, 256, (2, 5)), torch.ones(2, 5, dtype=torch.long), routing)
     assert routing.coverage() == [1.0, 1.0]
 
 

@@ -155,10 +155,10 @@ def test_stand_ins_that_nobody_planned_for_or_of_another_model_are_refused(
     without, engine = open_engine(folder), open_engine(folder, stand_ins=1)
     selection = random_selection(engine, random.Random(1))
     with pytest.raises(BudgetError, match="MOEPAGER_STAND_INS"):
-        without.check(ask((1, 2), _with(without, selection)))
+        without.admission.check(ask((1, 2), _with(without, selection)))
     other = Selection(selection.experts, StandIn("other", np.zeros((3, 8, 4), np.float32)))
     with pytest.raises(InvalidInput, match="another model"):
-        engine.check(ask((1, 2), other))
+        engine.admission.check(ask((1, 2), other))
     assert engine.plan.fixed_bytes - without.plan.fixed_bytes == engine.plan.stand_in_bytes == 3 * 8 * 32 * 4
     with pytest.raises(InvalidInput, match="at least 0"):
         EngineConfig(folder, stand_ins=-1)

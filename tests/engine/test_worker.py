@@ -70,13 +70,13 @@ def test_asyncio_reads_the_same_stream(worker: EngineWorker, ask: Ask) -> None:
 def _record_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Rows and new columns of every pass from now on."""
     steps: list[tuple[int, int]] = []
-    real = engine.step
+    real = engine.passes.step
 
     def step(ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         steps.append((ids.shape[0], ids.shape[1]))
         return real(ids, *rest)
 
-    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setattr(engine.passes, "step", step)
     return steps
 
 

@@ -104,10 +104,10 @@ def test_the_sample_is_routed_and_run_as_the_model_does(family, tmp_path):
 
             def combined(self, layer, y):
                 x, logits, weights, index = seen[layer]
-                outputs = engine.expert_outputs(layer, x)
+                outputs = engine.layers.expert_outputs(layer, x)
                 own = (outputs.gather(1, index[:, :, None].expand(-1, -1, x.shape[1])) * weights[:, :, None]).sum(1)
                 torch.testing.assert_close(own.to(y.dtype), y, rtol=1e-4, atol=1e-5)
-                again, ids = engine.route_within(layer, x, logits, range(engine.card.experts))
+                again, ids = engine.layers.route_within(layer, x, logits, range(engine.card.experts))
                 assert ids.sort(-1).values.equal(index.sort(-1).values)
                 torch.testing.assert_close(again.sort(-1).values, weights.sort(-1).values)
 

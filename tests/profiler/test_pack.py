@@ -33,7 +33,7 @@ def _nothing(folder: Path) -> dict[str, Any]:
 
 def _recipe(engine: Engine, width: int, selection: Selection | None = None, seed: int = 0) -> FewerChannels:
     card = engine.card
-    scores = np.random.default_rng(seed).random((card.layers, card.experts, engine.channels.width))
+    scores = np.random.default_rng(seed).random((card.layers, card.experts, engine.layers.channels.width))
     return FewerChannels(scores, width, selection or Selection.whole(card.layers, card.experts))
 
 
@@ -74,7 +74,7 @@ def test_a_pack_of_fewer_channels_is_the_model_without_the_others_in_both_engine
     torch.testing.assert_close(_logits(packed), wanted, atol=1e-4, rtol=1e-4)
     with Engine.open(EngineConfig(tmp_path / "pack", max_context=64)) as engine:
         ours = engine.forward(IDS, torch.ones_like(IDS), [None, None])
-        assert engine.channels.width == 8
+        assert engine.layers.channels.width == 8
     torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
     assert card == json.loads((tmp_path / "pack" / "pack.json").read_text())
     assert card["channels"] == [16, 8]
@@ -87,7 +87,7 @@ def test_a_pack_of_fewer_experts_is_the_selection(family: str, tmp_path: Path) -
     selection = Selection.of([[1, 2, 5, 7], [0, 3, 4, 6], [0, 1, 2, 3]])
     with Engine.open(EngineConfig(folder, max_context=64)) as engine:
         wanted = engine.forward(IDS, torch.ones_like(IDS), [selection] * 2)
-        write_pack(engine, _recipe(engine, engine.channels.width, selection), tmp_path / "pack", _nothing)
+        write_pack(engine, _recipe(engine, engine.layers.channels.width, selection), tmp_path / "pack", _nothing)
     torch.testing.assert_close(_logits(_plain(tmp_path / "pack")), wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_what_a_constant_channel_gives_goes_into_the_bias_exactly(tmp_path: Path
             tensor[:, :, :16] = 0
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with Engine.open(EngineConfig(folder, max_context=64)) as engine:
-        card, channels = engine.card, engine.channels
+        card, channels = engine.card, engine.layers.channels
         scores = np.ones((card.layers, card.experts, channels.width))
         scores[:, :, :8] = 0
         means = np.zeros_like(scores)

@@ -46,7 +46,7 @@ def test_every_way_halves_the_experts_bytes_and_says_what_is_left(way: str, tmp_
     assert card["evaluation"]["pack"]["items"] == 3
     with Engine.open(_config(folder)) as whole, Engine.open(_config(tmp_path / "out")) as packed:
         assert card["packed_from"] == whole.card.fingerprint != packed.card.fingerprint
-        experts, channels = packed.card.experts, packed.channels.width
+        experts, channels = packed.card.experts, packed.layers.channels.width
     assert (experts, channels) == ((8, 8) if pack.channels < 1 else (4, 16))
 
 

@@ -104,9 +104,10 @@ def test_a_mixed_pack_loads_in_plain_transformers_and_gives_what_our_engine_give
         card = engine.card
         x = torch.randn(16, card.hidden, generator=torch.Generator().manual_seed(1))
         counts = np.random.default_rng(0).random((card.layers, card.experts))
+        width = engine.layers.channels.width
         recipes = {
-            "dern": Recombined(counts, 4, engine.channels.width),
-            "sub_moe": ClusterMeans(lambda layer: engine.expert_outputs(layer, x), counts, 4, engine.channels.width),
+            "dern": Recombined(counts, 4, width),
+            "sub_moe": ClusterMeans(lambda layer: engine.layers.expert_outputs(layer, x), counts, 4, width),
         }
         for name, recipe in recipes.items():
             write_pack(engine, recipe, tmp_path / name, _nothing)

@@ -142,9 +142,9 @@ def test_the_job_streams_by_itself_where_the_model_does_not_fit(tmp_path, monkey
         with Engine.open(config) as engine, open_store(f"sqlite:///{tmp_path}/{name}.db") as store:
             layers = []
             monkeypatch.setattr(
-                engine,
-                "forward_layer",
-                lambda *each, inner=engine.forward_layer: layers.append(each[0]) or inner(*each),
+                engine.layers,
+                "forward",
+                lambda *each, inner=engine.layers.forward: layers.append(each[0]) or inner(*each),
             )
             made = profile_task(engine, store, TaskRecord("t"), CORPUS, None, embedder=HashEmbedder(), options=options)
         return made, sorted(set(layers))

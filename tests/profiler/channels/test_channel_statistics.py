@@ -36,7 +36,7 @@ class Plain:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
         self.model.requires_grad_(False)
         self.model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
-        shape = (engine.card.layers, engine.card.experts, engine.channels.width)
+        shape = (engine.card.layers, engine.card.experts, engine.layers.channels.width)
         names = ("channel_sums", "channel_squares", "channel_gated", "channel_peaks", "channel_gradients")
         self.found = {name: np.zeros(shape) for name in names} | {"channel_inputs": np.zeros((2, *shape))}
         self.tokens = np.zeros(shape[:2])

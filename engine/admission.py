@@ -1,0 +1,119 @@
+"""What may run: requests that could ever be served, those that there is room for now, and what one would wait for.
+
+Decides by plan, bank and card; admits and runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from engine.bank import Bank
+from engine.card import ModelCard
+from engine.plan import MemoryPlan
+from engine.reader import Meter
+from engine.requests import GenerationRequest, SwapCost
+from engine.residency import ABSENT
+from engine.routing import Switchboard
+from store.errors import BudgetError, InvalidInput
+from store.records import Selection
+
+GUESSED_BYTES_PER_SECOND = 1e9
+
+
+class Admission:
+    """Every method may be called from any thread; what it says of room and cost is true for that moment."""
+
+    def __init__(self, card: ModelCard, plan: MemoryPlan, board: Switchboard, bank: Bank, meter: Meter) -> None:
+        self._card, self._plan, self._board, self._bank, self._meter = card, plan, board, bank, meter
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises InvalidInput or BudgetError for a request that could not be served even alone."""
+        length, budget = len(request.prompt), request.sampling.max_tokens
+        if not length:
+            raise InvalidInput("The prompt is empty. Send at least one token of text.", param="prompt")
+        if length + budget > self._plan.max_context:
+            raise InvalidInput(
+                f"The prompt has {length} tokens and max_tokens is {budget}, together {length + budget}; the context "
+                f"holds {self._plan.max_context}. Shorten the prompt, lower max_tokens, or serve with a larger "
+                "max_context.",
+                param="max_tokens" if length < self._plan.max_context else "prompt",
+                code="context_length_exceeded",
+            )
+        if not all(0 <= token < self._card.vocab for token in request.prompt):
+            raise InvalidInput(f"A prompt token is outside the vocabulary of {self._card.vocab}.", param="prompt")
+        if request.selection is not None:
+            self.check_selection(request.selection)
+
+    def check_selection(self, selection: Selection) -> None:
+        """Raises InvalidInput or BudgetError for one that was made for another model or fits no empty bank."""
+        self._board.check_selection(selection)
+        self._plan.require(selection)
+        if selection.stand_in is None:
+            return
+        wanted, got = (self._card.layers, self._card.experts, self._card.hidden), selection.stand_in.vectors.shape
+        if got != wanted:
+            raise InvalidInput(
+                f"The stand-ins {selection.stand_in.id} are {list(got)}, this model has {list(wanted)} (layers, "
+                "experts, width). They were made for another model: profile this one.",
+                param="selection",
+            )
+
+    def check_pass(self, ids: Tensor, mask: Tensor, selections: Sequence[Selection | None]) -> None:
+        """Raises InvalidInput for `ids`, `mask` [B, S] that are not of one shape, or too much for one pass."""
+        if ids.dim() != 2 or ids.shape != mask.shape or len(selections) != len(ids):
+            raise InvalidInput(
+                f"forward wants ids and mask of one shape [B, S] and B selections; got {list(ids.shape)}, "
+                f"{list(mask.shape)} and {len(selections)}."
+            )
+        if ids.numel() > self._plan.chunk_tokens:
+            raise InvalidInput(
+                f"{ids.shape[0]} rows x {ids.shape[1]} positions are {ids.numel()} tokens in one pass; the plan's "
+                f"workspace is for {self._plan.chunk_tokens}. Send fewer rows at once, or open the engine with a "
+                "larger chunk_tokens."
+            )
+
+    def require_free_slot(self, selections: Sequence[Selection | None]) -> None:
+        """Raises BudgetError where one routes freely, experts are missing, and no slot is left to page them through."""
+        if any(selection is None for selection in selections) and not self._bank.reaches_all:
+            raise BudgetError(
+                f"Exact mode pages experts through free slots, and leases hold all {self._plan.slots}. "
+                "Wait for one to end, or raise the memory budget."
+            )
+
+    def has_room(self, selection: Selection | None, *, spare: bool) -> bool:
+        """Whether slots are free, beside all leases, for what `selection` lacks, and `spare` one more to page
+        through."""
+        if selection is not None and not self._board.stand_ins.has_room(selection.stand_in):
+            return False
+        wanted = self._bank.residency.unpinned(selection or ())
+        return wanted + (spare and not self.holds_all) <= self._bank.residency.available
+
+    def missing_bytes(self, selection: Selection | None) -> int:
+        """What would have to be read for the selection; None: for every expert there is."""
+        table, sizes = self._bank.residency.table, self._bank.expert_bytes
+        if selection is None:
+            return sum(row.count(ABSENT) * size for row, size in zip(table, sizes, strict=True))
+        return sum((table[key.layer][key.expert] == ABSENT) * sizes[key.layer] for key in selection)
+
+    def swap_seconds(self, selection: Selection | None) -> float:
+        """How long that takes; 0 where nothing is missing."""
+        return self.missing_bytes(selection) / self.bytes_per_second
+
+    def predict(self, request: GenerationRequest) -> SwapCost | None:
+        """What the request would wait for if it began now; None where its routing decides."""
+        missing = self.missing_bytes(request.selection)
+        if request.selection is None and missing:
+            return None
+        return SwapCost(missing, missing / self.bytes_per_second)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of experts that are read: measured, the model's other weights at open included."""
+        return self._meter.bytes_per_second or GUESSED_BYTES_PER_SECOND
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether there is a slot for every expert."""
+        return self._plan.slots >= self._card.layers * self._card.experts

@@ -1,0 +1,105 @@
+"""The model taken apart layer by layer, as the profiler reads it: nothing here answers a request.
+
+B rows, S positions, H hidden, E experts, n tokens, k experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.channels import Channels
+from engine.experts import PagedExperts
+from engine.layerwise import Reached, decoder_layers, only
+from engine.observer import Observer
+from engine.restriction import groups_of, restrict
+from engine.routing import Routing
+from engine.skeleton import Skeleton
+from store.errors import UnsupportedFamily
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+
+class Layers:
+    """The engine's own, and its thread's. `layer` counts MoE layers but in `forward`, which counts decoder layers."""
+
+    def __init__(self, engine: Engine, skeleton: Skeleton, experts: Sequence[PagedExperts]) -> None:
+        self._engine = engine
+        self._model, self._joints, self._experts = skeleton.model, skeleton.joints, experts
+
+    @property
+    def router_names(self) -> tuple[str, ...]:
+        """What transformers calls the routers, a MoE layer each."""
+        names = {module: name for name, module in self._model.named_modules()}
+        return tuple(names[joint.router] for joint in self._joints)
+
+    @property
+    def decoder_numbers(self) -> tuple[int, ...]:
+        """The decoder layers that hold the MoE layers, in order."""
+        return tuple(decoder_layers(self._model, [joint.experts for joint in self._joints])[1])
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the router chooses groups of experts before it chooses experts."""
+        return any(groups_of(joint.router) > 1 for joint in self._joints)
+
+    @property
+    def channels(self) -> Channels:
+        """How the channels of an expert lie in its parameters."""
+        return Channels.of(self._joints[0].experts, self._engine.bank.layout)
+
+    @torch.inference_mode()
+    def forward(
+        self, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None, observer: Observer | None = None
+    ) -> Tensor:
+        """Decoder layer `layer` alone, routed freely: `hidden` [B, S, H], what the layer before gave, -> [B, S, H].
+
+        `ids` and `mask` i64 [B, S] as for `Engine.forward`; `hidden` is None for layer 0.
+        """
+        assert (hidden is None) == (layer == 0), layer
+        engine, device = self._engine, self._engine.device
+        engine.admission.check_pass(ids, mask, [None] * len(ids))
+        routing = Routing(engine.board, [None] * len(ids), device)
+        decoders = decoder_layers(self._model, [joint.experts for joint in self._joints])[0]
+        with ExitStack() as stack:
+            engine.admission.require_free_slot([None])
+            if observer is not None:
+                stack.enter_context(engine.passes.observed(observer, routing))
+            stack.enter_context(only(decoders, layer, None if hidden is None else hidden.to(device)))
+            try:
+                engine.passes.whole(ids.to(device), mask.to(device), routing)
+            except Reached as end:
+                return end.hidden
+        raise AssertionError("the pass went past its layer")
+
+    @torch.inference_mode()
+    def expert_outputs(self, layer: int, x: Tensor) -> Tensor:
+        """What each expert of MoE layer `layer` makes of the router inputs `x` [n, H], unweighted: [n, E, H]."""
+        if not self._joints[layer].same_states:
+            raise UnsupportedFamily(
+                f"The experts of {self._engine.card.family} read other states than its router, so what they make of "
+                "the router's inputs means nothing."
+            )
+        self._engine.admission.require_free_slot([None])
+        return self._experts[layer].outputs(x.to(self._engine.device))
+
+    @torch.inference_mode()
+    def expert_weights(self, layer: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Every expert of MoE layer `layer` once, in any order, with its parameters in the layout's order: views of
+        the bank, good until the next pair is asked for.
+        """
+        self._engine.admission.require_free_slot([None])
+        yield from self._experts[layer].weights()
+
+    @torch.inference_mode()
+    def route_within(self, layer: int, x: Tensor, logits: Tensor, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Weights and index [n, k] that the router of MoE layer `layer` gives `x` [n, H] when only `experts` are there.
+
+        `logits` [n, E] are what the unrestricted router said.
+        """
+        return restrict(self._joints[layer].router, experts).route(x, logits)

@@ -1,0 +1,87 @@
+"""Passes through the model: its own forward, with what routing has to know before it and what must follow it.
+
+B rows, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.experts import PagedExperts
+from engine.kvcache import KvCache
+from engine.observer import Observer
+from engine.routing import Routing
+from engine.skeleton import Skeleton
+
+
+class Passes:
+    """One after the other: the routing of a pass is the switchboard's while it runs."""
+
+    def __init__(self, skeleton: Skeleton, experts: Sequence[PagedExperts]) -> None:
+        self._model, self._joints, self._experts = skeleton.model, skeleton.joints, experts
+
+    def whole(self, ids: Tensor, mask: Tensor, routing: Routing) -> Tensor:
+        """`ids`, `mask` i64 [B, S] -> logits f32 [B, S, V], nothing remembered."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
+        with _routed(routing, mask):
+            out = self._model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        logits: Tensor = out.logits
+        return logits.float()
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing) -> Tensor:
+        """Continue `cache` by `ids` [B, new] under `mask` [B, everything so far]. Logits of the last column, [B, V]."""
+        new = ids.shape[1]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]  # [B, new]
+        with _routed(routing, mask[:, -new:]):
+            out: Any = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: Tensor = out.logits
+        return logits[:, -1]
+
+    @contextmanager
+    def observed(self, observer: Observer, routing: Routing) -> Iterator[None]:
+        """Everything of one pass is shown to `observer`."""
+        routing.observer = observer
+        handles = []
+        for layer, (joint, paged) in enumerate(zip(self._joints, self._experts, strict=True)):
+            handles.append(joint.residual.register_forward_pre_hook(_residual_hook(observer, layer), with_kwargs=True))
+            paged.observer = observer
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for paged in self._experts:
+                paged.observer = None
+
+
+@contextmanager
+def _routed(routing: Routing, mask: Tensor) -> Iterator[None]:
+    """A pass over the columns of `mask` i64 [B, new]; one that fails leaves no trace in the routing."""
+    routing.begin(mask.shape[1], mask.bool())
+    try:
+        yield
+    except BaseException:
+        routing.abort()
+        raise
+    routing.finish()
+
+
+def _residual_hook(observer: Observer, layer: int) -> Any:
+    def hook(_: object, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        states = (*args, *named.values())[0]  # [B, S, H] or [T, H]
+        observer.residual(layer, states.reshape(-1, states.shape[-1]))
+
+    return hook
