@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from fastapi import FastAPI
 
 from service.context import opening
-from service.described import ERRORS
+from service.described import ERRORS, mark_for_operators
 from service.draining import Drain, Draining
 from service.guard import Guard, SecurityHeaders
 from service.job_queue import open_jobs
@@ -92,6 +92,8 @@ def create_app(
         lifespan=lifespan,
         telemetry=TELEMETRY,
         responses=ERRORS,
+        docs_url=None,  # the framework's pages load their scripts from elsewhere; the console has our own
+        redoc_url=None,
     )
     app.state.draining = draining or Draining()
     app.state.limits = RateLimits(redis)
@@ -102,5 +104,6 @@ def create_app(
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
     for routes in ROUTES:
+        mark_for_operators(routes.router)
         app.include_router(routes.router)
     return app

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
+
+from service.guard import require_operator
 
 
 class ErrorDetail(BaseModel):
@@ -34,3 +38,10 @@ EVENTS: Answers = {
 }
 ONLY_EVENTS: Answers = {200: {"description": "Server-sent events.", "content": {"text/event-stream": {}}}}
 METRICS: Answers = {200: {"description": "Prometheus' text format.", "content": {"text/plain": {}}}}
+
+
+def mark_for_operators(router: APIRouter) -> None:
+    """Say in the description which routes a key of role query may not use."""
+    for route in router.routes:
+        if isinstance(route, APIRoute) and any(d.call is require_operator for d in route.dependant.dependencies):
+            route.openapi_extra = {**(route.openapi_extra or {}), "x-operators-only": True}

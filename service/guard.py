@@ -12,9 +12,8 @@ from service.refusals import refusal
 from store.errors import Forbidden, MoepagerError, Unauthorized
 from store.records import ApiKey
 
-OPEN = frozenset({"/", "/healthz", "/health", "/readyz"})  # probes carry no key
+OPEN = frozenset({"/", "/docs", "/healthz", "/health", "/readyz"})  # probes and addresses typed by hand carry no key
 CONSOLE = "/console"  # its files are the same for everybody; what they show comes from routes that need a key
-PAGES = ("/docs", "/redoc")  # the framework's own pages bring scripts and styles
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -38,8 +37,7 @@ class SecurityHeaders:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
-                if not scope["path"].startswith(PAGES):
-                    headers["content-security-policy"] = OWN if is_console(scope["path"]) else STRICT
+                headers["content-security-policy"] = OWN if is_console(scope["path"]) else STRICT
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)

@@ -7,6 +7,7 @@ import { Jobs } from "./jobs.js";
 import { Plan } from "./plan.js";
 import { Playground } from "./playground.js";
 import { Proposals } from "./proposals.js";
+import { Reference } from "./reference.js";
 import { Residency } from "./residency.js";
 import { Tasks } from "./tasks.js";
 
@@ -18,6 +19,7 @@ const SECTIONS = [
   ["jobs", "Jobs", Jobs],
   ["plan", "Plan", Plan],
   ["proposals", "Proposals", Proposals],
+  ["api", "API", Reference],
 ];
 
 const main = document.getElementById("main");

@@ -51,6 +51,12 @@ async def to_console() -> Response:
     return RedirectResponse("/console/")
 
 
+@router.get("/docs", include_in_schema=False)
+async def to_reference() -> Response:
+    """Where people look for an API's description."""
+    return RedirectResponse("/console/#/api")
+
+
 @router.get("/console/{name:path}", include_in_schema=False)
 async def page(name: str, request: Request) -> Response:
     """A browser asks again each time and is told that nothing changed: an upgrade shows at the next look."""

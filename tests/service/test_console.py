@@ -47,6 +47,12 @@ def test_the_root_leads_to_the_console(client: TestClient) -> None:
         assert (answer.status_code, answer.headers["location"]) == (307, "/console/")
 
 
+def test_where_people_look_for_the_api_there_is_our_own_page_of_it(locked: TestClient) -> None:
+    answer = locked.get("/docs", follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (307, "/console/#/api")
+    assert locked.get("/redoc").status_code == 401  # as any address that is none
+
+
 def test_every_file_is_served_with_its_type_and_needs_no_key(locked: TestClient) -> None:
     types = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
     assert {"index.html", "main.js", "console.css"} <= set(PAGES)

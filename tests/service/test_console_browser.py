@@ -29,7 +29,7 @@ Visit = Callable[..., Page]
 Live = Callable[[FastAPI], AbstractContextManager[str]]
 
 EGG = "how long do I boil an egg"
-SECTIONS = ("Playground", "Residency", "Tasks", "Jobs", "Plan", "Proposals")
+SECTIONS = ("Playground", "Residency", "Tasks", "Jobs", "Plan", "Proposals", "API")
 NAMES = ("beans", "kale", "leeks", "peas", "corn", "mint", "dill", "sage", "chard")
 PLANTS = [f"when do I plant {name} in the garden" for name in NAMES]
 HOSTILE = "<img src=x onerror=hacked=1><script>hacked=1</script>"
@@ -85,6 +85,33 @@ def test_every_section_loads_cleanly_and_is_accessible(site: str, visit: Visit, 
     page.get_by_role("button", name="Key").click()
     expect(page.get_by_role("dialog")).to_be_visible()
     check_accessible(page)
+
+
+def test_the_apis_own_page_tells_every_route_and_a_call_to_copy(site: str, visit: Visit, app: FastAPI) -> None:
+    page = visit(site)
+    page.goto(f"{site}/docs")
+    expect(page.get_by_role("heading", level=1, name="API")).to_be_visible()
+    routes = [(method, path) for path, item in app.openapi()["paths"].items() for method in item]
+    expect(page.get_by_text(f"{len(routes)} of {len(routes)} routes")).to_be_visible()
+    page.get_by_label("Find a route or a field").fill("prefetch")
+    expect(page.locator("summary").filter(visible=True)).to_have_count(1)
+    opened = page.locator("details").filter(has_text="/v1/residency/prefetch")
+    expect(opened.locator("summary")).to_contain_text("for operators")
+    opened.locator("summary").press("Enter")
+    expect(opened.get_by_role("row", name="task")).to_contain_text("required")
+    expect(opened.get_by_role("row", name="keep")).to_contain_text("number > 0 ≤ 1")
+    check_accessible(page)
+    page.get_by_label("Find a route or a field").fill("")
+    page.evaluate("document.querySelectorAll('main details').forEach((each) => { each.open = true; })")
+    expect(page.locator("main pre")).to_have_count(len(routes))
+    calls = page.locator("main pre").all_text_contents()
+    for method, path in routes:
+        address = site + re.sub(r"{(\w+)}", lambda name: name[1].upper(), path)
+        begin = f"curl {address}" if method == "get" else f"curl -X {method.upper()} {address}"
+        assert any(call.startswith(f"{begin} ") for call in calls), begin
+    call = page.locator("details").filter(has=page.get_by_text("/v1/query", exact=True)).locator("pre").text_content()
+    body = json.loads(re.search(r"-d '(.*)'", call or "")[1])  # type: ignore[index]
+    assert httpx.post(f"{site}/v1/query", json={**body, "max_tokens": 1}).status_code == 200
 
 
 def test_an_answer_streams_in_and_ends_with_its_receipt(site: str, visit: Visit) -> None:
