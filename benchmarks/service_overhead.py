@@ -1,11 +1,12 @@
 """What HTTP adds to the engine's time, and what idle streams cost those that work.
 
-engine     the engine's own queue, asked by a thread of this process
+engine     the engine alone, on its thread
 named      the same prompts over HTTP, the task named: reading, checking, sampling options, the receipt, JSON
 retrieved  the same, the task found by the embedder and FAISS, and every decision stored
 streamed   named, as server-sent events, to the last of them
 
-Arms take turns, prompt by prompt. Then as many clients as the batch has rows ask for tokens, once with nobody else and
+Clients are processes of their own, so that they take no time of the service's interpreter. Arms take turns, prompt by
+prompt. Then as many clients as the batch has rows ask for tokens, once with nobody else and
 once beside idle streams: open connections whose answers never begin, each of which the service watches and comments on.
 """
 
@@ -16,8 +17,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,16 +28,19 @@ from urllib.parse import urlsplit
 import httpx
 import uvicorn
 
+from benchmarks.http_client import HttpClient, client_of
 from demo.prepare import DTYPE, THREADS, corpus, prepare
 from demo.tasks.registry import TASKS
 from engine.embedder import open_embedder
-from engine.requests import FinishedEvent, GenerationRequest, Sampling
+from engine.engine import Engine
+from engine.requests import Event, FinishedEvent, GenerationRequest, Sampling
 from engine.stream import TokenStream
 from engine.worker import EngineWorker
 from service.app import create_app
 from service.model import BUNDLED
 from service.parts import Parts, open_parts
 from service.retrieval import pinned
+from service.server import listen
 from service.serving import Wish, choose_serving
 from service.settings import Settings
 from store.database import open_store
@@ -60,7 +63,7 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Arm:
     """`added_ms` is the median of what each prompt took longer than in the engine alone, in the same turn;
-    `added_cpu_ms` the same in processor time of this process, client and server: what is left of it on a busy machine.
+    `added_cpu_ms` the same in processor time of client and service: what is left of it on a busy machine.
     """
 
     name: str
@@ -92,9 +95,9 @@ def bench_service(work: Work) -> tuple[list[Arm], dict[str, float]]:
         parts = stack.enter_context(_opened(Path(folder), work))
         held = HeldWorker(parts.worker)
         url = stack.enter_context(_served(replace(parts, worker=held)))  # type: ignore[arg-type]
-        client = stack.enter_context(httpx.Client(base_url=url, timeout=60))
+        client = stack.enter_context(client_of(url))
         arms = _latencies(parts, client, work)
-        return arms, _throughput(url, held, work)
+        return arms, _throughput(url, client, held, work)
 
 
 @contextmanager
@@ -116,7 +119,7 @@ def _served(parts: Parts) -> Iterator[str]:
         create_app(lambda: nullcontext(parts)), log_level="warning", access_log=False, timeout_graceful_shutdown=2
     )
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as bound:
+    with listen("127.0.0.1", 0) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -129,25 +132,28 @@ def _served(parts: Parts) -> Iterator[str]:
             thread.join()
 
 
-def _latencies(parts: Parts, client: httpx.Client, work: Work) -> list[Arm]:
+def _latencies(parts: Parts, client: HttpClient, work: Work) -> list[Arm]:
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     cpu: dict[str, list[float]] = {name: [] for name in ARMS}
     prompts = [(task.name, item.prompt) for task in TASKS for item in corpus(task.name, "evaluation", 8).items]
     for number in range(work.requests + 4):
         task, prompt = prompts[number % len(prompts)]
-        asked: dict[str, Callable[[], None]] = {
-            "engine": lambda: _by_engine(parts, task, prompt, work.tokens),  # noqa: B023 - called in this turn
-            "named": lambda: _by_http(client, f"{parts.model_id}:{task}", prompt, work.tokens, False),  # noqa: B023
-            "retrieved": lambda: _by_http(client, parts.model_id, prompt, work.tokens, False),  # noqa: B023
-            "streamed": lambda: _by_http(client, f"{parts.model_id}:{task}", prompt, work.tokens, True),  # noqa: B023
+        named = f"{parts.model_id}:{task}"
+        bodies = {
+            "named": chat_body(named, prompt, work.tokens),
+            "retrieved": chat_body(parts.model_id, prompt, work.tokens),
+            "streamed": chat_body(named, prompt, work.tokens, stream=True),
         }
         for place in range(len(ARMS)):
             name = ARMS[(place + number) % len(ARMS)]
-            began, worked = time.perf_counter(), time.process_time()
-            asked[name]()
+            worked = time.process_time()
+            if name == "engine":
+                took, elsewhere = _by_engine(parts, task, prompt, work.tokens), 0.0
+            else:
+                took, elsewhere = client.ask(bodies[name])
             if number >= 4:  # the first ones warm up
-                seconds[name].append(time.perf_counter() - began)
-                cpu[name].append(time.process_time() - worked)
+                seconds[name].append(took)
+                cpu[name].append(time.process_time() - worked + elsewhere)
     return [_arm(name, seconds, cpu) for name in ARMS]
 
 
@@ -160,35 +166,39 @@ def _added(own: list[float], all_arms: dict[str, list[float]]) -> float:
     return median(1000 * (one - engine) for one, engine in zip(own, all_arms["engine"], strict=True))
 
 
-def _by_engine(parts: Parts, task: str, prompt: str, tokens: int) -> None:
+def _by_engine(parts: Parts, task: str, prompt: str, tokens: int) -> float:
+    """Seconds from the first look at the prompt to its last token, on the thread that owns the device."""
     retrieval = pinned(task, parts.retriever.threshold)
     serving = choose_serving(Wish(task), retrieval, parts.catalogue, parts.policy)
     ids = parts.engine.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    sampling = Sampling(max_tokens=tokens, ignore_eos=True)
-    *_, last = parts.worker.submit(GenerationRequest(ids, serving.selection, serving.mode, sampling))
-    _require(isinstance(last, FinishedEvent) and last.completion_tokens == tokens, last)
+    request = GenerationRequest(ids, serving.selection, serving.mode, Sampling(max_tokens=tokens, ignore_eos=True))
+
+    def generate(engine: Engine) -> tuple[float, Event]:
+        began = time.perf_counter()
+        *_, last = engine.generate([request])
+        return time.perf_counter() - began, last
+
+    took, last = parts.worker.run(generate).result()
+    if not (isinstance(last, FinishedEvent) and last.completion_tokens == tokens):
+        raise RuntimeError(f"The engine did not give {tokens} tokens, but {last}.")
+    return took
 
 
-def _by_http(client: httpx.Client, model: str, prompt: str, tokens: int, stream: bool) -> None:
-    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
-    answer = client.post("/v1/chat/completions", json={**body, "ignore_eos": True, "stream": stream})
-    _require(answer.status_code == 200, answer.text)
-    _require(stream or answer.json()["usage"]["completion_tokens"] == tokens, answer.text)
-    _require(not stream or answer.text.endswith("data: [DONE]\n\n"), answer.text)
+def chat_body(model: str, prompt: str, tokens: int, stream: bool = False) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}]
+    return {"model": model, "messages": messages, "max_tokens": tokens, "ignore_eos": True, "stream": stream}
 
 
-def _require(held: bool, found: object) -> None:
-    if not held:
-        raise RuntimeError(f"An arm did not get the answer that it asked for, but {found}.")
-
-
-def _throughput(url: str, held: HeldWorker, work: Work) -> dict[str, float]:
+def _throughput(url: str, client: HttpClient, held: HeldWorker, work: Work) -> dict[str, float]:
     """Tokens a second, and the ratio beside idle streams: medians over the rounds, in which both take turns."""
     rates: dict[bool, list[float]] = {False: [], True: []}
+    task = TASKS[0].name
+    prompts = [item.prompt for item in corpus(task, "evaluation", 8).items]
+    bodies = [chat_body(f"{BUNDLED}:{task}", prompt, work.tokens) for prompt in prompts]
     for round_ in range(work.rounds):
         for idle in (False, True) if round_ % 2 else (True, False):
             with _idle(url, held, work.idle if idle else 0):
-                rates[idle].append(_rate(url, work))
+                rates[idle].append(client.tokens_per_second(work.clients, work.seconds, bodies))
     alone, beside = median(rates[False]), median(rates[True])
     ratios = [with_idle / without for with_idle, without in zip(rates[True], rates[False], strict=True)]
     return {
@@ -199,26 +209,6 @@ def _throughput(url: str, held: HeldWorker, work: Work) -> dict[str, float]:
         "ratio_highest": max(ratios),
         "idle_streams": float(work.idle),
     }
-
-
-def _rate(url: str, work: Work) -> float:
-    until = time.perf_counter() + work.seconds
-    task = TASKS[0].name
-    prompts = [item.prompt for item in corpus(task, "evaluation", 8).items]
-
-    def ask(number: int) -> int:
-        count = 0
-        with httpx.Client(base_url=url, timeout=60) as client:
-            while time.perf_counter() < until:
-                prompt = prompts[(number + count) % len(prompts)]
-                _by_http(client, f"{BUNDLED}:{task}", prompt, work.tokens, False)
-                count += 1
-        return count
-
-    began = time.perf_counter()
-    with ThreadPoolExecutor(work.clients) as pool:
-        answers = sum(pool.map(ask, range(work.clients)))
-    return answers * work.tokens / (time.perf_counter() - began)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import TracebackType
 
-from engine.requests import Event, FinishedEvent, GenerationRequest, SwapCost
+from engine.requests import Event, FinishedEvent, GenerationRequest, SwapCost, TokenEvent
 
 
 class TokenStream:
@@ -25,6 +25,7 @@ class TokenStream:
         self._items: deque[Event | BaseException] = deque()
         self._ready = threading.Condition()
         self._wake: Callable[[], None] | None = None
+        self._only_last = False
         self._done = False
 
     def cancel(self) -> None:
@@ -36,6 +37,8 @@ class TokenStream:
     def put(self, item: Event | BaseException) -> None:
         """The worker's end."""
         with self._ready:
+            if self._only_last and isinstance(item, TokenEvent):
+                return
             self._items.append(item)
             self._ready.notify()
             wake, self._wake = self._wake, None
@@ -73,16 +76,26 @@ class TokenStream:
     async def __anext__(self) -> Event:
         if self._done:
             raise StopAsyncIteration
+        return self._passed_on(await self._arrival())
+
+    async def last(self) -> FinishedEvent:
+        """The end alone. Tokens wake nobody: each would take the interpreter from the thread that makes the next."""
+        with self._ready:
+            self._only_last = True
+        async for event in self:
+            if isinstance(event, FinishedEvent):
+                return event
+        raise AssertionError("a token stream ends with a FinishedEvent")
+
+    async def _arrival(self) -> Event | BaseException:
         loop = asyncio.get_running_loop()
         while True:
             arrived: asyncio.Future[None] = loop.create_future()
             with self._ready:
                 if self._items:
-                    item = self._items.popleft()
-                    break
+                    return self._items.popleft()
                 self._wake = partial(_set, loop, arrived)
             await arrived
-        return self._passed_on(item)
 
     def _passed_on(self, item: Event | BaseException) -> Event:
         if isinstance(item, BaseException):

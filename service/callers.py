@@ -53,7 +53,7 @@ class Caller:
 ANYBODY = Caller()
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:  # no thread: see context.py
     """What the headers say."""
     key: ApiKey | None = request.scope.get("api_key")
     caller = Caller(key.id if key else "")

@@ -90,7 +90,7 @@ def _counted(scope: Scope, send: Send) -> Send:
     return counting
 
 
-def require_operator(request: Request) -> None:
+async def require_operator(request: Request) -> None:
     key: ApiKey | None = request.scope.get("api_key")
     if key is not None and key.role != "operator":
         raise Forbidden(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -24,6 +25,8 @@ from service.sse import PING, comment_frame
 from service.tracing import Trail
 from store.errors import Busy, MoepagerError, TimedOut
 from store.records import Selection
+
+E = TypeVar("E", bound=Event)
 
 PING_SECONDS = 15.0  # a silent stream sends a comment this often
 GLANCE_SECONDS = 0.5  # between two looks at how far paging has come, before the first token
@@ -48,7 +51,8 @@ class Running:
         self._discovery = discovery
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
-        self._first: float | None = None  # when the first token came
+        self._submitted = time.monotonic()
+        self._begun = False
         self._told = False
         self._trail = Trail()
 
@@ -57,14 +61,10 @@ class Running:
         """What it would wait for, as things stood when it was submitted."""
         return self._stream.predicted
 
-    @property
-    def begun(self) -> bool:
-        return self._first is not None
-
     def progress(self) -> tuple[int, int] | None:
         """How many of its experts are in memory, and of how many; None where it waits for none."""
         selection = self.prepared.request.selection
-        if self.begun or selection is None or (here := self._here()) == len(selection):
+        if self._begun or selection is None or (here := self._here()) == len(selection):
             return None
         return here, len(selection)
 
@@ -77,34 +77,37 @@ class Running:
         """Tokens, then one FinishedEvent. Raises TimedOut, having cancelled, when the request's time is over."""
         iterator = aiter(self._stream)
         while True:
-            try:
-                async with asyncio.timeout(self._deadline - time.monotonic()):
-                    event = await anext(iterator)
-            except TimeoutError:
-                self._tell("timeout")
-                self.cancel()
-                raise TimedOut(
-                    f"The answer was not finished within {self._timeout:g} s. Ask for fewer tokens, try when the "
-                    "service is less busy, or raise MOEPAGER_REQUEST_TIMEOUT."
-                ) from None
-            except Exception:  # whatever the engine failed with is an end too, and goes on to the client
-                self._tell("error")
-                raise
-            if not isinstance(event, FinishedEvent):
-                self._first = self._first or time.monotonic()
-            else:
-                self._tell(event.reason, event)
-                if event.reason == "cancelled":
-                    raise Busy("The answer was cancelled before it was finished: the service is stopping. Try again.")
-            yield event
+            event = await self._in_time(anext(iterator))
             if isinstance(event, FinishedEvent):
+                yield self._ended(event)
                 return
+            self._begun = True
+            yield event
 
     async def finish(self) -> FinishedEvent:
-        async for event in self.events():
-            if isinstance(event, FinishedEvent):
-                return event
-        raise AssertionError("a token stream ends with a FinishedEvent")
+        """As `events`, for those who need no token before the last."""
+        return self._ended(await self._in_time(self._stream.last()))
+
+    async def _in_time(self, event: Awaitable[E]) -> E:
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                return await event
+        except TimeoutError:
+            self._tell("timeout")
+            self.cancel()
+            raise TimedOut(
+                f"The answer was not finished within {self._timeout:g} s. Ask for fewer tokens, try when the "
+                "service is less busy, or raise MOEPAGER_REQUEST_TIMEOUT."
+            ) from None
+        except Exception:  # whatever the engine failed with is an end too, and goes on to the client
+            self._tell("error")
+            raise
+
+    def _ended(self, finished: FinishedEvent) -> FinishedEvent:
+        self._tell(finished.reason, finished)
+        if finished.reason == "cancelled":
+            raise Busy("The answer was cancelled before it was finished: the service is stopping. Try again.")
+        return finished
 
     def _tell(self, outcome: str, finished: FinishedEvent | None = None) -> None:
         """Count and log the end, once."""
@@ -120,8 +123,10 @@ class Running:
         log_query(self.prepared, outcome, finished)
 
     def _each(self, finished: FinishedEvent) -> float | None:
+        """Seconds a token, of those after the first."""
         further = finished.completion_tokens - 1
-        return (time.monotonic() - self._first) / further if self._first is not None and further > 0 else None
+        since_first = time.monotonic() - self._submitted - finished.served.ttft_ms / 1000
+        return since_first / further if further > 0 else None
 
     def receipt(self, finished: FinishedEvent) -> Receipt:
         return make_receipt(self.prepared, finished)

@@ -84,9 +84,7 @@ class Decisions:
         self._database = database
 
     def add(self, decision: Decision) -> None:
-        values = {field: getattr(decision, field) for field in Decision.__slots__}
-        with self._database.write() as session:
-            session.add(DecisionRow(**values))
+        self._database.insert(DecisionRow, {field: getattr(decision, field) for field in Decision.__slots__})
 
     def list(self, limit: int = 100) -> Sequence[Decision]:
         """The `limit` youngest, the youngest first."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine import stream as streams_module
 from engine.engine import Engine
 from engine.generate import JOIN_TOKENS
 from engine.requests import FinishedEvent, GenerationRequest, TokenEvent
@@ -65,6 +66,42 @@ def test_asyncio_reads_the_same_stream(worker: EngineWorker, ask: Ask) -> None:
         return list(await asyncio.gather(*map(one, streams)))
 
     assert asyncio.run(read()) == [wanted] * 4
+
+
+def test_who_waits_for_the_end_alone_gets_it_and_no_token_wakes_them(
+    worker: EngineWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *_, wanted = worker.submit(ask((1, 2, 3), max_tokens=6))
+    assert isinstance(wanted, FinishedEvent)
+    woken = 0
+    wake = streams_module._set
+
+    def counted(*to: Any) -> None:
+        nonlocal woken
+        woken += 1
+        wake(*to)
+
+    monkeypatch.setattr(streams_module, "_set", counted)
+
+    async def read(held: threading.Event) -> FinishedEvent:
+        end = asyncio.ensure_future(worker.submit(ask((1, 2, 3), max_tokens=6)).last())
+        await asyncio.sleep(0.01)  # it waits before the first token comes
+        held.set()
+        return await end
+
+    last = asyncio.run(read(_hold(worker)))
+    assert (last.text, last.completion_tokens, woken) == (wanted.text, 6, 1)
+
+
+def test_who_waits_for_the_end_hears_of_an_error(
+    worker: EngineWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch, engine: Engine
+) -> None:
+    def fail(*_: object) -> None:
+        raise CheckpointError("the disk is gone")
+
+    monkeypatch.setattr(engine, "step", fail)
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        asyncio.run(worker.submit(ask((1, 2, 3), max_tokens=6)).last())
 
 
 def _record_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:

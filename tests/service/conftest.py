@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -34,6 +33,7 @@ from engine.worker import TokenStream
 from service.app import create_app
 from service.model import engine_config
 from service.parts import Parts, open_parts
+from service.server import listen
 from service.settings import PREFIX, Settings
 from store.database import Store, open_store
 from store.errors import Busy
@@ -263,7 +263,7 @@ def scripted(scripted_app: FastAPI) -> Iterator[TestClient]:
 @contextmanager
 def _live(app: FastAPI) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
-    with socket.create_server(("127.0.0.1", 0)) as bound:
+    with listen("127.0.0.1", 0) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -286,7 +286,7 @@ class RedisServer:
     """A real one that keeps nothing on disk, so that killing it loses all it held."""
 
     def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as bound:
+        with listen("127.0.0.1", 0) as bound:
             self.port = bound.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()

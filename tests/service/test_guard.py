@@ -7,15 +7,18 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from inspect import iscoroutinefunction
 from pathlib import Path
 
 import openai
 import pytest
 from fastapi import FastAPI
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from service.app import create_app
+from service.app import ROUTES, create_app
 from service.guard import OPEN
 from service.key_commands import app as commands
 from service.keys import KeyRing, digest_of, make_key
@@ -138,6 +141,25 @@ def test_every_route_that_changes_something_is_for_operators(
             if method not in ("get", "head") and path not in asking:
                 assert answer.status_code == 403, (method, path)
     assert {("delete", "/v1/residency"), ("post", "/v1/tasks"), ("post", "/v1/drain"), ("get", "/v1/jobs")} <= refused
+
+
+def test_no_route_waits_for_a_thread_to_be_told_who_asks() -> None:
+    """The framework runs dependencies that are plain functions in threads, which cost more than they compute."""
+    calls = [call for route in api_routes() for call in calls_of(route.dependant)]
+    assert {call.__name__ for call in calls if not iscoroutinefunction(call)} == set()
+
+
+def api_routes() -> list[APIRoute]:
+    """Those of the application; it keeps them inside the routers that it includes."""
+    found = [route for module in ROUTES for route in module.router.routes if isinstance(route, APIRoute)]
+    assert len(found) > 30
+    return found
+
+
+def calls_of(dependant: Dependant) -> list[Callable[..., object]]:
+    """What a route depends on, directly and not."""
+    calls = [one.call for one in dependant.dependencies if one.call is not None]
+    return calls + [call for one in dependant.dependencies for call in calls_of(one)]
 
 
 def test_a_key_that_asks_too_often_is_told_when_to_come_back(

@@ -81,6 +81,15 @@ def test_a_host_that_nobody_knows_is_refused() -> None:
         listen("no-such-host.invalid", 0)
 
 
+def test_an_answer_does_not_wait_for_the_clients_acknowledgements() -> None:
+    with (
+        listen("127.0.0.1", 0) as bound,
+        socket.create_connection(bound.getsockname()) as _,
+        bound.accept()[0] as taken,
+    ):
+        assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_an_address_of_version_six_is_bound() -> None:
     if not socket.has_ipv6:
         pytest.skip("this machine has no IPv6")
