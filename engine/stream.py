@@ -1,4 +1,8 @@
-"""The events of one request, handed from the device's thread to one reader in a plain thread or in asyncio."""
+"""The events of one request, handed from the device's thread to one reader in a plain thread or in asyncio.
+
+Whoever waits for a token takes the interpreter from the thread that makes the next one. So a reader in asyncio may ask
+for the end alone (`last`), or be rung and take all that has come (`listen`, `taken`).
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ class TokenStream:
         self._items: deque[Event | BaseException] = deque()
         self._ready = threading.Condition()
         self._wake: Callable[[], None] | None = None
+        self._ring: Callable[[], None] | None = None
         self._only_last = False
         self._done = False
 
@@ -41,9 +46,27 @@ class TokenStream:
                 return
             self._items.append(item)
             self._ready.notify()
-            wake, self._wake = self._wake, None
+            wake, self._wake = self._wake or self._ring, None
         if wake is not None:
             wake()
+
+    def listen(self, ring: Callable[[], None]) -> None:
+        """`ring` is called, from the worker's thread, whenever something has come; `taken` then gives it."""
+        with self._ready:
+            self._ring = ring
+            waiting = bool(self._items)
+        if waiting:
+            ring()
+
+    def taken(self) -> list[Event]:
+        """What has come since the last look, maybe nothing. An error is raised once what came before it is taken."""
+        with self._ready:
+            if self._items and isinstance(self._items[0], BaseException):
+                return [self._passed_on(self._items.popleft())]
+            found: list[Event] = []
+            while self._items and not isinstance(self._items[0], BaseException):
+                found.append(self._passed_on(self._items.popleft()))
+            return found
 
     def __enter__(self) -> TokenStream:
         return self
@@ -79,7 +102,7 @@ class TokenStream:
         return self._passed_on(await self._arrival())
 
     async def last(self) -> FinishedEvent:
-        """The end alone. Tokens wake nobody: each would take the interpreter from the thread that makes the next."""
+        """The end alone: tokens wake nobody."""
         with self._ready:
             self._only_last = True
         async for event in self:

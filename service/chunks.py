@@ -9,8 +9,9 @@ from engine.requests import Event, FinishedEvent, Score, TokenEvent
 from engine.text import Tokenizer
 from service.answer_reader import AnswerReader, Forms, Thought
 from service.bodies import StreamOptions
+from service.merging import merged
 from service.replies import Reply, delta_choice, prompt_tokens, text_choice, token_usage, usage
-from service.running import Running, merged
+from service.running import Running
 from service.scores import chat_scores, completion_scores
 from service.sse import DONE, data_frame
 from service.tools import Arguments, Begun, Piece, call_object

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NoReturn
 
 from fastapi import Request
 
@@ -21,15 +21,9 @@ from service.discovery import Discovery
 from service.metrics import Metrics
 from service.parts import Parts
 from service.receipt import Receipt
-from service.sse import PING, comment_frame
 from service.tracing import Trail
 from store.errors import Busy, MoepagerError, TimedOut
 from store.records import Selection
-
-E = TypeVar("E", bound=Event)
-
-PING_SECONDS = 15.0  # a silent stream sends a comment this often
-GLANCE_SECONDS = 0.5  # between two looks at how far paging has come, before the first token
 
 
 class Running:
@@ -73,41 +67,56 @@ class Running:
         self._stream.cancel()
         self._tell("cancelled")
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Tokens, then one FinishedEvent. Raises TimedOut, having cancelled, when the request's time is over."""
-        iterator = aiter(self._stream)
-        while True:
-            event = await self._in_time(anext(iterator))
-            if isinstance(event, FinishedEvent):
-                yield self._ended(event)
-                return
-            self._begun = True
-            yield event
+    def listen(self, ring: Callable[[], None]) -> None:
+        """`ring` is called from another thread whenever `taken` has something."""
+        self._stream.listen(ring)
 
-    async def finish(self) -> FinishedEvent:
-        """As `events`, for those who need no token before the last."""
-        return self._ended(await self._in_time(self._stream.last()))
+    @property
+    def seconds_left(self) -> float:
+        return self._deadline - time.monotonic()
 
-    async def _in_time(self, event: Awaitable[E]) -> E:
+    def taken(self) -> list[Event]:
+        """What has come since the last look: tokens, at the end one FinishedEvent.
+
+        Raises TimedOut, having cancelled, when the request's time is over, and what the engine failed with.
+        """
         try:
-            async with asyncio.timeout(self._deadline - time.monotonic()):
-                return await event
-        except TimeoutError:
-            self._tell("timeout")
-            self.cancel()
-            raise TimedOut(
-                f"The answer was not finished within {self._timeout:g} s. Ask for fewer tokens, try when the "
-                "service is less busy, or raise MOEPAGER_REQUEST_TIMEOUT."
-            ) from None
-        except Exception:  # whatever the engine failed with is an end too, and goes on to the client
+            events = self._stream.taken()
+        except Exception:  # whatever it is, it is an end too, and goes on to the client
             self._tell("error")
             raise
+        self._begun = self._begun or bool(events)
+        if events and isinstance(events[-1], FinishedEvent):
+            self._ended(events[-1])
+        elif self.seconds_left <= 0:
+            self._time_is_over()
+        return events
 
-    def _ended(self, finished: FinishedEvent) -> FinishedEvent:
+    async def finish(self) -> FinishedEvent:
+        """The end alone, for those who need no token before it; raises as `taken` does."""
+        try:
+            async with asyncio.timeout(self.seconds_left):
+                finished = await self._stream.last()
+        except TimeoutError:
+            self._time_is_over()
+        except Exception:
+            self._tell("error")
+            raise
+        self._ended(finished)
+        return finished
+
+    def _time_is_over(self) -> NoReturn:
+        self._tell("timeout")
+        self.cancel()
+        raise TimedOut(
+            f"The answer was not finished within {self._timeout:g} s. Ask for fewer tokens, try when the "
+            "service is less busy, or raise MOEPAGER_REQUEST_TIMEOUT."
+        ) from None
+
+    def _ended(self, finished: FinishedEvent) -> None:
         self._tell(finished.reason, finished)
         if finished.reason == "cancelled":
             raise Busy("The answer was cancelled before it was finished: the service is stopping. Try again.")
-        return finished
 
     def _tell(self, outcome: str, finished: FinishedEvent | None = None) -> None:
         """Count and log the end, once."""
@@ -166,39 +175,6 @@ async def _cancel_when_gone(request: Request, running: Sequence[Running]) -> Non
     while (await request.receive())["type"] != "http.disconnect":
         pass
     cancel_all(running)
-
-
-async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, Event] | bytes]:
-    """Events of several prompts as they come, each with its prompt's place; where all are silent, comments: how far the
-    paging of experts has come while that changes, and a sign of life now and then.
-    """
-    iterators = [one.events() for one in running]
-    pending = {asyncio.ensure_future(anext(iterator)): place for place, iterator in enumerate(iterators)}
-    told, heard, glance = PING, time.monotonic(), min(GLANCE_SECONDS, PING_SECONDS)
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, timeout=glance, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                comment = _waiting(running)
-                # Looks cost the others time: seldom where nothing is missing, and ever less often where it takes long.
-                glance = min(PING_SECONDS, PING_SECONDS if comment == PING else 1.5 * glance)
-                if comment != told or time.monotonic() - heard >= PING_SECONDS:
-                    told, heard = comment, time.monotonic()
-                    yield comment
-            for task in done:
-                place = pending.pop(task)
-                event, heard = task.result(), time.monotonic()
-                yield place, event
-                if not isinstance(event, FinishedEvent):
-                    pending[asyncio.ensure_future(anext(iterators[place]))] = place
-    finally:
-        for task in pending:
-            task.cancel()
-
-
-def _waiting(running: Sequence[Running]) -> bytes:
-    found = next((progress for one in running if (progress := one.progress()) is not None), None)
-    return PING if found is None else comment_frame(f"waiting: {found[0]} of {found[1]} experts are in memory")
 
 
 def _in_memory(parts: Parts, selection: Selection | None) -> int:

@@ -18,10 +18,11 @@ from service.callers import Caller, CallerDep
 from service.context import PartsDep, RequestId
 from service.described import EVENTS
 from service.headers import expert_headers
+from service.merging import merged
 from service.parts import Parts
 from service.prompts import encode_query
 from service.refusals import with_error_frame
-from service.running import Running, cancel_all, finish_all, merged, submit
+from service.running import Running, cancel_all, finish_all, submit
 from service.sampling import sampling_for
 from service.schemas import QueryBody
 from service.sse import EventStream, named_frame

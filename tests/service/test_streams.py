@@ -15,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-import service.running
+import service.merging
 from engine.engine import Engine
 from store.errors import Busy, CheckpointError, Conflict, MoepagerError, TimedOut
 
@@ -105,7 +105,7 @@ def test_prompts_that_fit_the_queue_only_in_part_are_all_taken_back(scripted: Te
 def test_a_silent_stream_sends_comments(
     scripted: TestClient, worker: Any, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(service.running, "PING_SECONDS", 0.02)
+    monkeypatch.setattr(service.merging, "PING_SECONDS", 0.02)
     worker.text, worker.delay = "a", 0.1
     assert "\n\n: waiting" in "\n\n" + scripted.post(path, json={**body, "stream": True}).text
 
@@ -114,7 +114,7 @@ def test_comments_tell_how_far_the_paging_has_come(
     scripted: TestClient, worker: Any, parts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each state once, until the first token; a client that skips comments, as all do, sees the plain stream."""
-    monkeypatch.setattr(service.running, "GLANCE_SECONDS", 0.004)
+    monkeypatch.setattr(service.merging, "GLANCE_SECONDS", 0.004)
     here = iter([0, 5, 5, 11, 12, *[12] * 1000])
     monkeypatch.setattr(service.running, "_in_memory", lambda _parts, _selection: next(here))
     worker.text, worker.delay = "a", 0.7

@@ -1,0 +1,87 @@
+"""How streams of several prompts become one, and how a reader in asyncio is woken from another thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from service.merging import Bell
+
+
+def test_a_ring_from_another_thread_is_heard() -> None:
+    async def listen() -> bool:
+        bell = Bell()
+        threading.Timer(0.01, bell.ring).start()
+        return await bell.heard(10)
+
+    assert asyncio.run(listen())
+
+
+def test_a_ring_before_anybody_listens_is_heard_once() -> None:
+    async def listen() -> list[bool]:
+        bell = Bell()
+        bell.ring()
+        bell.ring()
+        await asyncio.sleep(0.01)
+        return [await bell.heard(10), await bell.heard(0.01)]
+
+    assert asyncio.run(listen()) == [True, False]
+
+
+def test_silence_ends_after_so_many_seconds() -> None:
+    async def listen() -> tuple[bool, float]:
+        began = time.monotonic()
+        return await Bell().heard(0.02), time.monotonic() - began
+
+    rung, waited = asyncio.run(listen())
+    assert not rung
+    assert waited >= 0.015
+
+
+def test_no_ring_is_lost_between_a_look_and_the_next_listening() -> None:
+    """A thread counts and rings; a reader that takes what has come whenever it hears the bell sees the last count."""
+    counted = 0
+
+    def count(bell: Bell, done: threading.Event) -> None:
+        nonlocal counted
+        for _ in range(20_000):
+            counted += 1
+            bell.ring()
+        done.set()
+
+    async def follow() -> int:
+        bell, done = Bell(), threading.Event()
+        threading.Thread(target=count, args=(bell, done)).start()
+        seen = 0
+        while seen < 20_000:
+            assert await bell.heard(5), (seen, counted)
+            seen = counted
+        return seen
+
+    assert asyncio.run(follow()) == 20_000
+
+
+def test_a_ring_after_the_loop_has_gone_harms_nobody() -> None:
+    async def make() -> Bell:
+        return Bell()
+
+    bell = asyncio.run(make())
+    bell.ring()
+    bell.ring()
+
+
+@pytest.mark.parametrize("ringing", [True, False])
+def test_who_stops_listening_leaves_no_timer_behind(ringing: bool) -> None:
+    async def give_up() -> None:
+        bell = Bell()
+        listening = asyncio.ensure_future(bell.heard(0.01))
+        await asyncio.sleep(0)
+        listening.cancel()
+        if ringing:
+            bell.ring()
+        await asyncio.sleep(0.03)  # a timer or ring that resolved the future now would raise InvalidStateError
+
+    asyncio.run(give_up())
