@@ -223,22 +223,23 @@ def decode_command(
     tokens: Annotated[int, typer.Option(min=2)] = 48,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    llama_python: Annotated[Path | None, typer.Option(help="A Python that has llama-cpp-python: one more arm.")] = None,
-    gguf: Annotated[Path | None, typer.Option(help="The same checkpoint as GGUF in bf16, for llama.cpp.")] = None,
+    llama_peer: Annotated[
+        Path | None,
+        typer.Option(help="One more arm: llama.cpp, built once into this folder, and the checkpoint converted there."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tokens a second of mask, exact-LRU, transformers, accelerate offload, llama.cpp: same weights, same cap."""
-    from benchmarks.decode import LlamaPeer, bench_decode
+    from benchmarks.decode import bench_decode
     from benchmarks.decode_arm import ARMS
+    from benchmarks.llama_peer import open_peer
     from store.errors import InvalidInput
     from store.sizes import parse_bytes
 
     if unknown := set(arm or ()) - set(ARMS):
         raise InvalidInput(f"No arm {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}.", param="arm")
     limit = None if cap is None else parse_bytes(cap)
-    if (llama_python is None) != (gguf is None):
-        raise InvalidInput("llama.cpp needs both --llama-python and --gguf.", param="gguf")
-    peer = None if llama_python is None or gguf is None else LlamaPeer(llama_python, gguf)
+    peer = None if llama_peer is None else open_peer(llama_peer, model)
     arms, ratios = bench_decode(model, arm or list(ARMS), limit, keep, tokens, threads, rounds, peer)
     table("decoding", [asdict(one) for one in arms])
     answer({"arms": [asdict(one) for one in arms], "ratios": ratios}, as_json)

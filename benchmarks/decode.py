@@ -16,19 +16,12 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.decode_arm import Task, prompt
+from benchmarks.llama_peer import LlamaPeer
 from benchmarks.memory_cap import drop_page_cache, run_capped
 
 SECONDS = 900
 LLAMA = "llama.cpp"
 PYTHON_SHARE = 340 << 20  # what the interpreter with torch and transformers takes of a cap before any weight
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaPeer:
-    """A Python that has llama-cpp-python, and the same checkpoint converted to GGUF in bf16."""
-
-    python: Path
-    gguf: Path
 
 
 @dataclass(frozen=True, slots=True)
