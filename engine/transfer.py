@@ -144,15 +144,20 @@ class Transfer:
             if self._error is not None:
                 return
             self._copying += 1
-        for extent in run.extents:
-            at = extent.offset - fetched.start
-            np.copyto(extent.into, fetched.staging[at : at + extent.nbytes])
-        with self._changed:
-            self._copying -= 1
-            self.read += fetched.read
-            self._left[group] -= 1
-            self.seconds = time.monotonic() - self._started
-            self._changed.notify_all()
+        copied = False
+        try:
+            for extent in run.extents:
+                at = extent.offset - fetched.start
+                np.copyto(extent.into, fetched.staging[at : at + extent.nbytes])
+            copied = True
+        finally:  # whoever stops the transfer waits for copies under way: one that fails has ended, too
+            with self._changed:
+                self._copying -= 1
+                if copied:
+                    self.read += fetched.read
+                    self._left[group] -= 1
+                    self.seconds = time.monotonic() - self._started
+                self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
         with self._changed:

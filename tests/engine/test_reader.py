@@ -146,3 +146,16 @@ def test_a_file_that_is_replaced_is_read_as_it_was_opened(file: tuple[Path, Byte
         extent = _extent(path, 100, 10)
         reader.read([extent])
     assert np.array_equal(extent.into, content[100:110])
+
+
+@pytest.mark.timeout(10)
+def test_a_copy_that_fails_is_an_error_of_the_read_and_not_a_wait_for_ever(file: tuple[Path, Bytes]) -> None:
+    path, content = file
+    locked = np.zeros(100, np.uint8)
+    locked.flags.writeable = False
+    with Reader(64 * 1024) as reader:
+        with pytest.raises(ValueError, match="read-only"):
+            reader.read([Extent(path, 0, 100, locked)])
+        extent = _extent(path, 7, 100)
+        reader.read([extent])
+    assert np.array_equal(extent.into, content[7:107])
