@@ -99,7 +99,7 @@ def test_who_waits_for_the_end_hears_of_an_error(
     def fail(*_: object) -> None:
         raise CheckpointError("the disk is gone")
 
-    monkeypatch.setattr(engine, "step", fail)
+    monkeypatch.setattr(engine.passes, "step", fail)
     with pytest.raises(CheckpointError, match="the disk is gone"):
         asyncio.run(worker.submit(ask((1, 2, 3), max_tokens=6)).last())
 
