@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,10 +24,8 @@ from statistics import median, quantiles
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-import uvicorn
-
 from benchmarks.http_client import HttpClient, client_of
+from benchmarks.live_server import served
 from demo.prepare import DTYPE, THREADS, corpus, prepare
 from demo.tasks.registry import TASKS
 from engine.embedder import open_embedder
@@ -40,7 +37,6 @@ from service.app import create_app
 from service.model import BUNDLED
 from service.parts import Parts, open_parts
 from service.retrieval import pinned
-from service.server import listen
 from service.serving import Wish, choose_serving
 from service.settings import Settings
 from store.database import open_store
@@ -94,7 +90,7 @@ def bench_service(work: Work) -> tuple[list[Arm], dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         parts = stack.enter_context(_opened(Path(folder), work))
         held = HeldWorker(parts.worker)
-        url = stack.enter_context(_served(replace(parts, worker=held)))  # type: ignore[arg-type]
+        url = stack.enter_context(served(create_app(lambda: nullcontext(replace(parts, worker=held)))))  # type: ignore[arg-type]
         client = stack.enter_context(client_of(url))
         arms = _latencies(parts, client, work)
         return arms, _throughput(url, client, held, work)
@@ -111,25 +107,6 @@ def _opened(folder: Path, work: Work) -> Iterator[Parts]:
     )
     with open_parts(settings) as parts:
         yield parts
-
-
-@contextmanager
-def _served(parts: Parts) -> Iterator[str]:
-    config = uvicorn.Config(
-        create_app(lambda: nullcontext(parts)), log_level="warning", access_log=False, timeout_graceful_shutdown=2
-    )
-    server = uvicorn.Server(config)
-    with listen("127.0.0.1", 0) as bound:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        try:
-            while not server.started or httpx.get(f"{url}/readyz").status_code != 200:
-                time.sleep(0.05)
-            yield url
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def _latencies(parts: Parts, client: HttpClient, work: Work) -> list[Arm]:

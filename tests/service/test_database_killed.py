@@ -16,20 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
+from waiting import wait_for
 
 from store.database import open_store
 
 EGG = "how long do I boil an egg"
 QUERY = {"query": EGG, "max_tokens": 2}
 PATIENCE = 60.0  # seconds in which a frozen database must not hold anybody; the bounds say 13
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from waiting import wait_for
 
 EGG = "how long do I boil an egg"
 Events = Callable[[str], list[tuple[str, Any]]]
@@ -47,13 +47,6 @@ def slow_service(model: Path, store: str, *options: str) -> Iterator[tuple[subpr
             yield process, url
         finally:
             process.kill()
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class Asked:

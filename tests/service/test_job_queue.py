@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 import pytest
 from fastapi.testclient import TestClient
+from waiting import wait_for
 
 from service.app import create_app
 from service.doctor import check_redis
@@ -40,14 +40,6 @@ class Redis(Protocol):
 
     def start(self) -> None: ...
     def kill(self) -> None: ...
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 @pytest.fixture

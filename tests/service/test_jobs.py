@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from waiting import wait_for
 
 import service.attempt
 from service.app import create_app
@@ -53,13 +53,6 @@ def running(own: Parts) -> Iterator[TestClient]:
     with TestClient(create_app(lambda: nullcontext(own))) as client:
         wait_for(lambda: client.get("/readyz").status_code == 200)
         yield client
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def state_of(client: TestClient, job: str) -> str:

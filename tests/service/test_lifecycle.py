@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from waiting import wait_for
 
 from engine.embedder import HashEmbedder
 from service.app import create_app
@@ -21,13 +21,6 @@ from store.database import open_store
 from store.errors import BudgetError, CheckpointError, CorruptStore, MismatchError, NotFound
 from store.home import bundled_model
 from store.records import Exemplar
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_while_the_model_loads_the_service_lives_but_is_not_ready(parts: Parts) -> None:

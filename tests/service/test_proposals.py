@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from waiting import wait_for
 
 import service.proposals
 from engine.embedder import HashEmbedder
@@ -62,14 +61,6 @@ def client(own: Parts) -> Iterator[TestClient]:
     with TestClient(create_app(lambda: nullcontext(own))) as opened:
         wait_for(lambda: opened.get("/readyz").status_code == 200)
         yield opened
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 def ask(client: TestClient, texts: list[str]) -> None:

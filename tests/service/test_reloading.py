@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from waiting import wait_for
 
 from engine.embedder import HashEmbedder
 from service.app import create_app
@@ -38,13 +39,6 @@ def running(own: Parts) -> Iterator[TestClient]:
     with TestClient(create_app(lambda: nullcontext(own))) as client:
         wait_for(lambda: client.get("/readyz").status_code == 200)
         yield client
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def put_garden(store: Store, parts: Parts, *, evidence: bool = True, name: str = "p-garden", age: int = 0) -> None:
