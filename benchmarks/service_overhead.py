@@ -16,7 +16,7 @@ import json
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,11 +79,12 @@ class HeldWorker:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._worker, name)
 
-    def submit(self, request: GenerationRequest) -> TokenStream:
-        if request.sampling.max_tokens != 1:
-            return self._worker.submit(request)
-        self.held.append(TokenStream(request))
-        return self.held[-1]
+    def submit_all(self, requests: Sequence[GenerationRequest]) -> list[TokenStream]:
+        if any(request.sampling.max_tokens != 1 for request in requests):
+            return self._worker.submit_all(requests)
+        streams = [TokenStream(request) for request in requests]
+        self.held += streams
+        return streams
 
 
 def bench_service(work: Work) -> tuple[list[Arm], dict[str, float]]:

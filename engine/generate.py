@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from engine.arrivals import GLANCE_SECONDS, Interrupted
-from engine.group import Group, Prompts
+from engine.group import Group
+from engine.prompts import Prompts
 from engine.requests import Event, FailedEvent, GenerationRequest, Submission
 from engine.row import Row
 from store.errors import BudgetError, MoepagerError
@@ -120,7 +121,7 @@ class Batch:
         events: list[Event] = [row.finished("cancelled", 1.0) for row in gone if row in self._arrived]
         for group in (self._joining, self._running):
             if group is not None and any(row in gone for row in group.rows):
-                shares = zip(group.rows, group.routing.coverage(), strict=True)
+                shares = zip(group.rows, group.coverage(), strict=True)
                 events += [row.finished("cancelled", coverage) for row, coverage in shares if row in gone]
         self._leave(gone)
         return events

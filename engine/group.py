@@ -6,14 +6,13 @@ Knows the model's call, the cache and the rows, not who joins when. B rows, S co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from engine.arrivals import Interrupted
-from engine.requests import Event, FailedEvent, Reason, Score
+from engine.requests import Event, FailedEvent, Reason
 from engine.routing import Routing
 from engine.row import Paging, Row
 from store.errors import MoepagerError
@@ -22,8 +21,6 @@ from store.records import Selection
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.kvcache import KvCache
-
-PAD = 0  # any token: padding is masked everywhere
 
 
 class Group:
@@ -53,7 +50,7 @@ class Group:
         events: list[Event | FailedEvent] = []
         left: list[int] = []
         strayed = self._strayed()
-        coverage: list[float] | None = self.routing.coverage() if strayed else None
+        coverage: list[float] | None = self.coverage() if strayed else None
         for place, best in enumerate(logits.argmax(-1).tolist()):
             row = self.rows[place]
             if coverage and place in strayed:
@@ -71,7 +68,7 @@ class Group:
             if reason is None:
                 left.append(place)
             else:
-                coverage = coverage or self.routing.coverage()
+                coverage = coverage or self.coverage()
                 events.append(row.finished(reason, coverage[place]))
         return events, left
 
@@ -86,17 +83,10 @@ class Group:
         """Go on with the rows at `places` alone; the others' leases end. The last rows fill the gaps."""
         if len(places) == len(self.rows):
             return
-        staying = frozenset(places)
-        for place, row in enumerate(self.rows):
-            if place not in staying:
-                row.close()
-        movers = [place for place in places if place >= len(places)]
-        order = [place if place in staying else movers.pop() for place in range(len(places))]
+        self._close_all_but(places)
+        order = closed_ranks(places)
         self.rows = [self.rows[place] for place in order]
-        self.cache.keep(order)
-        self.mask = self.mask[order]
-        self.routing = self.routing.select(order, self._selections())
-        self._narrow()
+        self._go_on_with(order)
 
     def absorb(self, other: Group) -> None:
         """The rows of `other` go on here: its window lies further down, its rows have their first token."""
@@ -109,6 +99,23 @@ class Group:
         self.cache.absorb(other.cache)
         self.rows += other.rows
         self.routing = Routing.joined((self.routing, other.routing), self._selections())
+        self._narrow()
+
+    def coverage(self) -> list[float]:
+        """Of each row so far."""
+        return self.routing.coverage()
+
+    def _close_all_but(self, places: Sequence[int]) -> None:
+        staying = frozenset(places)
+        for place, row in enumerate(self.rows):
+            if place not in staying:
+                row.close()
+
+    def _go_on_with(self, order: Sequence[int]) -> None:
+        """What the model sees are those of its rows alone, in this order."""
+        self.cache.keep(order)
+        self.mask = self.mask[order]
+        self.routing = self.routing.select(order, self._selections())
         self._narrow()
 
     def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -145,57 +152,12 @@ class Group:
         self.mask = self.mask[:, by:] if by >= 0 else torch.nn.functional.pad(self.mask, (-by, 0))
 
     def _selections(self) -> list[Selection | None]:
+        """Of the model's rows."""
         return [row.request.selection for row in self.rows]
 
 
-class Prompts(Group):
-    """Rows whose prompts are still on their way: padded on the left, so that they end at the same column."""
-
-    def __init__(self, engine: Engine, rows: Sequence[Row], cache: KvCache) -> None:
-        super().__init__(engine, rows, cache)
-        self.logits: Tensor | None = None  # [B, V], of the prompts' last tokens
-        texts = [row.sent_first for row in rows]
-        lengths = torch.tensor([len(text) for text in texts], device=engine.device)  # [B]
-        width = int(lengths.max())
-        self._full = (torch.arange(width, device=engine.device) >= width - lengths.unsqueeze(1)).long()  # [B, width]
-        self._ids = torch.full((len(rows), width), PAD, device=engine.device)  # [B, width]
-        for place, text in enumerate(texts):
-            self._ids[place, width - len(text) :] = torch.tensor(text, device=engine.device)
-
-    def advance(self, tokens: int) -> None:
-        """Send the next columns of about `tokens` tokens through. After the last one there are `logits`."""
-        start, width = self.cache.length, self._ids.shape[1]
-        end = min(width, start + max(1, tokens // len(self.rows)))
-        with ExitStack() as stack:
-            scored = any(row.request.sampling.prompt_logprobs for row in self.rows)
-            heard = stack.enter_context(self._engine.head.listening()) if scored else []
-            logits = self._forward(self._ids[:, start:end], self._full[:, :end])
-        for hidden in heard:
-            self._score(hidden, start, end)
-        self.mask = self._full[:, :end]  # [B, S]
-        self.logits = logits if end == width else None
-
-    def _score(self, hidden: Tensor, start: int, end: int) -> None:
-        """The prompts' own tokens, by what `hidden` [B, end - start, H] says of the next column."""
-        last = min(end, self._ids.shape[1] - 1)
-        for place, row in enumerate(self.rows):
-            wanted = row.request.sampling
-            if not wanted.prompt_logprobs or wanted.logprobs is None or row.tokens:  # escalated later: they are out
-                continue
-            first = max(start, self._ids.shape[1] - len(row.request.prompt))  # where its padding ends
-            if not row.prompt_scores:
-                row.prompt_scores.append(Score(row.request.prompt[0], None))
-            tokens = self._ids[place, first + 1 : last + 1].tolist()
-            columns = hidden[place, first - start : last - start]  # [n, H]
-            row.prompt_scores += self._engine.head.scores(columns, tokens, wanted.logprobs)
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Go on with the rows at `places` alone."""
-        order = self.rows
-        super().keep(places)
-        at = [order.index(row) for row in self.rows]
-        self._ids, self._full = self._ids[at], self._full[at]
-        self.logits = None if self.logits is None else self.logits[at]
-
-    def _narrow(self) -> None:
-        """Columns are counted from the prompts' common start: they stay as long as prompts are on their way."""
+def closed_ranks(places: Sequence[int]) -> list[int]:
+    """Which of `places`, in ascending order, is where once the last of them have filled the gaps between the others."""
+    staying = frozenset(places)
+    movers = [place for place in places if place >= len(places)]
+    return [place if place in staying else movers.pop() for place in range(len(places))]

@@ -69,6 +69,12 @@ class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
             self._clear(place, start)
             self.batch_size += 1
 
+    def fork(self, sources: Sequence[int]) -> None:
+        """Copies of the rows `sources` become the last ones, in this order."""
+        for row in sources:
+            self._move(self.first + row, 0, self.first + self.batch_size, 0, self.length)
+            self.batch_size += 1
+
     def _move(self, row: int, start: int, place: int, target: int, columns: int) -> None:
         """A row at a time and a layer at a time, so that no copy of the cache is made."""
         if (row, start) == (place, target):
@@ -131,6 +137,7 @@ class KvCache(Cache):  # type: ignore[misc]
 
     def __init__(self, layers: list[PooledLayer]) -> None:
         super().__init__(layers=layers)
+        self._places = layers[0].batch_size
 
     @property
     def length(self) -> int:
@@ -151,6 +158,12 @@ class KvCache(Cache):  # type: ignore[misc]
     def absorb(self, other: KvCache) -> None:
         for layer, theirs in zip(self.layers, other.layers, strict=True):
             layer.absorb(theirs)
+
+    def fork(self, sources: Sequence[int]) -> None:
+        """Copies of the rows `sources` become the last ones: no more than the window was made for."""
+        assert self.rows + len(sources) <= self._places, (self.rows, sources, self._places)
+        for layer in self.layers:
+            layer.fork(sources)
 
     def rewind(self, length: int) -> None:
         """Forget the columns from `length` on: a pass failed half-way."""

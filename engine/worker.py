@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import count
@@ -100,22 +100,32 @@ class EngineWorker:
 
         Raises at once: InvalidInput or BudgetError if it can't ever be served, Busy if the queue is full.
         """
-        self._engine.admission.check(request)
-        stream = TokenStream(request, self._engine.admission.predict(request))
-        with self._changed:
-            self._require_place()
-            self._scheduler.add(
-                Waiting(
-                    stream,
-                    request.selection,
-                    time.perf_counter(),
-                    next(self._orders),
-                    background=request.priority == "background",
-                    session=request.session,
-                )
-            )
-            self._changed.notify()
+        [stream] = self.submit_all([request])
         return stream
+
+    def submit_all(self, requests: Sequence[GenerationRequest]) -> list[TokenStream]:
+        """Queue all or, where one of them raises what `submit` does, none. Where there is room they begin at the same
+        boundary, so that a prompt that is the same in several goes through once.
+        """
+        admission = self._engine.admission
+        for request in requests:
+            admission.check(request)
+        streams = [TokenStream(request, admission.predict(request)) for request in requests]
+        with self._changed:
+            self._require_places(len(streams))
+            for stream in streams:
+                self._scheduler.add(
+                    Waiting(
+                        stream,
+                        stream.request.selection,
+                        time.perf_counter(),
+                        next(self._orders),
+                        background=stream.request.priority == "background",
+                        session=stream.request.session,
+                    )
+                )
+            self._changed.notify()
+        return streams
 
     def run(self, function: Callable[[Engine], T]) -> Future[T]:
         """Call `function` with the engine, on its thread, when all requests before it are done and before any after it.
@@ -124,7 +134,7 @@ class EngineWorker:
         """
         future: Future[T] = Future()
         with self._changed:
-            self._require_place()
+            self._require_places(1)
             self._calls.append(_Call(function, future, next(self._orders)))  # type: ignore[arg-type]
             self._changed.notify()
         return future
@@ -142,14 +152,17 @@ class EngineWorker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _require_place(self) -> None:
+    def _require_places(self, count: int) -> None:
         """Raises Busy. Requests that were cancelled in the queue take no place in it."""
         if self._closing:
             raise Busy("The engine is shutting down and takes no more requests. Send it again after the restart.")
-        if self.waiting >= self._queue_size:
+        if self.waiting + count > self._queue_size:
             self._drop_cancelled()
-        if self.waiting >= self._queue_size:
-            raise Busy(f"{self._queue_size} requests are waiting already, the most that are queued. Try again shortly.")
+        if self.waiting + count > self._queue_size:
+            raise Busy(
+                f"{self.waiting} requests are waiting already, {count} more would be too many: at most "
+                f"{self._queue_size} are queued. Try again shortly."
+            )
 
     def _drop_cancelled(self) -> None:
         """Answer the queued requests that nobody waits for any more, which cost nothing, and refuse those in the

@@ -22,7 +22,7 @@ from service.metrics import Metrics
 from service.parts import Parts
 from service.receipt import Receipt
 from service.tracing import Trail
-from store.errors import Busy, MoepagerError, TimedOut
+from store.errors import Busy, TimedOut
 from store.records import Selection
 
 
@@ -142,17 +142,13 @@ class Running:
 
 
 def submit(prepared: Sequence[Prepared], parts: Parts) -> list[Running]:
-    """Submit all or none: where the queue takes only some, those are cancelled before Busy goes on."""
+    """Submit all at once, or none: Busy where the queue has no room for all."""
     running: list[Running] = []
-    try:
-        for one in prepared:
-            stream = parts.worker.submit(one.request)
-            parts.streams.add(stream)
-            running.append(Running(one, stream, parts.metrics, parts.discovery, parts.settings.request_timeout,
-                                   partial(_in_memory, parts, one.request.selection)))  # fmt: skip
-    except MoepagerError:
-        cancel_all(running)
-        raise
+    for one, stream in zip(prepared, parts.worker.submit_all([one.request for one in prepared]), strict=True):
+        parts.streams.add(stream)
+        here = partial(_in_memory, parts, one.request.selection)
+        timeout = parts.settings.request_timeout
+        running.append(Running(one, stream, parts.metrics, parts.discovery, timeout, here))
     return running
 
 

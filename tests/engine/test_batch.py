@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,10 @@ def test_random_arrivals_and_cancels_never_change_a_row(
     engine.tokenizer.eos = frozenset()
     selections = [None, *(random_selection(engine, rng) for _ in range(3))]
     arrivals = [(rng.randrange(60), _draw(engine, rng, ask, selections)) for _ in range(16)]
+    for number in range(0, 16, 3):  # answers to one prompt, which arrive with it
+        when, request = arrivals[number + 1 if number < 15 else 0]
+        sampling = replace(request.sampling, temperature=1.0, seed=number)
+        arrivals[number] = (when, replace(request, sampling=sampling, cancelled=threading.Event()))
     cancels = {number: rng.randrange(6) for number in rng.sample(range(16), 4)}
     alone = [_run(engine, [(0, request)])[0] for _, request in arrivals]
     for number, (ours, theirs) in enumerate(zip(_run(engine, arrivals, cancels), alone, strict=True)):

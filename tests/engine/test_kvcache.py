@@ -52,6 +52,16 @@ def _some(rows: int, rng: random.Random) -> list[int]:
     return [place if place in left else movers.pop() for place in range(len(left))]
 
 
+def test_a_row_that_is_forked_goes_on_in_each_copy_by_itself() -> None:
+    cache = _pool().window(1, 4)
+    cache.keep([0, 1])
+    _append(cache, [[1.0, 2.0], [5.0, 6.0]])
+    cache.fork([1, 0])
+    _assert_holds(_append(cache, [[3.0], [7.0], [8.0], [4.0]]), [[1, 2, 3], [5, 6, 7], [5, 6, 8], [1, 2, 4]])
+    with pytest.raises(AssertionError):
+        cache.fork([0])  # the window has no place left
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_rows_keep_what_they_hold_whoever_joins_leaves_or_makes_room(seed: int) -> None:
     rng, fresh = random.Random(seed), iter(range(1, 10**6))

@@ -216,13 +216,14 @@ class ScriptedWorker:
         self.room = 100
         self.streams: list[TokenStream] = []
 
-    def submit(self, request: GenerationRequest) -> TokenStream:
-        if len(self.streams) >= self.room:
+    def submit_all(self, requests: Sequence[GenerationRequest]) -> list[TokenStream]:
+        if len(self.streams) + len(requests) > self.room:
             raise Busy("The queue is full.")
-        stream = TokenStream(request)
-        self.streams.append(stream)
-        threading.Thread(target=self._run, args=(stream,), daemon=True).start()
-        return stream
+        streams = [TokenStream(request) for request in requests]
+        self.streams += streams
+        for stream in streams:
+            threading.Thread(target=self._run, args=(stream,), daemon=True).start()
+        return streams
 
     def _run(self, stream: TokenStream) -> None:
         sent = ""

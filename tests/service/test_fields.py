@@ -226,6 +226,22 @@ def test_several_answers_stream_side_by_side(client: TestClient, events_of: Even
     assert roles == [1, 1, 1]
 
 
+def test_the_prompt_of_several_answers_goes_through_once(
+    client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[tuple[int, int]] = []
+    real = parts.engine.passes.step
+
+    def step(ids: Any, *rest: Any) -> Any:
+        passes.append(tuple(ids.shape))
+        return real(ids, *rest)
+
+    monkeypatch.setattr(parts.engine.passes, "step", step)
+    answer = complete(client, n=3, temperature=1.5, seed=11)
+    assert passes[0] == (1, answer["usage"]["prompt_tokens"])
+    assert all(new == 1 for _, new in passes[1:])
+
+
 def test_best_of_gives_the_likeliest_and_counts_all(client: TestClient) -> None:
     fields: Found = {"temperature": 1.5, "seed": 11, "logprobs": 0}
     whole = complete(client, n=4, **fields)

@@ -95,10 +95,10 @@ def test_a_full_queue_is_a_503_with_a_time_to_come_back(
     assert answer.json()["error"]["type"] == "server_error"
 
 
-def test_prompts_that_fit_the_queue_only_in_part_are_all_taken_back(scripted: TestClient, worker: Any) -> None:
-    worker.room, worker.delay = 1, 5.0
+def test_of_prompts_that_fit_the_queue_only_in_part_none_is_queued(scripted: TestClient, worker: Any) -> None:
+    worker.room = 1
     assert scripted.post("/v1/completions", json=COMPLETION[1]).status_code == 503
-    assert [stream.request.cancelled.is_set() for stream in worker.streams] == [True]
+    assert not worker.streams
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
@@ -142,10 +142,10 @@ def test_what_is_in_memory_is_looked_up_in_the_bank(parts: Any, selection_named:
 def test_openais_clients_are_told_whether_to_try_again(
     scripted: TestClient, worker: Any, monkeypatch: pytest.MonkeyPatch, error: tuple[MoepagerError, str]
 ) -> None:
-    def refuse(_request: object) -> None:
+    def refuse(_requests: object) -> None:
         raise error[0]
 
-    monkeypatch.setattr(worker, "submit", refuse)
+    monkeypatch.setattr(worker, "submit_all", refuse)
     answer = scripted.post("/v1/query", json={"query": "x", "task": "sql"})
     assert (answer.status_code, answer.headers["x-should-retry"]) == (error[0].status, error[1])
 
