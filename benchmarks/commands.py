@@ -220,6 +220,9 @@ def decode_command(
         list[str] | None, typer.Option(help="mask, exact-lru, exact-ahead, transformers, accelerate.")
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of the experts in the mask arm's selection.")] = 0.25,
+    prompt: Annotated[
+        int, typer.Option(min=1, help="Tokens of the prompt, whose keys and values are read again.")
+    ] = 16,
     tokens: Annotated[int, typer.Option(min=2)] = 48,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -240,7 +243,7 @@ def decode_command(
         raise InvalidInput(f"No arm {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}.", param="arm")
     limit = None if cap is None else parse_bytes(cap)
     peer = None if llama_peer is None else open_peer(llama_peer, model)
-    arms, ratios = bench_decode(model, arm or list(ARMS), limit, keep, tokens, threads, rounds, peer)
+    arms, ratios = bench_decode(model, arm or list(ARMS), limit, keep, tokens, threads, rounds, peer, prompt)
     table("decoding", [asdict(one) for one in arms])
     answer({"arms": [asdict(one) for one in arms], "ratios": ratios}, as_json)
 

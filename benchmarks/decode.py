@@ -57,6 +57,7 @@ def bench_decode(
     threads: int,
     rounds: int,
     peer: LlamaPeer | None = None,
+    prompt_tokens: int = 16,
 ) -> tuple[list[DecodeArm], dict[str, float]]:
     files = [*sorted(model.glob("*.safetensors")), *([peer.gguf] if peer else [])]
     arms = [*arms, *([LLAMA] if peer else [])]
@@ -67,7 +68,7 @@ def bench_decode(
             if arm in failures:
                 continue
             drop_page_cache(files)
-            found = _run(_task(arm, model, cap, keep, tokens, threads), cap, peer)
+            found = _run(_task(arm, model, cap, keep, tokens, threads, prompt_tokens), cap, peer)
             if isinstance(found, str):
                 failures[arm] = found
             else:
@@ -76,9 +77,9 @@ def bench_decode(
     return made, _ratios(runs, failures)
 
 
-def _task(arm: str, model: Path, cap: int | None, keep: float, tokens: int, threads: int) -> Task:
+def _task(arm: str, model: Path, cap: int | None, keep: float, tokens: int, threads: int, prompt_tokens: int) -> Task:
     memory = None if cap is None else max(cap - PYTHON_SHARE, 1)
-    return Task(arm, str(model), memory, keep, prompt_tokens=16, tokens=tokens, threads=threads)
+    return Task(arm, str(model), memory, keep, prompt_tokens=prompt_tokens, tokens=tokens, threads=threads)
 
 
 def _run(task: Task, cap: int | None, peer: LlamaPeer | None) -> _Run | str:

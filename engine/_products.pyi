@@ -1,4 +1,5 @@
 Layout = tuple[int, int, int, int, int, int, int, int, int, int]
+Cache = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 def sets() -> dict[str, int]: ...
 def product(
@@ -31,3 +32,16 @@ def combine(
     y: int, slots: list[int], weights: int, weights_dtype: int, out: int, dtype: int, tokens: int, hidden: int, /
 ) -> None: ...
 def norm(dtype: int, x: int, weights: int, out: int, rows: int, columns: int, eps: float, /) -> None: ...
+def attend(
+    chosen: int,
+    dtype: int,
+    q: int,
+    keys: int,
+    values: int,
+    mask: int,
+    out: int,
+    scale: float,
+    threads: int,
+    cache: Cache,
+    /,
+) -> None: ...

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import products
+from engine.attention import adopt_attention
 from engine.norms import adopt_norms
 from engine.products import Products, multiplies
 from store.errors import InvalidInput
@@ -53,11 +54,12 @@ class Kernels:
         return linear(x, weight, bias)
 
     def adopt(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Every linear layer of `model` takes these products, and its norms; nothing is done where torch's own do as
-        well. Needs the weights.
+        """Linear layers, norms and attention of `model` take these products, where torch's own do no better. Needs the
+        weights.
         """
         if self.own is not None:
             adopt_norms(model, self.own)
+            adopt_attention(model, self.own)
         if self.own is not None or (dtype in COMPILED and device.type == "cpu"):
             for module in model.modules():
                 if type(module) is nn.Linear:

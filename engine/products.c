@@ -1,5 +1,5 @@
-/* Products of few rows with row-major weights, which are read once, as fast as memory gives them; and an MoE layer's
- * experts for few tokens, over the bank's slots. Python holds every buffer and passes addresses; nothing is kept here.
+/* Products of few rows with row-major weights, which are read once, as fast as memory gives them; an MoE layer's experts
+ * for few tokens, over the bank's slots; and attention of one new token a row over the cache, which is read once, too. Python holds every buffer and passes addresses; nothing is kept here.
  *
  * Sums are 32-bit floats. Loops are compiled for several instruction sets and chosen by what the processor has. Threads
  * are OpenMP's, the same runtime that torch brings. docs/performance.md says what each choice gains.
@@ -28,6 +28,22 @@ struct matrix {
     const char *bias;    /* [rows] or NULL */
     long rows, columns, stride;
 };
+
+/* Keys and values of one attention layer. `room` is `columns` up to a whole vector. */
+struct cache {
+    long rows, heads, groups, columns, room, key_width, value_width;
+    long key_row, key_head, key_column, value_row, value_head, value_column, mask_row; /* strides, in bytes */
+};
+
+/* What one row and head of it sees: only these columns count, so those that are masked change not even the order of sums. */
+struct seen {
+    const char *keys, *values;
+    const long *columns;
+    long count;
+};
+
+#define LONGEST_VECTOR 16 /* floats */
+#define MOST_BLOCK 4      /* of the variants */
 
 static INLINE float number(const char *from, const int dtype)
 {
@@ -95,19 +111,21 @@ static INLINE void put(char *to, float value, const int dtype)
 #include "products_variant.h"
 
 typedef void (*multiply_t)(const struct matrix *, int, const float *const *, long, float *const *, long, long);
+typedef void (*attend_t)(const struct cache *, const struct seen *, int, const float *const *, float *, float *const *);
 
 static const struct {
     const char *name;
     multiply_t multiply;
+    attend_t attend;
 } sets[SETS] = {
 #if SETS == 3
-    {"AVX-512", multiply_v4},
-    {"AVX2", multiply_v3},
-    {"SSE2", multiply_base},
+    {"AVX-512", multiply_v4, attend_v4},
+    {"AVX2", multiply_v3, attend_v3},
+    {"SSE2", multiply_base, attend_base},
 #elif defined(__aarch64__)
-    {"NEON", multiply_base},
+    {"NEON", multiply_base, attend_base},
 #else
-    {"portable", multiply_base},
+    {"portable", multiply_base, attend_base},
 #endif
 };
 
@@ -234,6 +252,40 @@ static void run(multiply_t multiply, const struct layout *l, const struct work *
                      share(down.rows, part, parts), share(down.rows, part + 1, parts));
         }
     }
+}
+
+static long look(const char *mask, long columns, long *seen)
+{
+    long count = 0;
+    for (long column = 0; column < columns; column++)
+        if (!mask || mask[column])
+            seen[count++] = column;
+    return count;
+}
+
+/* One unit: the query heads of a row that share a head of the cache. `room` is one thread's. */
+static void attend_unit(attend_t attend, const struct cache *c, int dtype, long unit, const char *q, const char *keys,
+                        const char *values, const char *mask, float scale, char *out, char *room)
+{
+    const long size = dtype == FLOAT32 ? 4 : 2, row = unit / c->heads, head = unit % c->heads;
+    const long first = (row * c->heads + head) * c->groups;
+    const float **inputs = (const float **)room;
+    float **outputs = (float **)(inputs + c->groups);
+    long *columns = (long *)(outputs + c->groups);
+    float *wide = (float *)(columns + c->columns), *found = wide + c->groups * c->key_width;
+    float *scores = found + c->groups * c->value_width;
+    widen(q + first * c->key_width * size, dtype, c->groups * c->key_width, wide);
+    for (long i = 0; i < c->groups * c->key_width; i++)
+        wide[i] *= scale;
+    for (long one = 0; one < c->groups; one++) {
+        inputs[one] = wide + one * c->key_width;
+        outputs[one] = found + one * c->value_width;
+    }
+    const struct seen seen = {keys + row * c->key_row + head * c->key_head, values + row * c->value_row + head * c->value_head,
+                              columns, look(mask ? mask + row * c->mask_row : NULL, c->columns, columns)};
+    attend(c, &seen, dtype, inputs, scores, outputs);
+    for (long i = 0; i < c->groups * c->value_width; i++)
+        put(out + (first * c->value_width + i) * size, found[i], dtype);
 }
 
 /* ---- what Python calls ------------------------------------------------------------------------------------------ */
@@ -438,16 +490,52 @@ static PyObject *py_norm(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* q [rows, heads * groups, key width], the cache, mask [rows, columns] of bytes or none -> out [rows, heads * groups,
+ * value width]. */
+static PyObject *py_attend(PyObject *self, PyObject *args)
+{
+    int set, dtype, threads;
+    float scale;
+    unsigned long long q, keys, values, mask, out;
+    struct cache c;
+    if (!PyArg_ParseTuple(args, "iiKKKKKfi(lllllllllllll)", &set, &dtype, &q, &keys, &values, &mask, &out, &scale, &threads,
+                          &c.rows, &c.heads, &c.groups, &c.columns, &c.key_width, &c.value_width, &c.key_row, &c.key_head,
+                          &c.key_column, &c.value_row, &c.value_head, &c.value_column, &c.mask_row) || !check_set(set))
+        return NULL;
+    c.room = (c.columns + LONGEST_VECTOR - 1) / LONGEST_VECTOR * LONGEST_VECTOR;
+    const long units = c.rows * c.heads, size = dtype == FLOAT32 ? 4 : 2;
+    const long needed = 16 * c.groups + 8 * c.columns + 4 * (c.groups * (c.key_width + c.value_width) + MOST_BLOCK * c.room);
+    const long piece = (needed + LINE - 1) / LINE * LINE;
+    threads = threads_for(units * c.columns * (c.key_width + c.value_width) * size, threads);
+    char *room = malloc(piece * threads);
+    if (!room)
+        return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        for (long unit = share(units, part, parts); unit < share(units, part + 1, parts); unit++)
+            attend_unit(sets[set].attend, &c, dtype, unit, (const char *)q, (const char *)keys, (const char *)values,
+                        (const char *)mask, scale, (char *)out, room + part * piece);
+    }
+    Py_END_ALLOW_THREADS
+    free(room);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
     {"product", py_product, METH_VARARGS, "(set, dtype, x, weights, bias, y, rows, outputs, columns, stride, threads)"},
     {"experts", py_experts, METH_VARARGS, "(set, layout, bank, x, tokens, top_k, slots, y, threads)"},
     {"combine", py_combine, METH_VARARGS, "(y, slots, weights, weights dtype, out, dtype, tokens, hidden)"},
+    {"attend", py_attend, METH_VARARGS,
+     "(set, dtype, q, keys, values, mask, out, scale, threads, (rows, heads, groups, columns, key width, value width, and in "
+     "bytes the strides of rows, heads and columns of keys, the same of values, and of the mask's rows))"},
     {"norm", py_norm, METH_VARARGS, "(dtype, x, weights, out, rows, columns, eps)"},
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_products", "Matrix products of few rows.", -1, methods,
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_products", "Matrix products and attention of few rows.", -1, methods,
                                     NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__products(void)

@@ -3,7 +3,8 @@
 Hands addresses of tensors to C; decides nothing about when they are used, that is engine.kernels. Where the extension
 was not built (no C compiler at install) there are none, and `missing` says so.
 
-T tokens, k experts a token, H hidden, F an expert's inner width, M rows, K columns, N outputs.
+T tokens, k experts a token, H hidden, F an expert's inner width, M rows, K columns, N outputs. Of attention: B rows, S
+columns of the cache, D and V the width of a key and of a value.
 """
 
 from __future__ import annotations
@@ -97,6 +98,28 @@ class Products:
         )
         return out
 
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """One new token a row: `q` [B, A, D], `keys` [B, N, S, D], `values` [B, N, S, V] -> [B, A, V].
+
+        A heads of which A/N neighbours share one of the N of the cache; `mask` bool [B or 1, S] says where a row may
+        look, None everywhere. Softmax and sums are in float32, in an order that neither other rows change nor columns
+        that a row may not see.
+        """
+        q = q.contiguous()
+        rows, asking, width = q.shape
+        _, heads, columns, value_width = values.shape
+        out = q.new_empty(rows, asking, value_width)  # [B, A, V]
+        mask_row = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
+        key_row, key_head, key_column = (q.itemsize * step for step in keys.stride()[:3])
+        value_row, value_head, value_column = (q.itemsize * step for step in values.stride()[:3])
+        compiled.attend(
+            self._set, DTYPES[q.dtype], q.data_ptr(), keys.data_ptr(), values.data_ptr(),
+            0 if mask is None else mask.data_ptr(), out.data_ptr(), scale, torch.get_num_threads(),
+            (rows, heads, asking // heads, columns, width, value_width,
+             key_row, key_head, key_column, value_row, value_head, value_column, mask_row),
+        )  # fmt: skip
+        return out
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Each row of `x` [..., K] by its root mean square, times `weight` [K] of the same dtype."""
         x = x.contiguous()
@@ -111,6 +134,20 @@ class Products:
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether `Products.linear` can take these."""
     return x.is_cpu and x.dtype in DTYPES and weight.dtype == x.dtype and weight.stride(1) == 1
+
+
+def attends(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
+    """Whether `Products.attend` can take these, `q` [B, A, 1, D] and `mask` [B or 1, 1, 1, S]."""
+    rows, asking, new, _ = q.shape
+    fitting = new == 1 and asking % keys.shape[1] == 0 and len(keys) == len(values) == rows
+    alike = q.is_cpu and q.dtype in DTYPES and q.dtype == keys.dtype == values.dtype
+    in_a_piece = keys.stride(3) == values.stride(3) == 1
+    return fitting and alike and in_a_piece and (mask is None or _shows_columns(mask, rows, keys.shape[2]))
+
+
+def _shows_columns(mask: Tensor, rows: int, columns: int) -> bool:
+    shared = mask.shape[0] in (1, rows) and tuple(mask.shape[1:]) == (1, 1, columns)
+    return mask.dtype == torch.bool and shared and mask.stride(3) == 1
 
 
 def expert_shape(module: Any, layout: SlotLayout, plain_gate: bool) -> ExpertShape | str:

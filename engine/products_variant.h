@@ -100,3 +100,131 @@ static void NAME(multiply)(const struct matrix *m, int dtype, const float *const
     else
         NAME(range)(m, BFLOAT16, x, rows, y, first, last);
 }
+
+/* e to the power of x for x <= 0, to a few units in the last place; 0 far below. */
+static INLINE NAME(floats) NAME(exponential)(NAME(floats) x)
+{
+    typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+    const NAME(floats) magic = (NAME(floats)){0} + 12582912.0f; /* 1.5 * 2^23: adding it rounds to whole numbers */
+    const integers low = x < -87.0f;
+    x = (NAME(floats))((integers)x & ~low);
+    const NAME(floats) whole = (x * 1.44269504f + magic) - magic;
+    const NAME(floats) r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f; /* ln 2 in two parts */
+    NAME(floats) p = (NAME(floats)){0} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const integers power = (__builtin_convertvector(whole, integers) + 127) << 23;
+    return (NAME(floats))((integers)(p * (NAME(floats))power) & ~low);
+}
+
+/* scores [columns], a multiple of LANES with -INFINITY behind its end -> their softmax, in place; 0 where all are. */
+static void NAME(softmax)(float *scores, long columns)
+{
+    NAME(floats) most = (NAME(floats)){0} - INFINITY;
+    for (long at = 0; at < columns; at += LANES) {
+        const NAME(floats) v = NAME(load)(scores + at);
+        for (int lane = 0; lane < LANES; lane++)
+            most[lane] = v[lane] > most[lane] ? v[lane] : most[lane];
+    }
+    float best = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++)
+        best = most[lane] > best ? most[lane] : best;
+    if (best == -INFINITY) {
+        memset(scores, 0, sizeof(float) * columns);
+        return;
+    }
+    NAME(floats) sums = {0};
+    for (long at = 0; at < columns; at += LANES) {
+        const NAME(floats) v = NAME(exponential)(NAME(load)(scores + at) - best);
+        sums += v;
+        memcpy(scores + at, &v, sizeof v);
+    }
+    const float scale = 1 / NAME(sum)(sums);
+    for (long at = 0; at < columns; at++)
+        scores[at] *= scale;
+}
+
+/* to [rows][width] += weights[row][i] * the values of the i-th column seen, `some` of them, one or four, from i on. */
+static INLINE void NAME(blend)(const char *const *from, const int some, const int dtype, long width, const float *weights,
+                               long stride, const int rows, float *const *to)
+{
+    const long size = dtype == FLOAT32 ? 4 : 2;
+    long d = 0;
+    for (; d + LANES <= width; d += LANES) {
+        NAME(floats) v[4];
+        for (int i = 0; i < some; i++)
+            v[i] = NAME(weights)(from[i] + d * size, dtype);
+        for (int row = 0; row < rows; row++) {
+            NAME(floats) sum = NAME(load)(to[row] + d);
+            for (int i = 0; i < some; i++)
+                sum += v[i] * weights[row * stride + i];
+            memcpy(to[row] + d, &sum, sizeof sum);
+        }
+    }
+    for (; d < width; d++)
+        for (int row = 0; row < rows; row++)
+            for (int i = 0; i < some; i++)
+                to[row][d] += weights[row * stride + i] * number(from[i] + d * size, dtype);
+}
+
+/* Attention of some heads that share keys and values, over the columns seen. q [rows][key width], scaled; room for
+ * [rows][c->room] scores; to [rows][value width]. */
+static INLINE void NAME(heads)(const struct cache *c, const struct seen *seen, const int dtype, const float *const *q,
+                               const int rows, float *scores, float *const *to)
+{
+    for (long i = 0; i < seen->count; i++) {
+        float found[BLOCK];
+        NAME(dots)(seen->keys + seen->columns[i] * c->key_column, dtype, q, rows, c->key_width, found);
+        for (int row = 0; row < rows; row++)
+            scores[row * c->room + i] = found[row];
+    }
+    const long whole = (seen->count + LANES - 1) / LANES * LANES;
+    for (int row = 0; row < rows; row++) {
+        for (long i = seen->count; i < whole; i++)
+            scores[row * c->room + i] = -INFINITY;
+        NAME(softmax)(scores + row * c->room, whole);
+        memset(to[row], 0, sizeof(float) * c->value_width);
+    }
+    const long line = c->value_width * (dtype == FLOAT32 ? 4 : 2);
+    for (long i = 0; i < seen->count;) {
+        const int some = seen->count - i < 4 ? 1 : 4;
+        const char *from[4];
+        for (int next = 0; next < some; next++) {
+            from[next] = seen->values + seen->columns[i + next] * c->value_column;
+            for (long at = 0; at < line; at += LINE)
+                __builtin_prefetch(from[next] + AHEAD + at, 0, 1);
+        }
+        if (some == 4)
+            NAME(blend)(from, 4, dtype, c->value_width, scores + i, c->room, rows, to);
+        else
+            NAME(blend)(from, 1, dtype, c->value_width, scores + i, c->room, rows, to);
+        i += some;
+    }
+}
+
+static INLINE void NAME(blocks)(const struct cache *c, const struct seen *seen, const int dtype, const float *const *q,
+                                float *scores, float *const *to)
+{
+    for (long row = 0; row < c->groups; row += BLOCK)
+        switch (c->groups - row) {
+        case 1: NAME(heads)(c, seen, dtype, q + row, 1, scores, to + row); break;
+#if BLOCK == 4
+        case 2: NAME(heads)(c, seen, dtype, q + row, 2, scores, to + row); break;
+        case 3: NAME(heads)(c, seen, dtype, q + row, 3, scores, to + row); break;
+#endif
+        default: NAME(heads)(c, seen, dtype, q + row, BLOCK, scores, to + row);
+        }
+}
+
+static void NAME(attend)(const struct cache *c, const struct seen *seen, int dtype, const float *const *q, float *scores,
+                         float *const *to)
+{
+    if (dtype == FLOAT32)
+        NAME(blocks)(c, seen, FLOAT32, q, scores, to);
+    else
+        NAME(blocks)(c, seen, BFLOAT16, q, scores, to);
+}
