@@ -25,9 +25,9 @@ from store.records import ApiKey
 log = logging.getLogger("moepager.service")
 
 ROUNDING = 1e-9  # of adding up parts of a token
-ANSWER_SECONDS = 0.2  # for which a request waits for a Redis that hangs, once
+ANSWER_SECONDS = 0.5  # for which a request waits for a Redis that hangs, once
 LOOK_SECONDS = 1.0  # between two looks whether a lost Redis is back
-CONNECTIONS = 16  # at most: an exchange takes a fraction of a millisecond
+CONNECTIONS = 4  # at most: an exchange takes a fraction of a millisecond
 FULL_SECONDS = 60  # after which any bucket is full, and need not be remembered
 
 # The same bucket as `Limits`, by Redis's clock. Gives the milliseconds until there is a token, 0 where one was taken.
