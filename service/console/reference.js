@@ -59,7 +59,7 @@ export class Reference {
   }
 
   told(each) {
-    const parts = [h("p", {}, each.description || "No more is said of it.")];
+    const parts = [h("p", {}, withCode(each.description || "No more is said of it."))];
     if (each.parameters.length > 0) parts.push(fieldsTable("Parameters", each.parameters));
     for (const [name, fields] of each.bodies) parts.push(fieldsTable(`Fields of ${name}`, fields));
     parts.push(h("p", { class: "hint" }, `Answers: ${each.answers.join(", ")}. A refusal is {"error": {"message", "type", "param", "code"}}.`),
@@ -80,6 +80,11 @@ export class Reference {
     }
     setText(this.count, `${shown} of ${this.operations.length} routes`);
   }
+}
+
+// What stands between backticks as code.
+function withCode(text) {
+  return text.split("`").map((part, at) => (at % 2 ? h("code", {}, part) : part));
 }
 
 export function operationsOf(description) {
@@ -138,6 +143,7 @@ function defaultOf(schema) {
   return schema.default === undefined || schema.default === null ? "left out" : JSON.stringify(schema.default);
 }
 
+const LARGEST = 2 ** 31;  // limits above are those of the machine's numbers
 const LIMITS = [["exclusiveMinimum", ">"], ["minimum", "≥"], ["exclusiveMaximum", "<"], ["maximum", "≤"]];
 
 // A schema in words: "number > 0 ≤ 1", "list of Message, 1 or more".
@@ -147,7 +153,7 @@ export function kindOf(schema) {
   if (several) return several.map(kindOf).join(" or ");
   if (schema.const !== undefined) return JSON.stringify(schema.const);
   if (schema.enum) return schema.enum.map((each) => JSON.stringify(each)).join(" or ");
-  const limits = LIMITS.filter(([name]) => schema[name] !== undefined).map(([name, sign]) => ` ${sign} ${schema[name]}`).join("");
+  const limits = LIMITS.filter(([name]) => Math.abs(schema[name]) < LARGEST).map(([name, sign]) => ` ${sign} ${schema[name]}`).join("");
   if (schema.type === "array") return `list of ${kindOf(schema.items ?? {})}${lengthOf(schema.minItems, schema.maxItems)}`;
   if (schema.type === "string") return `text${lengthOf(schema.minLength > 1 ? schema.minLength : undefined, schema.maxLength)}`;
   return `${schema.type ?? "anything"}${limits}`;

@@ -12,6 +12,7 @@ const NEW = " new";  // no task's name begins with a space
 export class Tasks {
   constructor() {
     this.error = h("p", { class: "error", role: "alert", hidden: true });
+    this.said = h("p", { class: "hint", role: "status" });
     this.list = h("div", { class: "card" });
     this.detail = h("div", { class: "stack" });
     this.form = new NewTask((name) => { location.hash = `#/tasks/${encodeURIComponent(name)}`; });
@@ -22,7 +23,7 @@ export class Tasks {
         h("div", {}, h("h1", { id: "tasks-title" }, "Tasks"),
           h("p", { class: "lead" }, "What each task is served from, and what was measured of it on held-out text.")),
         h("div", { class: "buttons" }, this.newer, this.why)),
-      this.error, h("div", { class: "stack" }, this.detail, this.list));
+      this.error, this.said, h("div", { class: "stack" }, this.detail, this.list));
   }
 
   async show(rest, session) {
@@ -43,6 +44,7 @@ export class Tasks {
       this.fail(error);
       return;
     }
+    setText(this.said, "");
     this.showList(rest);
     this.showDetail(rest);
   }
@@ -91,9 +93,10 @@ export class Tasks {
       h("div", {}, h("h2", { class: "clip" }, task.task), h("p", { class: "clip" }, task.description || h("span", { class: "hint" }, "No description."))),
       operator
         ? h("div", { class: "buttons" },
+          task.serves && h("button", { type: "button", onclick: () => this.prefetch(task.task) }, "Page it in"),
           task.has_text && h("button", { type: "button", onclick: () => this.profile(task.task) }, "Profile it"),
           h("button", { type: "button", class: "danger", onclick: () => this.remove(task.task) }, "Delete"))
-        : h("span", { class: "hint" }, "Profiling and deleting are for operators."));
+        : h("span", { class: "hint" }, "Paging in, profiling and deleting are for operators."));
   }
 
   remarks(task) {
@@ -128,6 +131,22 @@ export class Tasks {
         : h("p", { class: "empty" }, "The evaluation has no accuracy: its items have no answers to compare with."),
       h("p", { class: "hint" }, "Bars are 95% intervals of the accuracy, over items and, where there are any, draws of the "
         + "calibration text. random and frequency are baselines."));
+  }
+
+  async prefetch(name) {
+    this.tell("Paging its experts in.");
+    try {
+      const found = await call("POST", "/v1/residency/prefetch", { task: name });
+      this.tell(`${found.experts_paged} of its ${found.experts} experts were read, ${bytes(found.bytes_paged)}; all are in memory.`);
+    } catch (error) {
+      this.tell("");
+      this.fail(error);
+    }
+  }
+
+  tell(text) {
+    this.error.hidden = true;
+    setText(this.said, text);
   }
 
   async profile(name) {

@@ -45,6 +45,8 @@ class Conversation:
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep) -> Response:
+    """Answer a conversation, in OpenAI's form. `model` or `expert` may name a task, else the user's last message tells
+    it; the receipt is in `usage.expert`. With `stream` as chunks."""
     asked = await asyncio.to_thread(prepare_chat, body, name, parts, chat_caller(caller, body))
     running = submit(asked.rows, parts)
     reply = Reply.to_chat(body.model, parts)

@@ -39,6 +39,8 @@ OPENAI_LIMIT = 16  # tokens of a completion that names no limit, as OpenAI's cli
 async def complete(
     body: CompletionBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep
 ) -> Response:
+    """Continue a text, or several, in OpenAI's form. `model` or `expert` may name a task; the receipt is in
+    `usage.expert`. With `stream` as chunks."""
     prepared = await asyncio.to_thread(prepare_completions, body, name, parts, openai_caller(caller, body))
     running = submit(prepared, parts)
     reply = Reply.to_completion(body.model, parts)

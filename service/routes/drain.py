@@ -29,5 +29,6 @@ async def drain(request: Request) -> dict[str, Any]:
 
 @router.delete("/v1/drain")
 async def resume(request: Request) -> dict[str, Any]:
+    """Take work again."""
     request.app.state.draining.pause(False)
     return await state(request)

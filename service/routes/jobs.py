@@ -44,12 +44,14 @@ async def start_job(body: JobBody, request: Request, parts: PartsDep, key: Idemp
 
 @router.get("/v1/jobs")
 async def list_jobs(parts: PartsDep) -> dict[str, Any]:
+    """All of them, with how far they are."""
     jobs = await asyncio.to_thread(parts.store.jobs.list)
     return {"jobs": [job_object(job) for job in jobs]}
 
 
 @router.get("/v1/jobs/{job}")
 async def get_job(job: str, parts: PartsDep) -> dict[str, Any]:
+    """One of them."""
     return job_object(await asyncio.to_thread(parts.store.jobs.get, job))
 
 
@@ -63,6 +65,7 @@ async def job_events(job: str, name: RequestId, request: Request, parts: PartsDe
 
 @router.delete("/v1/jobs/{job}")
 async def cancel_job(job: str, parts: PartsDep) -> dict[str, Any]:
+    """Its process ends within about a second."""
     return job_object(await asyncio.to_thread(cancel, job, parts))
 
 

@@ -15,6 +15,7 @@ router = APIRouter(tags=["health"])
 
 @router.get("/metrics", response_class=Response, responses=METRICS)
 async def metrics(parts: PartsDep) -> Response:
+    """What the service counts, for Prometheus; not for a key that is limited to tasks."""
     if parts.tasks is not None:
         raise Forbidden("The metrics count every task, and this key is limited to some. Ask with a key that is not.")
     return Response(parts.metrics.text(), media_type=CONTENT_TYPE)

@@ -15,12 +15,14 @@ router = APIRouter(tags=["openai"])
 
 @router.get("/v1/models")
 async def list_models(parts: PartsDep) -> dict[str, Any]:
+    """The model, which retrieves the task of each query, and one name for each task, which pins it."""
     tasks: list[str | None] = [None, *sorted(parts.catalogue.tasks)]
     return {"object": "list", "data": [model_object(parts, task) for task in tasks]}
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, parts: PartsDep) -> dict[str, Any]:
+    """One of them."""
     return model_object(parts, resolve_model(name, parts))
 
 

@@ -65,11 +65,13 @@ async def list_unmatched(parts: PartsDep) -> dict[str, Any]:
 
 @router.delete("/v1/unmatched")
 async def forget_unmatched(parts: PartsDep) -> dict[str, Any]:
+    """Forget all of them."""
     return {"forgotten": await asyncio.to_thread(parts.store.unmatched.delete)}
 
 
 @router.delete("/v1/unmatched/{digest}")
 async def forget_query(digest: str, parts: PartsDep) -> dict[str, Any]:
+    """Forget one of them."""
     if not await asyncio.to_thread(parts.store.unmatched.delete, [digest]):
         raise NotFound(f"No query {digest} is kept. GET /v1/unmatched lists those that are.")
     return {"forgotten": 1}

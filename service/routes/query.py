@@ -32,6 +32,8 @@ router = APIRouter(tags=["query"])
 
 @router.post("/v1/query", responses=EVENTS)
 async def query(body: QueryBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep) -> Response:
+    """Ask. The task is retrieved by the query's words unless `task` names one; `receipt` says what the answer was
+    served from. With `stream` the events `task`, `token` and `done`."""
     prepared = await asyncio.to_thread(prepare_query, body, name, parts, caller.saying(body))
     running = submit([prepared], parts)
     if body.stream:

@@ -19,6 +19,7 @@ router = APIRouter(tags=["query"])
 
 @router.post("/v1/retrieve")
 async def retrieve(body: RetrieveBody, name: RequestId, parts: PartsDep) -> dict[str, Any]:
+    """Which task a query belongs to: null where none is near enough. Nothing is generated."""
     found = await asyncio.to_thread(retrieve_and_store, body.query, name, parts)
     return {
         "id": name,

@@ -19,6 +19,7 @@ router = APIRouter(tags=["openai"])
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, parts: PartsDep) -> dict[str, Any]:
+    """The tokens of a text, or of messages in the model's chat template."""
     tokenizer = parts.engine.tokenizer
     if body.messages is not None:
         tokens = encode_messages(body.messages, tokenizer)
@@ -32,6 +33,7 @@ async def tokenize(body: TokenizeBody, parts: PartsDep) -> dict[str, Any]:
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, parts: PartsDep) -> dict[str, Any]:
+    """The text of tokens."""
     _, text = encode_prompt(body.tokens, parts.engine.tokenizer, parts.engine.card)
     return {"prompt": text}
 

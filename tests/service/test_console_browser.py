@@ -114,6 +114,16 @@ def test_the_apis_own_page_tells_every_route_and_a_call_to_copy(site: str, visit
     assert httpx.post(f"{site}/v1/query", json={**body, "max_tokens": 1}).status_code == 200
 
 
+def test_a_task_is_paged_in_from_its_page(site: str, visit: Visit) -> None:
+    httpx.delete(f"{site}/v1/residency")
+    page = visit(site)
+    section(page, "Tasks")
+    page.get_by_role("link", name="cooking").click()
+    page.get_by_role("button", name="Page it in").click()
+    expect(page.get_by_text("12 of its 12 experts were read")).to_be_visible()
+    assert httpx.get(f"{site}/v1/residency").json()["resident"] == 12
+
+
 def test_an_answer_streams_in_and_ends_with_its_receipt(site: str, visit: Visit) -> None:
     page = visit(site)
     page.evaluate(
