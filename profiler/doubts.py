@@ -27,8 +27,9 @@ def judged(profile: Profile, parts: Sequence[Profile] = ()) -> Profile:
     if profile.trust is not None:
         return profile
     trust = judge(Statistics.from_arrays(profile.statistics), profile.tokens)
-    if doubted := [part.task for part in parts if judged(part).doubts]:
-        also = f"It is the mean of {len(parts)} profiles, of which these are doubted themselves: {', '.join(doubted)}."
+    if doubted := sum(1 for part in parts if judged(part).doubts):
+        # Without their names: whoever may use the generalist need not know which tasks there are.
+        also = f"It is the mean of {len(parts)} profiles, of which {doubted} are doubted themselves; see their tasks."
         trust = replace(trust, doubts=(*trust.doubts, also))
     return replace(profile, trust=trust)
 

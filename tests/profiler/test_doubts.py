@@ -84,7 +84,7 @@ def profile_of(task: str, statistics: Statistics, trust: Trust | None = None) ->
     )
 
 
-def test_a_profile_is_judged_once_and_a_mean_names_the_parts_that_are_doubted():
+def test_a_profile_is_judged_once_and_a_mean_counts_the_parts_that_are_doubted():
     counts = np.stack([routed(400, 16, 4, np.geomspace(1, 30, 16), seed) for seed in (1, 2)])
     good, little = made_of(counts, 400, 4), made_of(counts / 50, 8, 4)
     before = profile_of("before", good, Trust(1.0, 0.0, 1.0, 1.0, None, ("As it was judged.",)))
@@ -93,5 +93,5 @@ def test_a_profile_is_judged_once_and_a_mean_names_the_parts_that_are_doubted():
     found = judged(profile_of("generalist", good), parts).trust
     assert found is not None
     assert found.figures == judge(good, 400).figures
-    assert found.doubts == ("It is the mean of 3 profiles, of which these are doubted themselves: little, before.",)
+    assert found.doubts == ("It is the mean of 3 profiles, of which 2 are doubted themselves; see their tasks.",)
     assert judged(profile_of("generalist", good), parts[:1]).doubts == ()
