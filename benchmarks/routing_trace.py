@@ -27,7 +27,7 @@ class _Indices:
     def routed(self, layer: int, x: Tensor, logits: Tensor, weights: Tensor, index: Tensor, valid: Tensor) -> None:
         self.layers.append(index[valid].cpu())
 
-    def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
+    def experts(self, layer: int, experts: Tensor, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
         """Not needed."""
 
     def combined(self, layer: int, y: Tensor) -> None:

@@ -28,6 +28,19 @@ def experts(
     threads: int,
     /,
 ) -> None: ...
+def many(
+    chosen: int,
+    layout: Layout,
+    bank: int,
+    bank_slots: int,
+    x: int,
+    tokens: int,
+    top_k: int,
+    slots: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
 def combine(
     y: int, slots: list[int], weights: int, weights_dtype: int, out: int, dtype: int, tokens: int, hidden: int, /
 ) -> None: ...

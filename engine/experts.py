@@ -1,8 +1,9 @@
 """The routed experts' forward over the bank's slots, registered in transformers' experts dispatch as "moepager".
 
-Few tokens, as in decoding, go to engine.products in one call a layer where it knows the family's arithmetic. Otherwise
-one product per expert that was hit, over views of its slot: weights are never gathered, and each family's own
-activation, biases and orientation come from its module. T tokens, k experts a token, H hidden, n tokens of one expert.
+Few tokens, as in decoding, and many tokens of small experts go to engine.products in one call a layer where it knows
+the family's arithmetic. Otherwise one product per expert that was hit, over views of its slot: weights are never
+gathered, and each family's own activation, biases and orientation come from its module. T tokens, k experts a token,
+H hidden, E experts, n tokens of one expert.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from store.errors import UnsupportedFamily
 
 IMPLEMENTATION = "moepager"
 CONTRACT = ("has_gate", "has_bias", "is_transposed", "num_experts")
-FEW = 16  # tokens that go to engine.products; with more, an expert has so many that torch is faster
+FEW = 16  # tokens for which weights are read as decoding reads them; with more, an expert has several
 
 FeedForward = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
@@ -70,12 +71,16 @@ class PagedExperts:
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """`hidden` [T, H], `index` and `weights` [T, k] -> [T, H]. No expert sees what has an index of E: padding, and
         choices that something else stands in for."""
+        compiled = self._compiled if hidden.dtype == self._bank.layout.dtype else None
         if self.observer is None:
-            if isinstance(self._compiled, Compiled) and len(hidden) <= FEW and hidden.dtype == self._bank.layout.dtype:
-                return self._few(self._compiled, hidden.contiguous(), index, weights)
+            if isinstance(compiled, Compiled) and len(hidden) <= FEW:
+                return self._few(compiled, hidden.contiguous(), index, weights)
             if len(hidden) == 1:
                 return self._one(hidden, index, weights)
-        combined = self._many(hidden, index, weights)  # [T, H]
+        if isinstance(compiled, Compiled) and compiled.takes_many and self._inside is None:
+            combined = self._together(compiled, hidden.contiguous(), index, weights)  # [T, H]
+        else:
+            combined = self._many(hidden, index, weights)  # [T, H]
         if self.observer is not None:
             self.observer.combined(self.layer, combined)
         return combined
@@ -121,6 +126,41 @@ class PagedExperts:
         stacked = torch.cat([outputs[expert] for expert in chosen])  # [k, H]
         return (stacked * weights.view(-1, 1)).sum(0, keepdim=True).to(hidden.dtype)  # [1, H]
 
+    def _together(self, compiled: Compiled, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """As `_few` for more tokens: an expert's sums are the same whoever is computed beside it."""
+        outputs = hidden.new_zeros(index.numel(), hidden.shape[1], dtype=torch.float32)  # [T*k, H]
+        for slots in self._slots(index):
+            compiled.own.many(compiled.shape, self._bank.memory, hidden, slots, outputs)
+        if self.observer is not None:
+            self._show(self.observer, index, weights, outputs)
+        outputs = outputs.view(*index.shape, -1)  # [T, k, H]
+        return outputs.mul_(weights.unsqueeze(-1)).sum(1).to(hidden.dtype)  # [T, H]
+
+    def _slots(self, index: Tensor) -> Iterator[Tensor]:
+        """The slots of the choices `index` [T, k], all at once where they are at hand, else expert by expert."""
+        hit = torch.bincount(index.flatten(), minlength=self._experts)[: self._experts].nonzero().flatten()
+        table = index.new_full((self._experts + 1,), NOBODY, dtype=torch.long)  # [E + 1]
+        experts: list[int] = hit.tolist()
+        slots = self._bank.at_hand(self.layer, experts)
+        if slots is not None:
+            table[hit] = torch.tensor(slots)
+            yield table[index]
+            return
+        with closing(self._bank.visit(self.layer, experts)) as visit:
+            for expert, slot in visit:
+                table.fill_(NOBODY)[expert] = slot
+                yield table[index]
+
+    def _show(self, watching: Observer, index: Tensor, weights: Tensor, outputs: Tensor) -> None:
+        """What each choice's expert gave, `outputs` [T*k, H], without the choices that no expert gets."""
+        flat = index.flatten()  # [T*k]
+        tokens = torch.arange(len(index), device=index.device).repeat_interleave(index.shape[1])  # [T*k]
+        routed = flat != self._experts  # [T*k]
+        pairs = [flat, tokens, weights.flatten(), outputs]
+        if not bool(routed.all()):
+            pairs = [each[routed] for each in pairs]
+        watching.experts(self.layer, *pairs)
+
     def _many(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Tokens sorted by expert, each expert's in one piece; the sum over k is in the router's order, so which
         experts were resident never changes an answer."""
@@ -131,37 +171,33 @@ class PagedExperts:
         sizes = [counts[expert] for expert in hit]
         routed = order[: sum(sizes)]  # [n_all] padding sorts last
         tokens = routed // index.shape[1]  # [n_all]
-        scale = weights.reshape(-1, 1)[routed]  # [n_all, 1]
+        scale = weights.reshape(-1)[routed]  # [n_all]
         inputs = hidden[tokens]  # [n_all, H]
         outputs = inputs.new_empty(inputs.shape, dtype=torch.promote_types(inputs.dtype, scale.dtype))  # [n_all, H]
         pieces = zip(*(torch.split(each, sizes) for each in (tokens, inputs, scale, outputs)), strict=True)
-        self._run(hit, dict(zip(hit, pieces, strict=True)))
+        self._run(dict(zip(hit, pieces, strict=True)))
+        if self.observer is not None:
+            self.observer.experts(self.layer, flat[routed], tokens, scale, outputs)
+        outputs *= scale.unsqueeze(1)
         places = outputs.new_zeros(len(flat), outputs.shape[1]).index_copy_(0, routed, outputs)  # [T*k, H]
         return places.view(*index.shape, -1).sum(1).to(hidden.dtype)  # [T, H]
 
-    def _run(self, hit: Sequence[int], pieces: Mapping[int, tuple[Tensor, ...]]) -> None:
-        """For each expert: its tokens [n], inputs [n, H] and weights [n, 1] -> weighted outputs [n, H], in place."""
+    def _run(self, pieces: Mapping[int, tuple[Tensor, ...]]) -> None:
+        """For each expert: its tokens [n], inputs [n, H] and weights [n] -> unweighted outputs [n, H], in place."""
         # Closed at once if an expert fails: the slots of a visit must not stay pinned until the traceback is gone.
-        with closing(self._bank.visit(self.layer, hit)) as visit:
+        with closing(self._bank.visit(self.layer, list(pieces))) as visit:
             for expert, slot in visit:
                 tokens, x, w, out = pieces[expert]
-                y = self._run_one(expert, tokens, x, w.squeeze(1), self._bank.views[slot])  # [n, H]
-                torch.mul(y, w, out=out)
+                out.copy_(self._run_one(expert, tokens, x, w, self._bank.views[slot]))
 
     def _run_one(self, expert: int, tokens: Tensor, x: Tensor, w: Tensor, views: Sequence[Tensor]) -> Tensor:
-        """`x` [n, H] -> [n, H], unweighted, shown to the observer."""
-        watching = self.observer
-        if watching is None:
+        """`x` [n, H] -> [n, H], unweighted; its inside is shown to an observer that wants to see it."""
+        if self._inside is None:
             return self._feed_forward(x, views)
-        if self._inside is not None:
-            inputs = self.stages.into(x, views)  # [n, 2F]
-            h = self.stages.gate(inputs)  # [n, F]
-            self._inside.channels(self.layer, expert, tokens, w, inputs, h)
-            y = self.stages.out(h, views)  # [n, H]
-        else:
-            y = self._feed_forward(x, views)  # [n, H]
-        watching.expert(self.layer, expert, tokens, w, y)
-        return y
+        inputs = self.stages.into(x, views)  # [n, 2F]
+        h = self.stages.gate(inputs)  # [n, F]
+        self._inside.channels(self.layer, expert, tokens, w, inputs, h)
+        return self.stages.out(h, views)  # [n, H]
 
 
 def paged_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -195,6 +231,7 @@ class Compiled:
 
     own: Products
     shape: ExpertShape
+    takes_many: bool  # tokens, too
 
 
 def compiled_experts(module: Any, layout: SlotLayout, kernels: Kernels) -> Compiled | str:
@@ -203,7 +240,7 @@ def compiled_experts(module: Any, layout: SlotLayout, kernels: Kernels) -> Compi
         return kernels.name
     gate = getattr(type(module), "_apply_gate", None)
     shape = expert_shape(module, layout, plain_gate=gate is _default_apply_gate)
-    return shape if isinstance(shape, str) else Compiled(kernels.own, shape)
+    return shape if isinstance(shape, str) else Compiled(kernels.own, shape, kernels.takes_many(shape))
 
 
 def stages(module: Any, layout: SlotLayout, kernels: Kernels) -> Stages:

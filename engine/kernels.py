@@ -1,7 +1,7 @@
-"""Which matrix products an engine uses: our own for few rows (engine.products), torch's for many.
+"""Which matrix products an engine uses: our own for few rows and for small experts (engine.products), torch's for many.
 
 In 16 bits on the CPU oneDNN compiles a kernel for every shape, about a megabyte that is not given back and a fifth of a
-millisecond. So what goes to torch there is padded to powers of two of rows, which costs next to nothing.
+millisecond. So what goes to torch there is padded to powers of two of rows, which costs a tenth more time at most.
 
 M rows, K columns, N outputs.
 """
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from engine import products
 from engine.attention import adopt_attention
 from engine.norms import adopt_norms
-from engine.products import Products, multiplies
+from engine.products import ExpertShape, Products, multiplies
 from store.errors import InvalidInput
 
 COMPILED = frozenset({torch.bfloat16, torch.float16})
 FEW: Mapping[torch.dtype, int] = {torch.float32: 8, torch.bfloat16: 4}  # rows; above, torch is faster: measured
+# Weights of an expert that takes many rows; above, torch is faster in bfloat16 and little slower in float32.
+SMALL: Mapping[torch.dtype, int] = {torch.float32: 1 << 20, torch.bfloat16: 1 << 17}
+WIDE = frozenset({"AVX-512", "AVX2"})  # instruction sets for which that was measured
 
 
 class Kernels:
@@ -52,6 +55,11 @@ class Kernels:
         if self.own is not None and len(x) <= FEW.get(x.dtype, 0) and multiplies(x, weight):
             return self.own.linear(x, weight, bias)
         return linear(x, weight, bias)
+
+    def takes_many(self, shape: ExpertShape) -> bool:
+        """Whether our own products run experts of this shape for many tokens, too."""
+        wide = self.own is not None and self.own.instruction_set in WIDE
+        return wide and shape.weights <= SMALL[shape.dtype]
 
     def adopt(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Linear layers, norms and attention of `model` take these products, where torch's own do no better. Needs the

@@ -1,6 +1,7 @@
 """What one forward pass shows to those who watch it. Declares the hooks; the profiler accumulates behind them.
 
-T tokens of the pass, row-major over [B, S]; H hidden; E experts; k experts a token; n tokens routed to one expert.
+T tokens of the pass, row-major over [B, S]; H hidden; E experts; k experts a token; n choices: pairs of a
+token and an expert that it was routed to.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from torch import Tensor
 
 
 class Observer(Protocol):
-    """Called once per MoE layer and pass, in the order residual, routed, expert (once per expert that was hit),
-    combined.
+    """Called once per MoE layer and pass, in the order residual, routed, experts, combined.
 
     Tensors are the model's own: read them, never write. Padding is in `h`, `x`, `logits`, `weights`, `index` and `y`,
     with `valid` False, but no expert ever sees it.
@@ -29,8 +29,10 @@ class Observer(Protocol):
         """
         ...
 
-    def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
-        """`tokens` i64 [n] of T, `weights` [n], `outputs` [n, H] before they are weighted."""
+    def experts(self, layer: int, experts: Tensor, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
+        """All of the layer's choices in any order: `experts` i64 [n] of E, `tokens` i64 [n] of T, `weights` [n],
+        `outputs` [n, H] before they are weighted, good until the call ends.
+        """
         ...
 
     def combined(self, layer: int, y: Tensor) -> None:
@@ -40,10 +42,10 @@ class Observer(Protocol):
 
 @runtime_checkable
 class ChannelObserver(Observer, Protocol):
-    """One that looks inside experts too: `channels` comes just before each `expert`, for the same tokens."""
+    """One that looks inside experts too: `channels` comes once per expert that was hit, before `experts`."""
 
     def channels(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, inputs: Tensor, h: Tensor) -> None:
-        """`inputs` [n, 2F]: gate and up, as the module lays them out ([n, F] without a gate); `h` [n, F]: what the
-        down projection takes.
+        """Of one expert: `inputs` [n, 2F], gate and up as the module lays them out ([n, F] without a gate); `h` [n, F],
+        what the down projection takes.
         """
         ...

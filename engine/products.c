@@ -72,6 +72,33 @@ static INLINE void put(char *to, float value, const int dtype)
     memcpy(to, &half, 2);
 }
 
+static INLINE float activated(float x, const int activation)
+{
+    switch (activation) {
+    case SILU: return x / (1 + expf(-x));
+    case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
+    case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    default: return x > 0 ? x : 0;
+    }
+}
+
+/* How an expert lies in a slot: offsets in bytes, -1 where there is no bias. */
+struct layout {
+    int dtype, activation, gated;
+    long hidden, inner, slot_bytes, up, up_bias, down, down_bias;
+};
+
+static struct matrix up_of(const struct layout *l, const char *slot)
+{
+    return (struct matrix){slot + l->up, l->up_bias < 0 ? NULL : slot + l->up_bias, l->inner * (1 + l->gated), l->hidden,
+                           l->hidden};
+}
+
+static struct matrix down_of(const struct layout *l, const char *slot)
+{
+    return (struct matrix){slot + l->down, l->down_bias < 0 ? NULL : slot + l->down_bias, l->hidden, l->inner, l->inner};
+}
+
 #define PASTE(a, b) a##_##b
 #define EXPAND(a, b) PASTE(a, b)
 
@@ -82,20 +109,26 @@ static INLINE void put(char *to, float value, const int dtype)
 #define NAME(x) EXPAND(x, v4)
 #define LANES 16
 #define BLOCK 4
+#define VECTORS 2
 #include "products_variant.h"
+#include "products_many_variant.h"
 #undef NAME
 #undef LANES
 #undef BLOCK
+#undef VECTORS
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define NAME(x) EXPAND(x, v3)
 #define LANES 8
 #define BLOCK 2
+#define VECTORS 2
 #include "products_variant.h"
+#include "products_many_variant.h"
 #undef NAME
 #undef LANES
 #undef BLOCK
+#undef VECTORS
 #pragma GCC pop_options
 #else
 #define SETS 1
@@ -105,27 +138,33 @@ static INLINE void put(char *to, float value, const int dtype)
 #define LANES 4
 #ifdef __aarch64__
 #define BLOCK 4
+#define VECTORS 2
 #else
 #define BLOCK 2
+#define VECTORS 2
 #endif
 #include "products_variant.h"
+#include "products_many_variant.h"
 
 typedef void (*multiply_t)(const struct matrix *, int, const float *const *, long, float *const *, long, long);
 typedef void (*attend_t)(const struct cache *, const struct seen *, int, const float *const *, float *, float *const *);
+typedef void (*expert_t)(const struct layout *, const char *, const char *, long, const long *, long, float *, float *);
 
 static const struct {
     const char *name;
     multiply_t multiply;
     attend_t attend;
+    expert_t expert;
+    long rows; /* that `expert` takes at a time */
 } sets[SETS] = {
 #if SETS == 3
-    {"AVX-512", multiply_v4, attend_v4},
-    {"AVX2", multiply_v3, attend_v3},
-    {"SSE2", multiply_base, attend_base},
+    {"AVX-512", multiply_v4, attend_v4, expert_v4, 32},
+    {"AVX2", multiply_v3, attend_v3, expert_v3, 16},
+    {"SSE2", multiply_base, attend_base, expert_base, 8},
 #elif defined(__aarch64__)
-    {"NEON", multiply_base, attend_base},
+    {"NEON", multiply_base, attend_base, expert_base, 16},
 #else
-    {"portable", multiply_base, attend_base},
+    {"portable", multiply_base, attend_base, expert_base, 8},
 #endif
 };
 
@@ -180,33 +219,6 @@ static void product(multiply_t multiply, const struct matrix *m, int dtype, cons
     if (dtype != FLOAT32)
         for (long i = 0; i < rows * m->rows; i++)
             put(y + 2 * i, found[i], dtype);
-}
-
-static INLINE float activated(float x, const int activation)
-{
-    switch (activation) {
-    case SILU: return x / (1 + expf(-x));
-    case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
-    case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    default: return x > 0 ? x : 0;
-    }
-}
-
-/* How an expert lies in a slot: offsets in bytes, -1 where there is no bias. */
-struct layout {
-    int dtype, activation, gated;
-    long hidden, inner, slot_bytes, up, up_bias, down, down_bias;
-};
-
-static struct matrix up_of(const struct layout *l, const char *slot)
-{
-    return (struct matrix){slot + l->up, l->up_bias < 0 ? NULL : slot + l->up_bias, l->inner * (1 + l->gated), l->hidden,
-                           l->hidden};
-}
-
-static struct matrix down_of(const struct layout *l, const char *slot)
-{
-    return (struct matrix){slot + l->down, l->down_bias < 0 ? NULL : slot + l->down_bias, l->hidden, l->inner, l->inner};
 }
 
 /* inner [gate, up] or [up] -> [inner], in place */
@@ -427,6 +439,8 @@ static PyObject *py_experts(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+#include "products_many.h"
+
 /* out [tokens, hidden] = the sum over a token's experts of weight x output, in the router's order. */
 static PyObject *py_combine(PyObject *self, PyObject *args)
 {
@@ -527,6 +541,7 @@ static PyMethodDef methods[] = {
     {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
     {"product", py_product, METH_VARARGS, "(set, dtype, x, weights, bias, y, rows, outputs, columns, stride, threads)"},
     {"experts", py_experts, METH_VARARGS, "(set, layout, bank, x, tokens, top_k, slots, y, threads)"},
+    {"many", py_many, METH_VARARGS, "(set, layout, bank, slots of the bank, x, tokens, top_k, slots, y, threads)"},
     {"combine", py_combine, METH_VARARGS, "(y, slots, weights, weights dtype, out, dtype, tokens, hidden)"},
     {"attend", py_attend, METH_VARARGS,
      "(set, dtype, q, keys, values, mask, out, scale, threads, (rows, heads, groups, columns, key width, value width, and in "

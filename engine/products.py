@@ -1,4 +1,5 @@
 """Our own matrix products of few rows, compiled from products.c at install: weights are read once, at memory's speed.
+And experts that are too small for a call of torch's each, for any number of tokens (products_many.h).
 
 Hands addresses of tensors to C; decides nothing about when they are used, that is engine.kernels. Where the extension
 was not built (no C compiler at install) there are none, and `missing` says so.
@@ -24,7 +25,7 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = ""
+    missing = "" if hasattr(compiled, "many") else "built from older sources"
 
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
 ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch or transformers
@@ -39,7 +40,7 @@ ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch
 
 def instruction_sets() -> Mapping[str, int]:
     """Those of this processor that the loops were compiled for, the best first; none where nothing was built."""
-    return {} if compiled is None else compiled.sets()
+    return {} if missing else compiled.sets()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,12 @@ class ExpertShape:
     @property
     def hidden(self) -> int:
         return self.fields[3]
+
+    @property
+    def weights(self) -> int:
+        """How many an expert has, biases left out."""
+        _, _, gated, hidden, inner = self.fields[:5]
+        return hidden * inner * (2 + gated)
 
 
 class Products:
@@ -79,6 +86,18 @@ class Products:
         compiled.experts(
             self._set, shape.fields, bank.data_ptr(), x.data_ptr(), len(x), len(slots) // len(x), slots, y.data_ptr(),
             torch.get_num_threads(),
+        )  # fmt: skip
+
+    def many(self, shape: ExpertShape, bank: Tensor, x: Tensor, slots: Tensor, y: Tensor) -> None:
+        """The same for many tokens: `slots` i64 [T, k], `y` f32 [T*k, H]. Weights are read once for many rows.
+
+        What an expert makes of a token depends on nothing else in the call; `experts` gives the same but for rounding.
+        """
+        assert x.is_contiguous(), x.stride()
+        assert slots.is_contiguous(), slots.stride()
+        compiled.many(
+            self._set, shape.fields, bank.data_ptr(), len(bank), x.data_ptr(), len(x), slots.shape[1], slots.data_ptr(),
+            y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
     def combine(self, y: Tensor, slots: list[int], weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,7 +46,7 @@ class _FirstRouter(Observer):
     def residual(self, layer: int, h: Tensor) -> None:
         """Not needed."""
 
-    def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
+    def experts(self, layer: int, experts: Tensor, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
         """Never reached."""
 
     def combined(self, layer: int, y: Tensor) -> None:

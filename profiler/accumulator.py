@@ -1,12 +1,13 @@
 """Watches the model run and adds up what it sees into Statistics.
 
-T tokens of a batch flattened row by row, E experts, K = top_k, H hidden, B histogram bins. Collects of the extras just
-those that it is asked for.
+T tokens of a batch flattened row by row, E experts, K = top_k, H hidden, B histogram bins, n choices: pairs of a token
+and one of its experts. Collects of the extras just those that it is asked for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from profiler.extras import EXTRAS, NOTHING, Needs
 from profiler.statistics import BINS, Statistics, array_shapes
 from store.errors import CheckpointError
 
-REDUCED_AT_ONCE = 1 << 20  # numbers of expert outputs that are held before they are reduced to norms
+REDUCED_AT_ONCE = 1 << 20  # numbers of expert outputs that are widened at a time
 
 _ROUTED = ("selected", "gates", "top_logits", "pool_logits")
 _COMPUTED = ("norms", "squared_norms", "gated_norms", "shifted_norms")
@@ -23,45 +24,14 @@ _COMPUTED = ("norms", "squared_norms", "gated_norms", "shifted_norms")
 
 @dataclass(slots=True)
 class _Pass:
-    """One layer's tokens between `residual` and `combined`, and what its experts gave, in the order they ran."""
+    """One layer's tokens between `residual` and `combined`, and what its experts gave, without padding."""
 
     residual: Tensor  # [T, H]
     valid: Tensor  # bool [T]
-    gates: Tensor  # f64 [T, E], 0 for padding
-    experts: list[int] = field(default_factory=list)
-    tokens: list[Tensor] = field(default_factory=list)  # i64 [n] each
-    outputs: list[Tensor] = field(default_factory=list)  # [n, H] each, of the experts that are not reduced yet
-    waiting: int = 0  # how many numbers those are
-    norms: list[Tensor] = field(default_factory=list)  # [n] each
-    peaks: list[Tensor] = field(default_factory=list)  # [n] each
-
-    def take(self, expert: int, tokens: Tensor, outputs: Tensor) -> None:
-        """Many experts see few tokens each: they are reduced together, as soon as they are worth it."""
-        self.experts.append(expert)
-        self.tokens.append(tokens)
-        self.outputs.append(outputs)
-        self.waiting += outputs.numel()
-        if self.waiting >= REDUCED_AT_ONCE:
-            self.reduce()
-
-    def reduce(self) -> None:
-        if self.outputs:
-            outputs = torch.cat(self.outputs)  # [n, H]
-            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-            self.norms.append(torch.linalg.vector_norm(outputs, dim=-1))
-            # Ten times faster on the CPU than the norm of order infinity, which says the same.
-            self.peaks.append(torch.maximum(outputs.amax(dim=-1), -outputs.amin(dim=-1)))
-            self.outputs.clear()
-            self.waiting = 0
-
-    def table(self, values: list[Tensor]) -> Tensor:
-        """What was gathered expert by expert as f64 [T, E], 0 where an expert did not see the token."""
-        table = torch.zeros_like(self.gates)
-        if values:
-            sizes = torch.tensor([len(tokens) for tokens in self.tokens], device=table.device)
-            experts = torch.tensor(self.experts, device=table.device).repeat_interleave(sizes)  # [n_all]
-            table[torch.cat(self.tokens), experts] = torch.cat(values).to(torch.float64)
-        return table.where(self.valid[:, None], 0.0)
+    experts: Tensor  # i64 [n]
+    tokens: Tensor  # i64 [n]
+    weights: Tensor  # f64 [n]
+    norms: Tensor  # f64 [n]
 
 
 class Accumulator:
@@ -90,7 +60,7 @@ class Accumulator:
         }
         make = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in self._shapes().items()}
         self._sums: dict[str, Tensor] = make
-        self._buckets = torch.zeros(4, 0, dtype=torch.float64, device=device)  # [4, T]
+        self._buckets = torch.zeros(0, dtype=torch.long, device=device)  # [T] half x 2 + role
         self._halves = torch.zeros(0, dtype=torch.long, device=device)  # [T]
         self._residual: Tensor | None = None
         self._pass: _Pass | None = None
@@ -98,8 +68,7 @@ class Accumulator:
     def begin(self, roles: Tensor, halves: Tensor) -> None:
         """Say what the next forward's tokens are: `roles` i64 [rows, length] and `halves` i64 [rows], all 0 or 1."""
         device = self._buckets.device
-        bucket = (halves[:, None] * 2 + roles).flatten().to(device)  # [T]
-        self._buckets = torch.nn.functional.one_hot(bucket, 4).to(torch.float64).T  # [4, T]
+        self._buckets = (halves[:, None] * 2 + roles).flatten().to(device)  # [T]
         self._halves = halves[:, None].expand_as(roles).flatten().to(device)  # [T]
 
     def statistics(self) -> Statistics:
@@ -128,49 +97,75 @@ class Accumulator:
         valid: Tensor,
     ) -> None:
         assert self._residual is not None, "the residual comes before the routing"
-        assert valid.shape[0] == self._buckets.shape[1], "begin was told of another batch"
-        z = torch.where(valid[:, None], logits, 0)  # [T, E]
+        assert valid.shape == self._buckets.shape, "begin was told of another batch"
+        real = valid.nonzero().flatten()  # [m]
+        z, index = logits[real], index[real].long()  # [m, E], [m, K]
         _refuse_infinite(z, layer, "router logits")
-        chosen, gates = self._spread(weights, index, valid)  # [T, E], [T, E]
-        highest, ids = z.topk(self._top_k, dim=-1)  # [T, K], [T, K]
-        pool = highest.to(torch.float64)  # [T, K]
-        shares = pool.softmax(-1)  # [T, K]
-        buckets = self._buckets * valid  # [4, T]
+        highest, ids = z.topk(self._top_k, dim=-1)  # [m, K], [m, K]
+        pool = highest.to(torch.float64)  # [m, K]
+        shares, buckets = pool.softmax(-1), self._buckets[real]  # [m, K], [m]
         if layer == 0:  # tokens pass every layer, but count once
-            self._sums["tokens"] += buckets.sum(dim=1)
-        top = torch.zeros_like(gates).scatter(1, ids[:, :1], pool[:, :1])  # [T, E]
-        pooled = torch.zeros_like(gates).scatter(1, ids, pool)  # [T, E]
-        for name, values in zip(_ROUTED, (chosen, gates, top, pooled), strict=True):
-            self._sums[name][layer] += buckets @ values  # [4, E]
-        self._sums["top_shares"][layer] += buckets @ shares[:, 0]  # [4]
-        self._fill_histogram(layer, pool, ids, shares, valid)
+            self._sums["tokens"] += torch.bincount(buckets, minlength=4)
+        kept = weights[real].to(torch.float64)  # [m, K]
+        self._add(layer, ("selected", "gates"), buckets[:, None], index, (torch.ones_like(kept), kept))
+        first = torch.zeros_like(pool).index_copy(1, ids.new_zeros(1), pool[:, :1])  # [m, K]
+        self._add(layer, ("top_logits", "pool_logits"), buckets[:, None], ids, (first, pool))
+        self._sums["top_shares"][layer].index_add_(0, buckets, shares[:, 0])
+        self._fill_histogram(layer, pool, ids, shares, self._halves[real])
         if self._extras:
-            self._multiply(layer, chosen, z.to(torch.float64), valid)
-        self._pass = _Pass(self._residual, valid, gates)
+            self._multiply(layer, index, z.to(torch.float64), self._halves[real])
+        nobody = self._halves[:0]  # [0]
+        self._pass = _Pass(self._residual, valid, nobody, nobody, kept[:0, 0], kept[:0, 0])
 
-    def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:  # noqa: ARG002
+    def experts(self, layer: int, experts: Tensor, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
         assert self._pass is not None, "the routing comes before the experts"
-        self._pass.take(expert, tokens, outputs)
-        if "output_sums" in self._extras:
-            sums = self._extras["output_sums"][:, layer, expert]  # [2, H]
-            real = self._pass.valid[tokens]  # [n]
-            sums.index_add_(0, self._halves[tokens][real], outputs[real].to(torch.float64))
+        now, real = self._pass, self._pass.valid[tokens]  # [n]
+        if not bool(real.all()):
+            experts, tokens, weights, outputs = experts[real], tokens[real], weights[real], outputs[real]
+        now.experts, now.tokens, now.weights = experts.long(), tokens, weights.to(torch.float64)
+        rows = max(1, REDUCED_AT_ONCE // outputs.shape[1])
+        norms = [outputs.new_zeros(0, dtype=torch.float64)]
+        for start in range(0, len(outputs), rows):
+            part = outputs[start : start + rows]  # [r, H]
+            norms.append(self._reduce(layer, now.experts[start : start + rows], tokens[start : start + rows], part))
+        now.norms = torch.cat(norms)
 
     def combined(self, layer: int, y: Tensor) -> None:
         assert self._pass is not None, "the routing comes before the output"
         now = self._pass
-        now.reduce()
-        shift = torch.where(now.valid, _shift(now.residual, y), 0.0)  # [T]
-        norms, peaks = now.table(now.norms), now.table(now.peaks)  # [T, E], [T, E]
-        gated = now.gates * norms  # [T, E]
-        buckets = self._buckets * now.valid  # [4, T]
-        parts = (norms, norms.square(), gated, shift[:, None] * gated)
-        sums = torch.stack([buckets @ values for values in parts])  # [4, 4, E]
-        _refuse_infinite(sums, layer, "expert outputs")
-        for name, added in zip(_COMPUTED, sums, strict=True):
-            self._sums[name][layer] += added
-        self._sums["peak"][layer] = torch.maximum(self._sums["peak"][layer], peaks.amax(dim=0))  # [E]
+        shift = _shift(now.residual, y)[now.tokens]  # [n]
+        gated = now.weights * now.norms  # [n]
+        parts = (now.norms, now.norms.square(), gated, shift * gated)
+        added = self._add(layer, _COMPUTED, self._buckets[now.tokens], now.experts, parts)
+        _refuse_infinite(added, layer, "expert outputs")
         self._pass = self._residual = None
+
+    def _reduce(self, layer: int, experts: Tensor, tokens: Tensor, outputs: Tensor) -> Tensor:
+        """Adds what needs the outputs [r, H] themselves; gives their norms, f64 [r]."""
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # [r, H]
+        # Ten times faster on the CPU than the norm of order infinity, which says the same.
+        peaks = torch.maximum(wide.amax(dim=-1), -wide.amin(dim=-1)).to(torch.float64)  # [r]
+        self._sums["peak"][layer].scatter_reduce_(0, experts, peaks, "amax")
+        if "output_sums" in self._extras:
+            sums = torch.zeros(2 * self._shape[1], outputs.shape[1], dtype=torch.float64, device=outputs.device)
+            sums.index_add_(0, self._halves[tokens] * self._shape[1] + experts, outputs.to(torch.float64))
+            self._extras["output_sums"][:, layer] += sums.view(2, self._shape[1], -1)
+        norms: Tensor = torch.linalg.vector_norm(wide, dim=-1)  # [r]
+        return norms.to(torch.float64)
+
+    def _add(
+        self, layer: int, names: Sequence[str], buckets: Tensor, experts: Tensor, values: Sequence[Tensor]
+    ) -> Tensor:
+        """Adds each of `values` at its bucket and expert, all of one shape; gives what was added, [names, 4, E].
+        Index E means "no expert" to some."""
+        cells = (buckets * (self._shape[1] + 1) + experts).flatten()  # [n]
+        stacked = torch.stack([each.flatten() for each in values])  # [names, n]
+        table = stacked.new_zeros(len(names), 4 * (self._shape[1] + 1))
+        table.scatter_add_(1, cells.expand_as(stacked), stacked)
+        added = table.view(len(names), 4, -1)[:, :, :-1]  # [names, 4, E]
+        for name, sums in zip(names, added, strict=True):
+            self._sums[name][layer] += sums
+        return added
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """The layer leads here, so that one layer's sums are one contiguous block."""
@@ -183,30 +178,23 @@ class Accumulator:
             "peak": (layers, experts),
         }
 
-    def _spread(self, weights: Tensor, index: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """The router's choice as `[T, E]`: 1 where chosen, and the weights. Index E means "no expert" to some."""
-        slots = torch.zeros(len(index), self._shape[1] + 1, dtype=torch.float64, device=index.device)  # [T, E + 1]
-        real = valid[:, None].to(torch.float64).expand(index.shape)  # [T, K]
-        kept = torch.where(valid[:, None], weights, 0).to(torch.float64)  # [T, K]
-        chosen = slots.scatter(1, index.long(), real)[:, :-1]  # [T, E]
-        return chosen, slots.scatter_add(1, index.long(), kept)[:, :-1]
-
-    def _multiply(self, layer: int, chosen: Tensor, z: Tensor, valid: Tensor) -> None:
-        """The extras that are products of experts with experts: `chosen` and `z` are [T, E], 0 for padding."""
+    def _multiply(self, layer: int, index: Tensor, z: Tensor, halves: Tensor) -> None:
+        """The extras that are products of experts with experts, of `index` [m, K] and `z` [m, E]."""
+        experts = self._shape[1]
+        chosen = z.new_zeros(len(z), experts + 1).scatter(1, index, 1.0)[:, :experts]  # [m, E]
         for name, values in (("coactivations", chosen), ("logit_products", z - z.mean(dim=1, keepdim=True))):
             if name in self._extras:
                 for half in (0, 1):
-                    mine = values[valid & (self._halves == half)]  # [n, E]
+                    mine = values[halves == half]  # [n, E]
                     self._extras[name][half, layer] += mine.T @ mine  # [E, E]
 
-    def _fill_histogram(self, layer: int, pool: Tensor, ids: Tensor, shares: Tensor, valid: Tensor) -> None:
+    def _fill_histogram(self, layer: int, pool: Tensor, ids: Tensor, shares: Tensor, halves: Tensor) -> None:
         low = 1.0 / self._top_k
         # The largest of K shares is at least 1/K, so is any threshold: what lies below can never pass. Rounding may.
-        counts = valid[:, None] & (shares >= low - 1e-12)  # [T, K]
-        bins = ((shares - low) * (BINS / (1.0 - low) if low < 1 else 1.0)).long().clamp(0, BINS - 1)  # [T, K]
-        experts = self._shape[1]
-        cell = (self._halves[:, None] * experts + ids) * BINS + bins  # [T, K]
-        values = torch.maximum(pool, pool.sigmoid())  # [T, K]
+        counts = shares >= low - 1e-12  # [m, K]
+        bins = ((shares - low) * (BINS / (1.0 - low) if low < 1 else 1.0)).long().clamp(0, BINS - 1)  # [m, K]
+        cell = (halves[:, None] * self._shape[1] + ids) * BINS + bins  # [m, K]
+        values = torch.maximum(pool, pool.sigmoid())  # [m, K]
         self._sums["utility"][layer].view(-1).index_add_(0, cell[counts], values[counts])
 
 

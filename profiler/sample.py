@@ -92,7 +92,7 @@ class _Sample:
     def residual(self, layer: int, h: Tensor) -> None:
         pass
 
-    def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
+    def experts(self, layer: int, experts: Tensor, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
         pass
 
     def combined(self, layer: int, y: Tensor) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from engine import reader as reader_module
 from engine.engine import Engine
 from engine.plan import plan_memory
+from engine.products import Products
 from engine.residency import ABSENT
 from store.errors import BudgetError, CheckpointError
 from store.records import ExpertKey, Selection
@@ -117,16 +118,18 @@ def test_a_failed_read_in_exact_mode_pins_nothing(
     assert engine.forward(ids, mask, [None]).isfinite().all()
 
 
+@pytest.mark.parametrize("kernel", ["torch", "own"])
 def test_an_expert_that_fails_to_compute_leaves_no_pin(
-    checkpoint: Checkpoint, open_engine: Open, monkeypatch: pytest.MonkeyPatch
+    kernel: str, checkpoint: Checkpoint, open_engine: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = open_engine(checkpoint("qwen2_moe"))
+    engine = open_engine(checkpoint("qwen2_moe"), kernel=kernel)
     ids, mask = torch.randint(0, 256, (2, 9)), torch.ones(2, 9, dtype=torch.long)
 
     def explode(*_: object) -> None:
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(engine.layers._experts[1], "_feed_forward", explode)
+    monkeypatch.setattr(Products, "many", explode)
     with pytest.raises(RuntimeError, match="out of luck") as caught:
         engine.forward(ids, mask, [None, None])
     assert caught.value.__traceback__ is not None  # even while the traceback keeps the frames alive

@@ -43,11 +43,12 @@ class Statistics:
         for token in valid.nonzero().flatten().tolist():
             self.gate[layer, index[token]] += weights[token].double()
 
-    def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
+    def experts(self, layer: int, experts: Tensor, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
         assert self._valid[tokens].all()
-        self.calls.append(("expert", layer))
-        self.count[layer, expert] += len(tokens)
-        self.norm[layer, expert] += (weights.double() * outputs.double().norm(dim=-1)).sum()
+        self.calls.append(("experts", layer))
+        for expert, weight, output in zip(experts.tolist(), weights, outputs, strict=True):
+            self.count[layer, expert] += 1
+            self.norm[layer, expert] += weight.double() * output.double().norm()
 
     def combined(self, layer: int, y: Tensor) -> None:
         self.calls.append(("combined", layer))
@@ -114,11 +115,8 @@ def test_the_hooks_come_in_order_once_a_layer(checkpoint: Checkpoint, open_engin
     statistics = Statistics(engine.card.layers, engine.card.experts)
     ids = torch.randint(0, 256, (2, 6))
     engine.forward(ids, torch.ones_like(ids), [None] * 2, statistics)
-    calls = [call for call in statistics.calls if call[0] != "expert"]
-    assert calls == [(name, layer) for layer in range(2) for name in ("residual", "routed", "combined")]
-    for layer in range(2):
-        own = [name for name, at in statistics.calls if at == layer]
-        assert set(own[2:-1]) == {"expert"}
+    names = ("residual", "routed", "experts", "combined")
+    assert statistics.calls == [(name, layer) for layer in range(2) for name in names]
 
 
 def test_an_observer_sees_the_restricted_routing_and_the_free_logits(

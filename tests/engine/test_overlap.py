@@ -18,6 +18,7 @@ from engine import arrivals as arrivals_module
 from engine import reader as reader_module
 from engine.engine import Engine
 from engine.generate import Batch
+from engine.products import Products
 from engine.requests import FailedEvent, FinishedEvent, GenerationRequest, TokenEvent
 from engine.worker import EngineWorker, TokenStream
 from store.errors import CheckpointError
@@ -165,20 +166,19 @@ def test_a_prompt_goes_through_the_first_layer_while_the_others_are_read(
     engine: Engine, ask: Ask, right: Callable[[Selection | None], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk gives the later layers' experts only once the first layer has computed."""
-    computed, layer = threading.Event(), engine.layers._experts[0]
-    feed_forward, fetch = layer._feed_forward, reader_module._File.fetch
+    computed, many, fetch = threading.Event(), Products.many, reader_module._File.fetch
     spans = [part for expert in range(4, 8) for part in engine.bank.arrivals._experts.span(ExpertKey(0, expert)).parts]
 
     def compute(*args: Any) -> Any:
         computed.set()
-        return feed_forward(*args)
+        return many(*args)
 
     def gated(file: Any, run: Any, staging: Any) -> Any:
         first = any(part.file == run.file and run.start <= part.offset < run.end for part in spans)
         assert first or computed.wait(20), "the first layer waits for the later ones"
         return fetch(file, run, staging)
 
-    monkeypatch.setattr(layer, "_feed_forward", compute)
+    monkeypatch.setattr(Products, "many", compute)
     monkeypatch.setattr(reader_module._File, "fetch", gated)
     *_, done = engine.generate([ask(PROMPT, LATE, max_tokens=8)])
     assert isinstance(done, FinishedEvent)

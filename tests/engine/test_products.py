@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine import products
 from engine.engine import Engine
-from engine.kernels import FEW, Kernels
+from engine.kernels import FEW, WIDE, Kernels
 from engine.products import ExpertShape, Products, instruction_sets
 from engine.requests import GenerationRequest
 from engine.residency import NOBODY
@@ -164,6 +164,56 @@ def test_an_expert_at_a_time_gives_the_same_to_the_last_bit(own: Products, threa
     assert single.equal(whole)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("gated", "biased"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("activation", range(4))
+def test_experts_of_many_tokens_are_those_of_float64(
+    own: Products, dtype: torch.dtype, biased: bool, gated: bool, activation: int
+) -> None:
+    """Some experts get no token, some more than go through at once; what no expert gets stays as it was."""
+    rng = random.Random(activation)
+    bank, views, fields = _random_bank(7, 37, 21, gated, biased, dtype)
+    shape = ExpertShape((fields[0], activation, *fields[2:]), dtype)
+    assert shape.weights == 37 * 21 * (2 + gated)
+    for tokens in (1, 17, 90):
+        x, weights = torch.randn(tokens, 37).to(dtype), torch.rand(tokens, 3).to(dtype)
+        slots = rng.choices([0, 1, 3, 5, NOBODY], [8, 4, 1, 1, 1], k=tokens * 3)
+        outputs = torch.zeros(tokens * 3, 37)
+        own.many(shape, bank, x, torch.tensor(slots).view(tokens, 3), outputs)
+        assert not outputs[[slot == NOBODY for slot in slots]].any()
+        ours = (outputs.view(tokens, 3, -1) * weights.unsqueeze(-1)).sum(1)
+        _close(ours.to(dtype), _truth(x, views, slots, weights, GATES[activation], gated, biased))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_expert_of_many_tokens_is_the_same_to_the_last_bit_whatever_is_beside_it(
+    own: Products, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    bank, _, fields = _random_bank(4, 70, 45, True, False, dtype)
+    shape, x = ExpertShape(fields, dtype), torch.randn(150, 70).to(dtype)
+    slots, whole = torch.randint(0, 4, (150, 2)), torch.zeros(300, 70)
+    threads(2)
+    own.many(shape, bank, x, slots, whole)
+    threads(1)
+    single, alone = torch.zeros(300, 70), torch.zeros(2, 70)
+    for slot in range(4):
+        own.many(shape, bank, x, slots.where(slots == slot, NOBODY), single)
+    assert single.equal(whole)
+    for token in (0, 77, 149):
+        own.many(shape, bank, x[token : token + 1], slots[token : token + 1], alone)
+        assert alone.equal(whole[2 * token : 2 * token + 2])
+
+
+def test_the_gate_is_right_far_from_zero_and_no_number_stays_none(own: Products) -> None:
+    """Our own exponential inside SiLU, shown by an expert of one channel that changes nothing else."""
+    bank, views, fields = _random_bank(1, 1, 1, False, False, torch.float32)
+    views[0][0].fill_(1), views[0][2].fill_(1)
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e-30, torch.nan, 3e38, -3e38])])
+    y = torch.zeros(len(x), 1)
+    own.many(ExpertShape(fields, torch.float32), bank, x.unsqueeze(1), torch.zeros(len(x), 1, dtype=torch.long), y)
+    torch.testing.assert_close(y[:, 0], F.silu(x.double()).float(), rtol=1e-6, atol=1e-35, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_engine_computes_the_same_with_and_without_them(
     family: str,
@@ -176,7 +226,7 @@ def test_an_engine_computes_the_same_with_and_without_them(
     with_own, without = (open_engine(folder, kernel=kernel, dtype=dtype) for kernel in ("own", "torch"))
     assert with_own.kernel.startswith("own (")
     rng = random.Random(3)
-    ids, mask = torch.randint(0, 256, (3, 5)), (torch.arange(5) >= torch.tensor([[0], [2], [4]])).long()
+    ids, mask = torch.randint(0, 256, (3, 9)), (torch.arange(9) >= torch.tensor([[0], [2], [4]])).long()
     selections = [random_selection(with_own, rng), None, random_selection(with_own, rng)]
     ours, theirs = (engine.forward(ids, mask, selections) for engine in (with_own, without))
     real = mask.bool()
@@ -213,6 +263,14 @@ def test_who_asks_for_them_where_they_can_not_be_is_told_why(monkeypatch: pytest
     assert chosen.name == "torch (our own are not built at install (no module))"
     with pytest.raises(InvalidInput, match="C compiler"):
         Kernels.choose("own", torch.float32, torch.device("cpu"))
+
+
+def test_large_experts_of_many_tokens_go_to_torch() -> None:
+    kernels = Kernels.choose("own", torch.bfloat16, torch.device("cpu"))
+    small, large = (ExpertShape((1, 0, 1, 256, inner, 0, 0, -1, 0, -1), torch.bfloat16) for inner in (128, 512))
+    assert kernels.takes_many(small) == (kernels.own.instruction_set in WIDE)
+    assert not kernels.takes_many(large)
+    assert not Kernels(None, "torch").takes_many(small)
 
 
 def test_many_rows_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

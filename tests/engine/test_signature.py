@@ -28,7 +28,7 @@ class Logits:
         if layer == 0:
             self.first = logits.double()
 
-    def expert(self, layer, expert, tokens, weights, outputs):
+    def experts(self, layer, experts, tokens, weights, outputs):
         pass
 
     def combined(self, layer, y):

@@ -53,14 +53,11 @@ def softmax_route(z: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def feed(accumulator: Accumulator, layer: int, trace: Trace, valid: Tensor) -> None:
     accumulator.residual(layer, trace.h)
     accumulator.routed(layer, trace.h, trace.z, trace.weights, trace.index, valid)
-    y = torch.zeros_like(trace.h)
-    for expert in range(trace.experts):
-        tokens, slot = (trace.index == expert).nonzero(as_tuple=True)
-        if len(tokens):
-            weights, outputs = trace.weights[tokens, slot], trace.o[tokens, expert]
-            accumulator.expert(layer, expert, tokens, weights, outputs)
-            y[tokens] += weights[:, None] * outputs
-    accumulator.combined(layer, y)
+    tokens, slot = torch.ones_like(trace.index).nonzero(as_tuple=True)
+    experts, weights = trace.index[tokens, slot], trace.weights[tokens, slot]
+    outputs = trace.o[tokens, experts]
+    accumulator.experts(layer, experts, tokens, weights, outputs)
+    accumulator.combined(layer, torch.zeros_like(trace.h).index_add(0, tokens, weights[:, None] * outputs))
 
 
 SUMMED = frozenset(name for name, extra in EXTRAS.items() if extra.summed)

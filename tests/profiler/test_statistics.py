@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from profiler import accumulator
 from profiler.accumulator import Accumulator
 from profiler.statistics import Statistics, balanced
 from store.errors import CheckpointError, CorruptStore
@@ -48,6 +49,16 @@ def test_the_sums_equal_a_loop_over_tokens(seed, random_trace, accumulate):
     shares = trace.z.topk(trace.top_k).values.softmax(-1)[:, 0]
     np.testing.assert_allclose(statistics.total("top_shares"), [shares.sum()], rtol=1e-12)
     assert statistics.token_count == len(trace.z)
+
+
+@pytest.mark.parametrize("at_once", [1, 7 * 8, 1 << 20])
+def test_outputs_that_are_widened_piece_by_piece_give_the_same_sums(
+    at_once, random_trace, accumulate, summed, monkeypatch
+):
+    trace = random_trace(11)
+    whole = accumulate([trace], rows=3, padding=2, needs=summed)
+    monkeypatch.setattr(accumulator, "REDUCED_AT_ONCE", at_once)
+    assert_equal(accumulate([trace], rows=3, padding=2, needs=summed), whole)
 
 
 def test_the_toy_layers_counts_and_sums(toy_statistics):

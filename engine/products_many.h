@@ -1,0 +1,71 @@
+/* An MoE layer's experts for many tokens, over the bank's slots. Each expert's tokens go through in pieces of as many as
+ * the vectors hold; threads take the next piece as they come, since pieces share nothing.
+ */
+
+struct piece {
+    const char *slot;
+    const long *pairs; /* the choices, token x top_k + place, that it computes */
+    long count;
+};
+
+/* Sorts the choices by slot into `pairs` and cuts them; negative slots are nobody's. `ends` [bank's slots + 1] is 0. */
+static long cut(const int64_t *slots, long choices, long bank_slots, long rows, const char *bank, long slot_bytes,
+                long *ends, long *pairs, struct piece *pieces)
+{
+    long found = 0;
+    for (long pair = 0; pair < choices; pair++)
+        if (slots[pair] >= 0)
+            ends[slots[pair] + 1]++;
+    for (long slot = 0; slot < bank_slots; slot++)
+        ends[slot + 1] += ends[slot];
+    for (long pair = 0; pair < choices; pair++)
+        if (slots[pair] >= 0)
+            pairs[ends[slots[pair]]++] = pair;
+    for (long slot = 0, at = 0; slot < bank_slots; slot++)
+        for (; at < ends[slot]; at += pieces[found++].count) {
+            const long left = ends[slot] - at;
+            pieces[found] = (struct piece){bank + slot * slot_bytes, pairs + at, left < rows ? left : rows};
+        }
+    return found;
+}
+
+static long floats_for_expert(const struct layout *l, long rows)
+{
+    const long wider = l->hidden > l->inner ? l->hidden : l->inner;
+    return (l->hidden + l->inner * (1 + l->gated)) * rows + 4 * wider;
+}
+
+static PyObject *py_many(PyObject *self, PyObject *args)
+{
+    int set, threads;
+    unsigned long long bank, x, slots, y;
+    long bank_slots, tokens, top_k;
+    struct layout l;
+    if (!PyArg_ParseTuple(args, "i(iiilllllll)KlKllKKi", &set, &l.dtype, &l.activation, &l.gated, &l.hidden, &l.inner,
+                          &l.slot_bytes, &l.up, &l.up_bias, &l.down, &l.down_bias, &bank, &bank_slots, &x, &tokens, &top_k,
+                          &slots, &y, &threads) || !check_set(set))
+        return NULL;
+    const long choices = tokens * top_k, rows = sets[set].rows, floats = floats_for_expert(&l, rows);
+    const long most = choices / rows + (choices < bank_slots ? choices : bank_slots); /* pieces: full ones and last ones */
+    float *room = malloc(sizeof(float) * floats * threads);
+    struct piece *pieces = malloc(sizeof *pieces * (most + 1));
+    long *ends = calloc(bank_slots + 1 + choices, sizeof *ends);
+    if (room && pieces && ends) {
+        Py_BEGIN_ALLOW_THREADS
+        const long found = cut((const int64_t *)slots, choices, bank_slots, rows, (const char *)bank, l.slot_bytes, ends,
+                               ends + bank_slots + 1, pieces);
+        threads = found < threads ? (int)found : threads;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+        for (long at = 0; at < found; at++)
+            sets[set].expert(&l, pieces[at].slot, (const char *)x, top_k, pieces[at].pairs, pieces[at].count, (float *)y,
+                             room + floats * omp_get_thread_num());
+        Py_END_ALLOW_THREADS
+    }
+    const int had_room = room && pieces && ends;
+    free(room);
+    free(pieces);
+    free(ends);
+    if (!had_room)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
