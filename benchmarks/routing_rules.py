@@ -7,9 +7,10 @@ B rows, S length, T = B S tokens, E experts, K = top_k slots a token, best first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from store.home import bundled_model
 from store.records import F64
 
 ROWS, TOKENS = 32, 4096
-NOISE = 512  # random inputs on which LExI measures a layer
+INPUTS = 512  # random or real ones, on which LExI measures a layer
 SEED = 20250902
 
 # layer, weights [T, K], index [T, K], prompt bool [B, S] -> weights [T, K]
@@ -113,12 +114,13 @@ def bench_rules(tasks: Sequence[str], items: int, report: Report) -> list[RuleRo
     rows = []
     with Engine.open(config) as engine:
         model = _Model(bundled_model())
-        errors = model.errors()
+        noise = model.noise()
         for number, task in enumerate(tasks):
             report(Progress(task, "evaluate", number, len(tasks)))
-            medians = model.medians(encode_corpus(engine, corpus(task, "calibration", items)))
+            calibration = encode_corpus(engine, corpus(task, "calibration", items))
+            errors = lexi_errors(model, noise, calibration)
             text = encode_corpus(engine, corpus(task, "test", items))
-            for name, rule in _rules(errors, medians, engine.card.experts).items():
+            for name, rule in _rules(errors, model.medians(calibration), engine.card.experts).items():
                 rows.append(RuleRow(name, task, *model.measure(text, rule, engine.tokenizer.eos), len(text)))
     report(Progress(tasks[-1], "evaluate", len(tasks), len(tasks)))
     return rows
@@ -141,8 +143,26 @@ def rule_means(rows: Sequence[RuleRow]) -> list[RuleRow]:
     ]
 
 
-def _rules(errors: F64, medians: Tensor, experts: int) -> dict[str, Rule]:
-    layers, slots = errors.shape
+def lexi_errors(model: _Model, noise: Sequence[Tensor], text: Sequence[Encoded]) -> dict[str, F64]:
+    """What a layer with 1 ... K slots is off by, f64 [L, K]: by LExI, and by four other ways to measure it.
+
+    LExI takes the norm of the error on random normal inputs. A share of the output makes layers comparable that write
+    at different sizes; the text's own inputs are what the layers will get; and what the model's end makes of one
+    layer's error, the rest being whole, is the one measure that knows what later layers do with it.
+    """
+    random, sizes = model.errors(noise)
+    own, own_sizes = model.errors(model.inputs(text))
+    return {
+        "": random,
+        ", shares": random / sizes[:, None],
+        ", text": own,
+        ", shares on text": own / own_sizes[:, None],
+        ", at the end": model.divergences(text),
+    }
+
+
+def _rules(errors: Mapping[str, F64], medians: Tensor, experts: int) -> dict[str, Rule]:
+    layers, slots = medians.shape
     rules = {"all": fewer([slots] * layers)}
     rules |= {f"pesf {alpha:g}": pesf(alpha, experts) for alpha in (0.3, 0.7, 1.0)}
     last = torch.zeros_like(medians)
@@ -150,7 +170,7 @@ def _rules(errors: F64, medians: Tensor, experts: int) -> dict[str, Rule]:
     rules |= {"naee, last slot": skipping(last), "naee, all slots": skipping(medians)}
     for share in (0.75, 0.5):
         budget = round(share * layers * slots)
-        rules[f"lexi {share:g}"] = fewer(share_out(errors, budget))
+        rules |= {f"lexi {share:g}{how}": fewer(share_out(each, budget)) for how, each in errors.items()}
         rules[f"equal layers {share:g}"] = fewer([budget // layers] * layers)
     return rules
 
@@ -167,19 +187,57 @@ class _Model:
     def __init__(self, folder: Any) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPE)).eval()
         self._blocks = [layer.mlp for layer in self._model.model.layers if hasattr(layer.mlp, "gate")]
+        self.slots = int(self._model.config.num_experts_per_tok)
+
+    def noise(self) -> list[Tensor]:
+        """Random normal inputs of each layer, [n, H]."""
+        noise = torch.Generator().manual_seed(SEED)
+        return [torch.randn(INPUTS, self._model.config.hidden_size, generator=noise) for _ in self._blocks]
+
+    def inputs(self, text: Sequence[Encoded]) -> list[Tensor]:
+        """What each layer gets of the text, [n, H]: the inputs of tokens spread evenly over it."""
+        seen: list[list[Tensor]] = [[] for _ in self._blocks]
+        for batch in _batches(text):
+            valid = batch.mask.flatten() == 1  # [T]
+
+            def look(block: Any, given: tuple[Tensor], valid: Tensor = valid) -> None:
+                seen[self._blocks.index(block)].append(given[0].flatten(0, 1)[valid])
+
+            handles = [block.register_forward_pre_hook(look) for block in self._blocks]
+            try:
+                self._forward(batch, fewer([self.slots] * len(self._blocks)))
+            finally:
+                for handle in handles:
+                    handle.remove()
+        whole = [torch.cat(each) for each in seen]
+        count = min(INPUTS, len(whole[0]))
+        return [each[torch.arange(count) * len(each) // count] for each in whole]
 
     @torch.inference_mode()
-    def errors(self) -> F64:
-        """`|MoE_l(X; k) - MoE_l(X; K)|` for k = 1 ... K, X of normal noise: f64 [L, K]."""
-        noise = torch.Generator().manual_seed(SEED)
-        found = []
-        for block in self._blocks:
-            x = torch.randn(NOISE, self._model.config.hidden_size, generator=noise)  # [n, H]
+    def errors(self, inputs: Sequence[Tensor]) -> tuple[F64, F64]:
+        """`|MoE_l(X; k) - MoE_l(X; K)|` for k = 1 ... K, f64 [L, K], and `|MoE_l(X; K)|` [L]; X [n, H] a layer."""
+        found, sizes = [], []
+        for block, x in zip(self._blocks, inputs, strict=True):
             _, weights, index = block.gate(x)
             whole = block.experts(x, index, weights)  # [n, H]
             cut = [_rescaled(weights, torch.arange(weights.shape[1]).expand_as(weights) < k + 1) for k in _slots(index)]
             found.append([float((block.experts(x, index, each) - whole).norm()) for each in cut])
-        return np.array(found)
+            sizes.append(float(whole.norm()))
+        return np.array(found), np.array(sizes)
+
+    def divergences(self, text: Sequence[Encoded]) -> F64:
+        """How far the model's next tokens move when one layer alone has k slots: KL in nats a token, f64 [L, K]."""
+        layers, found = len(self._blocks), np.zeros((len(self._blocks), self.slots))
+        tokens = 0
+        for batch in _batches(text):
+            valid = batch.mask.flatten() == 1  # [T]
+            whole = self._forward(batch, fewer([self.slots] * layers)).flatten(0, 1)[valid].log_softmax(-1)  # [n, V]
+            tokens += len(whole)
+            for layer, count in product(range(layers), range(1, self.slots)):
+                active = [count if each == layer else self.slots for each in range(layers)]
+                cut = self._forward(batch, fewer(active)).flatten(0, 1)[valid].log_softmax(-1)
+                found[layer, count - 1] += float((whole.exp() * (whole - cut)).sum())
+        return found / tokens
 
     def medians(self, text: Sequence[Encoded]) -> Tensor:
         """Of `w_j / w_1` over the text's tokens: [L, K]."""

@@ -8,8 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.routing_rules import RuleRow, bench_rules, fewer, pesf, rule_means, share_out, skipping
+from benchmarks.routing_rules import (
+    RuleRow,
+    _Model,
+    bench_rules,
+    fewer,
+    lexi_errors,
+    pesf,
+    rule_means,
+    share_out,
+    skipping,
+)
+from demo.prepare import corpus
+from engine.config import EngineConfig
+from engine.engine import Engine
+from profiler.batches import encode_corpus
 from profiler.progress import ignore
+from store.home import bundled_model
 
 ROWS, LENGTH, EXPERTS, SLOTS = 3, 7, 12, 4
 TOKENS = ROWS * LENGTH
@@ -89,3 +104,39 @@ def test_on_the_bundled_model_fewer_slots_save_the_calls_that_they_say():
     assert rows["pesf 0.3"].calls_saved <= rows["pesf 1"].calls_saved
     assert 0 < rows["naee, last slot"].calls_saved < rows["naee, all slots"].calls_saved < 0.75
     assert rows["all"].accuracy >= 0.5
+
+
+def test_lexi_starves_the_bundled_models_first_layer_unless_errors_are_shares_of_the_output():
+    """Half of the slots. The last layer writes most, so by plain norms it keeps all; at the end the first counts."""
+    with Engine.open(EngineConfig(bundled_model(), max_context=256, dtype="float32", threads=1)) as engine:
+        text = encode_corpus(engine, corpus("arithmetic", "calibration", 6))
+    model = _Model(bundled_model())
+    found = lexi_errors(model, model.noise(), text)
+    for how, errors in found.items():
+        assert errors.shape == (6, 4), how
+        assert (errors[:, -1] == 0).all(), how
+        assert (errors[:, 0] >= errors[:, 2]).all(), how
+    assert share_out(found[""], 12) == [1, 1, 2, 2, 2, 4]
+    assert share_out(found[", shares"], 12) == [2] * 6
+    assert found[", at the end"][:, 0].argmax() == 0
+
+
+def test_the_inputs_of_a_layer_are_the_texts_own_and_its_error_is_worked_out_on_them():
+    with Engine.open(EngineConfig(bundled_model(), max_context=256, dtype="float32", threads=1)) as engine:
+        text = encode_corpus(engine, corpus("french", "calibration", 3))
+    model = _Model(bundled_model())
+    inputs = model.inputs(text)
+    assert [len(each) for each in inputs] == [sum(len(one.tokens) for one in text)] * 6
+    block = model._blocks[0]
+    with torch.inference_mode():
+        _, weights, index = block.gate(inputs[0])
+        alone = torch.stack(
+            [
+                block.experts(x[None], i[None, :1], w.sum()[None, None])[0]
+                for x, i, w in zip(inputs[0], index, weights, strict=True)
+            ]
+        )
+        whole = block.experts(inputs[0], index, weights)
+    errors, sizes = model.errors(inputs)
+    assert errors[0, 0] == pytest.approx(float((alone - whole).norm()), rel=1e-4)
+    assert sizes[0] == pytest.approx(float(whole.norm()), rel=1e-5)
