@@ -148,6 +148,23 @@ def rules_command(
         answer({"rows": [asdict(row) for row in rows], "means": averages}, as_json)
 
 
+@app.command("eliminations")
+def eliminations_command(
+    items: Annotated[int, typer.Option(min=1, help="Test items a task, at most 100.")] = 50,
+    task: Annotated[list[str] | None, typer.Option(help="Repeatable; sql, python and geography if none.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """NAEE's elimination of experts down to an eighth, on more tokens, on answers, by norms, with swaps."""
+    from benchmarks.eliminations import bench_eliminations
+    from profiler.bar import bar
+
+    with bar() as report:
+        rows = [asdict(row) for row in bench_eliminations(task or ["sql", "python", "geography"], items, report)]
+    table("an eighth of the experts", rows)
+    if as_json:
+        answer({"rows": rows}, as_json)
+
+
 @app.command("packs")
 def packs_command(
     items: Annotated[int, typer.Option(min=1, help="Test items a task, at most 100.")] = 40,

@@ -45,6 +45,7 @@ EXTRAS: Mapping[str, Extra] = {
     "dropping": Extra("1", "LE", False, "the window at whose end e is dropped, and its last share of router weight"),
     "relaxation": Extra("1", "LE", False, "beta_l E softmax(alpha_l)_e, learned by gradients with all weights frozen"),
     "elimination": Extra("1", "LE", False, "the share of the layer's output that is lost once e is dropped, greedily"),
+    "answer_elimination": Extra("1", "LE", False, "the same of response tokens alone"),
     "channel_sums": Extra("1", "2LEF", True, "SH: + h, what the down projection takes"),
     "channel_squares": Extra("1", "2LEF", True, "SH2: + h^2"),
     "channel_gated": Extra("1", "2LEF", True, "SWH2: + (w h)^2"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.engine import Engine
 from profiler.batches import Encoded, cut, pad
+from profiler.statistics import PROMPT, RESPONSE
 
 TOKENS = 256
 OUTPUT_BYTES = 256 << 20  # of all experts on all sampled tokens, one layer at a time
@@ -29,22 +30,25 @@ class LayerSample(NamedTuple):
     route: Route
 
 
-def sample_routing(engine: Engine, text: Sequence[Encoded], rows: int) -> Callable[[int], tuple[Tensor, ...]]:
+def sample_routing(
+    engine: Engine, text: Sequence[Encoded], rows: int, role: int | None = None
+) -> Callable[[int], tuple[Tensor, ...]]:
     """For each layer x [m, H], logits [m, E], weights [m, K] and index [m, K] of tokens spread evenly over the text, so
-    many that the outputs of all experts on them are of a bearable size.
+    many that the outputs of all experts on them are of a bearable size. `role`: of prompts or responses alone.
     """
     card = engine.card
     count = max(32, min(TOKENS, OUTPUT_BYTES // (4 * card.experts * card.hidden)))
     sample = _Sample(card.layers)
-    for part in cut(engine, _spread(text, count), rows):
+    for part in cut(engine, _spread(text, count, role), rows):
         batch = pad(part)
+        sample.begin(torch.ones_like(batch.roles, dtype=torch.bool) if role is None else batch.roles == role)
         engine.forward(batch.ids, batch.mask, [None] * len(part), sample)
     return lambda layer: sample.layer(layer, count)
 
 
-def on_layers(engine: Engine, text: Sequence[Encoded], rows: int) -> Iterator[LayerSample]:
+def on_layers(engine: Engine, text: Sequence[Encoded], rows: int, role: int | None = None) -> Iterator[LayerSample]:
     """Each MoE layer in turn, on the same tokens."""
-    sample = sample_routing(engine, text, rows)
+    sample = sample_routing(engine, text, rows, role)
     for layer in range(engine.card.layers):
         yield _of_layer(engine, layer, sample(layer))
 
@@ -64,21 +68,26 @@ def _of_layer(engine: Engine, layer: int, seen: tuple[Tensor, ...]) -> LayerSamp
     return LayerSample(engine.layers.expert_outputs(layer, x), weights, index, route)
 
 
-def _spread(text: Sequence[Encoded], tokens: int) -> list[Encoded]:
+def _spread(text: Sequence[Encoded], tokens: int, role: int | None) -> list[Encoded]:
     """Items with at least twice as many tokens as are wanted, spread evenly over the corpus; all if there are fewer."""
     items = sorted(text, key=lambda one: one.number)
     wanted = 2 * tokens
-    mean = sum(len(one.tokens) for one in items) / len(items)
+    mean = sum(len({None: one.tokens, PROMPT: one.prompt, RESPONSE: one.response}[role]) for one in items) / len(items)
     count = min(len(items), max(1, round(wanted / mean)))
     picked = [items[at * len(items) // count] for at in range(count)]
     return sorted(picked, key=lambda one: (len(one.tokens), one.number))
 
 
 class _Sample:
-    """An observer that keeps what every layer's router saw and said, padding left out."""
+    """An observer that keeps what every layer's router saw and said, padding left out and tokens nobody asked for."""
 
     def __init__(self, layers: int) -> None:
         self._seen: list[list[tuple[Tensor, ...]]] = [[] for _ in range(layers)]
+        self._wanted = torch.empty(0, dtype=torch.bool)
+
+    def begin(self, wanted: Tensor) -> None:
+        """Before a forward: which of its tokens, bool [B, S]."""
+        self._wanted = wanted.flatten()
 
     def layer(self, layer: int, count: int) -> tuple[Tensor, ...]:
         """x [m, H], logits [m, E], weights [m, K], index [m, K] of at most `count` tokens, evenly spread."""
@@ -87,7 +96,8 @@ class _Sample:
         return x[take], logits[take], weights[take], index[take].long()
 
     def routed(self, layer: int, x: Tensor, logits: Tensor, weights: Tensor, index: Tensor, valid: Tensor) -> None:
-        self._seen[layer].append((x[valid], logits[valid], weights[valid], index[valid]))
+        taken = valid & self._wanted.to(valid.device)
+        self._seen[layer].append((x[taken], logits[taken], weights[taken], index[taken]))
 
     def residual(self, layer: int, h: Tensor) -> None:
         pass

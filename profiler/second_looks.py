@@ -8,7 +8,7 @@ from engine.engine import Engine
 from profiler.batches import Encoded
 from profiler.channels import gradients
 from profiler.dropping import check_dropping, droppings
-from profiler.elimination import eliminations
+from profiler.elimination import answer_eliminations, eliminations
 from profiler.enumeration import check_enumeration, enumerations
 from profiler.extras import Needs
 from profiler.relaxation import check_relaxation, relaxations
@@ -33,6 +33,8 @@ def second_looks(engine: Engine, text: Sequence[Encoded], rows: int, needs: Need
     found = {}
     if "elimination" in needs:
         found["elimination"] = eliminations(engine, text, rows)
+    if "answer_elimination" in needs:
+        found["answer_elimination"] = answer_eliminations(engine, text, rows)
     if "subset_losses" in needs:
         found["subset_losses"] = enumerations(engine, text, rows)
     if "dropping" in needs:

@@ -45,6 +45,7 @@ _OTHERS: tuple[Scorer, ...] = (
     Stun("router"),
     Uncurl(),
     Naee(),
+    Naee(answers=True),
     NaeeExact(),
     Tsep(),
     Diep(),

@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.tiny import FAMILIES, write_tiny
 from profiler.batches import encode_corpus
 from profiler.corpus import Item, gather
-from profiler.elimination import eliminations, order
+from profiler.elimination import answer_eliminations, eliminations, order
 from profiler.job import Options, profile_task
 from store.database import open_store
 from store.records import TaskRecord
@@ -119,9 +119,42 @@ def test_the_sample_is_routed_and_run_as_the_model_does(family, tmp_path):
     assert ((found == found.max(axis=1, keepdims=True)).sum(axis=1) == 2).all()  # top-2: two stay to the end
 
 
-def test_a_profile_for_naee_says_so_in_its_statistics(tmp_path):
+def test_answers_alone_are_tried_on_their_own_tokens_and_a_text_without_any_on_all(tmp_path):
+    """The plain way: look at every response token in one forward an item, and drop experts on those."""
+    with Engine.open(EngineConfig(write_tiny("olmoe", tmp_path, seed=5), max_context=128, max_batch=8)) as engine:
+        text = encode_corpus(engine, CORPUS)
+        seen = [[] for _ in range(engine.card.layers)]
+
+        class Watch:
+            def residual(self, layer, h): ...
+            def expert(self, layer, expert, tokens, weights, outputs): ...
+            def combined(self, layer, y): ...
+            def routed(self, layer, x, logits, weights, index, valid):
+                seen[layer].append([each[start:] for each in (x, logits, weights, index.long())])
+
+        for one in sorted(text, key=lambda one: (len(one.tokens), one.number)):
+            start = len(one.prompt)
+            ids = torch.tensor([one.tokens])
+            engine.forward(ids, torch.ones_like(ids), [None], Watch())
+        wanted = []
+        for layer, parts in enumerate(seen):
+            x, logits, weights, index = (torch.cat(each) for each in zip(*parts, strict=True))
+            assert len(x) == sum(len(one.response) for one in text)
+
+            def route(tokens, experts, layer=layer, x=x, logits=logits):
+                return engine.route_within(layer, x[tokens], logits[tokens], experts)
+
+            wanted.append(order(engine.expert_outputs(layer, x), weights, index, route))
+        np.testing.assert_allclose(answer_eliminations(engine, text, 4), wanted, rtol=1e-3, atol=1e-6)
+        assert not np.allclose(wanted, eliminations(engine, text, 4), rtol=1e-2)
+        silent = encode_corpus(engine, gather([Item(item.prompt) for item in CORPUS.items]))
+        np.testing.assert_array_equal(answer_eliminations(engine, silent, 4), eliminations(engine, silent, 4))
+
+
+@pytest.mark.parametrize(("scorer", "statistic"), [("naee", "elimination"), ("naee_answers", "answer_elimination")])
+def test_a_profile_for_naee_says_so_in_its_statistics(tmp_path, scorer, statistic):
     folder = write_tiny("olmoe", tmp_path / "m", seed=5)
-    options = Options(scorers=["naee"], keeps=(0.5,), rows=4, runs=tmp_path / "runs")
+    options = Options(scorers=[scorer], keeps=(0.5,), rows=4, runs=tmp_path / "runs")
     with (
         Engine.open(EngineConfig(folder, max_context=128, max_batch=8)) as engine,
         open_store(f"sqlite:///{tmp_path}/s.db") as store,
@@ -129,4 +162,4 @@ def test_a_profile_for_naee_says_so_in_its_statistics(tmp_path):
         made = profile_task(engine, store, TaskRecord("t"), CORPUS, None, embedder=HashEmbedder(), options=options)
         [stored] = store.selections.find(made.id)
     for layer, ids in enumerate(stored.selection.experts):
-        assert set(np.argsort(-made.statistics["elimination"][layer])[:4].tolist()) == set(ids)
+        assert set(np.argsort(-made.statistics[statistic][layer])[:4].tolist()) == set(ids)

@@ -165,7 +165,8 @@ def test_the_gradient_is_that_of_the_loss(family, tmp_path):
         batch = pad(encode_corpus(opened, CORPUS)[:4])
         relaxed = relaxation.Relaxed(opened.card.layers, opened.card.experts, opened.device)
     model.double()
-    relaxed.alpha.data = torch.randn(relaxed.alpha.shape, dtype=torch.float64) * 0.3
+    draw = torch.Generator().manual_seed(5)  # a step across which a token changes its expert has no slope
+    relaxed.alpha.data = torch.randn(relaxed.alpha.shape, dtype=torch.float64, generator=draw) * 0.3
     relaxed.beta.data = relaxed.beta.data.double() * 1.1
     for layer, module in enumerate(routers):
         relaxed.watch(layer, module)
