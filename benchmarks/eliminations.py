@@ -118,13 +118,13 @@ class Tried:
     def __init__(self, engine: Engine, layer: int, state: tuple[Tensor, ...], error: Error) -> None:
         self._engine, self._layer, self._error = engine, layer, error
         self._x, self._logits, weights, self._index = state
-        self._outputs = engine.expert_outputs(layer, self._x)  # [m, E, H]
+        self._outputs = engine.layers.expert_outputs(layer, self._x)  # [m, E, H]
         self._target = combine(self._outputs, weights, self._index.long())  # [m, H]
 
     def errors(self, tokens: Tensor, experts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """f64 [n] and index [n, K] of `tokens` i64 [n], when only `experts` are there."""
         x, logits = self._x[tokens], self._logits[tokens]
-        weights, index = self._engine.route_within(self._layer, x, logits, sorted(experts))
+        weights, index = self._engine.layers.route_within(self._layer, x, logits, sorted(experts))
         return self._error(combine(self._outputs[tokens], weights, index.long()), self._target[tokens]), index.long()
 
     def lost(self, experts: Sequence[int]) -> float:
@@ -186,7 +186,7 @@ class _Watch:
     def residual(self, layer: int, h: Tensor) -> None:
         pass
 
-    def expert(self, layer: int, expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
+    def experts(self, layer: int, experts: Tensor, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
         pass
 
     def combined(self, layer: int, y: Tensor) -> None:

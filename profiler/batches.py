@@ -92,11 +92,12 @@ def _encode(engine: Engine, corpus: Corpus, number: int, item: Item) -> Encoded:
     prompt = _encode_prompt(engine, item)
     response = engine.tokenizer.encode(item.response, special_tokens=False) if item.response is not None else ()
     _check_vocabulary(engine, (*prompt, *response))
-    limit = item_limit(engine)
+    limit, known = item_limit(engine), engine.card.max_context
     if len(prompt) + len(response) > limit:
+        more = ", or raise --max-context (an engine's max_context and chunk_tokens)" if limit < known else ""
         raise InvalidInput(
-            f"{corpus.source}, line {item.line}: {len(prompt) + len(response)} tokens, the limit is {limit}. "
-            "Shorten the item, or raise --max-context (an engine's max_context and chunk_tokens)."
+            f"{corpus.source}, line {item.line}: {len(prompt) + len(response)} tokens, the limit is {limit}"
+            f"{'' if more else ', all that the model knows'}. Shorten the item{more}."
         )
     return Encoded(item, number, prompt, response)
 

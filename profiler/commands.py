@@ -113,7 +113,11 @@ def profile(
 
     started = time.perf_counter()
     asked = Asked(**{name: given[name] for name in Asked.__slots__})
-    found = _run(asked, store, TaskRecord(task, description), embedder, own_answers, progress_lines)
+    try:
+        found = _run(asked, store, TaskRecord(task, description), embedder, own_answers, progress_lines)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. What is finished is kept: the same command goes on from there.", err=True)
+        raise
     found["seconds"] = round(time.perf_counter() - started, 3)
     show(found)
     if as_json:

@@ -71,9 +71,8 @@ class Corpus:
 def read_corpus(path: Path) -> Corpus:
     """The items of a JSONL file. Raises InvalidInput that names the file and line."""
     if not path.is_file():
-        raise InvalidInput(
-            f'There is no file {path}. Give a JSONL file, one {{"prompt": ...}} a line.', param="calibration"
-        )
+        found = f"{path} is a folder" if path.is_dir() else f"There is no file {path}"
+        raise InvalidInput(f'{found}. Give a JSONL file, one {{"prompt": ...}} a line.', param="calibration")
     items = [_parse(raw, path, line) for line, raw in enumerate(path.read_bytes().split(b"\n"), 1) if raw.strip()]
     return gather(items, source=str(path))
 

@@ -14,6 +14,7 @@ from engine.engine import Engine
 from engine.guard import WATCH
 from engine.requests import FinishedEvent, GenerationRequest, Sampling
 from profiler.batches import Encoded, pad, shards, token_limit
+from profiler.finite import require_finite
 from profiler.statistics import PROMPT, RESPONSE
 from store.records import Mode, Selection
 
@@ -113,6 +114,7 @@ def _likelihood(
         scored = (batch.mask[:, 1:] == 1) & (batch.roles[:, 1:] == role)  # [B, S - 1]
         guessed = logits[:, :-1].cpu()[scored].float()  # [n, V]
         losses = torch.nn.functional.cross_entropy(guessed, batch.ids[:, 1:][scored], reduction="none")  # [n]
+        require_finite(losses)
         total += float(losses.double().sum())
         count += int(scored.sum())
     return total, count

@@ -145,7 +145,8 @@ def put_evaluations(
         here = whole if complete else evaluate(engine, held_out.items, stored.selection, held_out.rows)
         measured[_served(stored)] = as_evaluation(stored, held_out, here, whole)
         store.evaluations.put(measured[_served(stored)])
-    report(Progress(profile.task, "evaluate", len(missing), len(missing)))
+    if missing:
+        report(Progress(profile.task, "evaluate", len(missing), len(missing)))
 
 
 def _served(stored: StoredSelection) -> tuple[str, tuple[tuple[int, ...], ...]]:

@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.text import INCOMPLETE
 from profiler.batches import Encoded, pad, shards, token_limit
 from profiler.evaluate import ROWS, Measured, evaluate, judged_role
+from profiler.finite import require_finite
 from store.records import Selection
 
 
@@ -53,6 +54,7 @@ def _shard(engine: Engine, shard: Sequence[Encoded], selections: Sequence[Select
     scored = (batch.mask[:, 1:] == 1) & (batch.roles[:, 1:] == role)  # [B, S - 1]
     guessed = logits[:, :-1][scored].float()  # [n, V]
     losses = torch.nn.functional.cross_entropy(guessed, batch.ids[:, 1:][scored], reduction="none")  # [n]
+    require_finite(losses)
     first = logits.argmax(-1).tolist()  # [B, S]
     judged = [_judge(engine, one, choices) for one, choices in zip(shard, first, strict=True)]
     unsure = [row for row, right in enumerate(judged) if right is None]

@@ -36,6 +36,7 @@ from profiler.stand_ins import choose as choose_stand_ins
 from profiler.stand_ins import needs_of as needs_of_stand_ins
 from profiler.statistics import VERSION
 from profiler.stream import pays, stream_statistics
+from store.catalogue import check_name
 from store.checkpoint import CheckpointMap
 from store.database import Store
 from store.errors import BudgetError, InvalidInput, NotFound
@@ -108,6 +109,7 @@ def profile_task(
     Everything that can be refused is refused before the first forward. Raises Conflict if another process holds the
     same task of the same model.
     """
+    check_name(task.name)
     if task.name == GENERALIST:
         raise InvalidInput(f"The task name {GENERALIST!r} stands for all tasks together; choose another.", param="task")
     scorers, sizes = choose(options.scorers), check_sizes(engine, options.keeps, options.budgets)
@@ -136,6 +138,7 @@ def gather_profile(
     engine: Engine, store: Store, task: TaskRecord, calibration: Corpus, options: Options, report: Report
 ) -> Profile:
     """The statistics that `options` need, stored: no selections, no evidence, and the task's exemplars as they were."""
+    check_name(task.name)
     text = encode_corpus(engine, calibration)
     with hold(options.folder, lock_name(engine.card, task.name)):
         profile = _gather(engine, store, task.name, calibration, text, options, report)

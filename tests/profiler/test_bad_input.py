@@ -28,7 +28,7 @@ from profiler.run import hold
 from profiler.scorers.registry import computable
 from profiler.statistics import Statistics
 from store.database import open_store
-from store.errors import BudgetError, Conflict, MismatchError
+from store.errors import BudgetError, CheckpointError, Conflict, InvalidInput, MismatchError
 from store.records import TaskRecord
 
 NEVER = (3, 6)
@@ -44,10 +44,10 @@ def store(tmp_path):
         yield opened
 
 
-def run(engine, store, folder, **fields):
+def run(engine, store, folder, task="t", **fields):
     options = Options(**{"rows": 4, "runs": folder / "runs", "keeps": (0.5,), **fields})
     return profile_task(
-        engine, store, TaskRecord("t"), texts(1, 8), texts(2, 3), embedder=HashEmbedder(), options=options
+        engine, store, TaskRecord(task), texts(1, 8), texts(2, 3), embedder=HashEmbedder(), options=options
     )
 
 
@@ -77,6 +77,32 @@ def test_experts_that_the_text_never_reaches_rank_last_and_are_counted(tmp_path,
             assert len(ids) == 4
             assert int(silent[layer, list(ids)].sum()) == max(0, 4 - int(seen[layer])), stored.id
     assert all(np.isfinite(evidence.nll) for _, evidence in store.evaluations.list(made.id))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_weights_behind_the_last_experts_that_are_no_numbers_leave_nothing_that_serves(tmp_path, store, stream):
+    """Every expert gives numbers, and what the model says is none. A streaming pass does not hear what it says."""
+    folder = write_tiny("mixtral", tmp_path / "m", seed=3)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with (
+        Engine.open(EngineConfig(folder, max_context=128, max_batch=8)) as engine,
+        pytest.raises(CheckpointError, match=r"logits are not finite .* Check the checkpoint's weights"),
+    ):
+        run(engine, store, tmp_path, stream=stream)
+    assert [store.evaluations.list(profile.id) for profile in store.profiles.list()] == [[]] * stream
+
+
+@pytest.mark.parametrize("name", ["", " t", "a\nb"])
+def test_a_task_that_can_not_be_named_so_is_refused_before_the_pass(tmp_path, store, name, monkeypatch):
+    monkeypatch.setattr(Engine, "forward", lambda *_: pytest.fail("a forward was run"))
+    folder = write_tiny("olmoe", tmp_path / "m", seed=4)
+    with (
+        Engine.open(EngineConfig(folder, max_context=128)) as engine,
+        pytest.raises(InvalidInput, match=r"name is 1 to \d+ printable characters"),
+    ):
+        run(engine, store, tmp_path, task=name)
 
 
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused_before_the_pass(tmp_path, store):

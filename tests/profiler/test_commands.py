@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from engine.tiny import write_tiny
+from profiler import gather
 from profiler.commands import app
 from store.database import open_store
 from store.errors import InvalidInput, MoepagerError
@@ -38,12 +39,12 @@ def run(model, tmp_path, monkeypatch):
     root.callback()(lambda: None)
     root.add_typer(app)
 
-    def call(*options, task="words"):
+    def call(*options, task="words", code=0):
         common = ["--model", str(model), "--embedder", "hash", "--max-context", "128"]
         result = CliRunner().invoke(root, ["profile", "--task", task, *common, *options])
         if isinstance(result.exception, MoepagerError):
             raise result.exception
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == code, result.output
         return result
 
     return call
@@ -146,9 +147,33 @@ def test_a_task_without_calibration_and_a_generalist_with_one_are_refused(run, w
         (["--dtype", "int4"], "dtype must be one of"),
         (["--model", "/nowhere"], "No model folder at /nowhere"),
         (["--eval", "absent.jsonl"], "no file absent.jsonl"),
+        (["--eval", "."], r"\. is a folder\. Give a JSONL file"),
         (["--embedder", "/nowhere"], "No sentence-transformers model can be loaded from '/nowhere'"),
     ],
 )
 def test_what_is_wrong_is_said(options, message, run, write):
     with pytest.raises(MoepagerError, match=message):
         run("--calibration", write("c", 2), *options)
+
+
+def test_ctrl_c_in_the_pass_says_that_the_same_command_goes_on_and_it_does(run, write, tmp_path, monkeypatch):
+    options = ["--calibration", write("c", 6), "--batch", "2", "--keep", "0.5", "--scorer", "gate", "--json"]
+    real, shards = gather._statistics, []
+
+    def interrupted(*arguments):
+        shards.append(1)
+        if len(shards) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(gather, "SAVE_AFTER", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(gather, "_statistics", interrupted)
+        stopped = run(*options, code=130)
+    assert "Stopped. What is finished is kept: the same command goes on from there." in stopped.stderr
+    with open_store(f"sqlite:///{tmp_path}/home/store.db") as store:
+        assert store.profiles.list() == []
+    shards.clear()
+    monkeypatch.setattr(gather, "_statistics", lambda *arguments: (shards.append(1), real(*arguments))[1])
+    assert json.loads(run(*options).stdout.splitlines()[-1])["tokens"] > 0
+    assert len(shards) == 1  # the third of three

@@ -127,7 +127,7 @@ def test_answers_alone_are_tried_on_their_own_tokens_and_a_text_without_any_on_a
 
         class Watch:
             def residual(self, layer, h): ...
-            def expert(self, layer, expert, tokens, weights, outputs): ...
+            def experts(self, layer, experts, tokens, weights, outputs): ...
             def combined(self, layer, y): ...
             def routed(self, layer, x, logits, weights, index, valid):
                 seen[layer].append([each[start:] for each in (x, logits, weights, index.long())])
@@ -142,9 +142,9 @@ def test_answers_alone_are_tried_on_their_own_tokens_and_a_text_without_any_on_a
             assert len(x) == sum(len(one.response) for one in text)
 
             def route(tokens, experts, layer=layer, x=x, logits=logits):
-                return engine.route_within(layer, x[tokens], logits[tokens], experts)
+                return engine.layers.route_within(layer, x[tokens], logits[tokens], experts)
 
-            wanted.append(order(engine.expert_outputs(layer, x), weights, index, route))
+            wanted.append(order(engine.layers.expert_outputs(layer, x), weights, index, route))
         np.testing.assert_allclose(answer_eliminations(engine, text, 4), wanted, rtol=1e-3, atol=1e-6)
         assert not np.allclose(wanted, eliminations(engine, text, 4), rtol=1e-2)
         silent = encode_corpus(engine, gather([Item(item.prompt) for item in CORPUS.items]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -120,9 +122,12 @@ def test_padding_prompts_and_responses_are_told_apart(text):
         assert int(batch.halves[row]) == one.number % 2
 
 
-def test_an_item_that_is_too_long_is_named_by_its_line(engine):
+def test_an_item_that_is_too_long_is_named_by_its_line(engine, monkeypatch):
     with pytest.raises(InvalidInput, match=r"here, line 4: \d+ tokens, the limit is 96"):
         encode_corpus(engine, gather([Item("short", line=3), Item("word " * 30, line=4)], source="here"))
+    monkeypatch.setattr(engine, "card", replace(engine.card, max_context=96))
+    with pytest.raises(InvalidInput, match=r"the limit is 96, all that the model knows\. Shorten the item\.$"):
+        encode_corpus(engine, gather([Item("word " * 30, line=4)], source="here"))
 
 
 def test_a_model_without_a_chat_template_gets_the_plain_text(engine, monkeypatch):

@@ -312,7 +312,7 @@ def test_what_can_be_refused_is_refused_before_any_forward(engine, store, option
 
     with pytest.raises(InvalidInput, match="2 of 3 items of memory are calibration items"):
         run(evaluation=gather([*texts(1, 4).items[:2], Item("new")]))
-    with pytest.raises(InvalidInput, match=r"line 9: \d+ tokens, the limit is 128"):
+    with pytest.raises(InvalidInput, match=r"line 9: \d+ tokens, the limit is 128\. Shorten the item, or raise"):
         run(calibration=gather([Item("long " * 40, line=9)]))
     with pytest.raises(InvalidInput, match="'generalist' stands for all tasks"):
         run(task="generalist")
