@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from profiler.command_options import Context, Device, Dtype, Embedder, Memory, Model, StoreUrl, Threads
+from profiler.export_commands import export
 from profiler.report.commands import report
 from store.records import TaskRecord
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 app.command("report")(report)
+app.command("export")(export)
 
 TaskName = Annotated[str, typer.Option(help="The task's name; `generalist` is the mean of all profiled tasks.")]
 Calibration = Annotated[
