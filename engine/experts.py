@@ -143,7 +143,7 @@ class PagedExperts:
         experts: list[int] = hit.tolist()
         slots = self._bank.at_hand(self.layer, experts)
         if slots is not None:
-            table[hit] = torch.tensor(slots)
+            table[hit] = torch.tensor(slots, dtype=torch.long)  # of none too, where all choices have stand-ins
             yield table[index]
             return
         with closing(self._bank.visit(self.layer, experts)) as visit:

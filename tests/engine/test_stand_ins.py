@@ -52,6 +52,15 @@ def _replaced(model: Any, selection: Selection) -> Any:
     return model
 
 
+class Nobody:
+    """An observer that looks at nothing."""
+
+    def residual(self, layer: int, h: Tensor) -> None: ...
+    def routed(self, layer: int, x: Tensor, logits: Tensor, weights: Tensor, index: Tensor, valid: Tensor) -> None: ...
+    def experts(self, layer: int, experts: Tensor, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None: ...
+    def combined(self, layer: int, y: Tensor) -> None: ...
+
+
 def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     with torch.inference_mode():
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -76,6 +85,29 @@ def test_a_selection_with_stand_ins_is_the_plain_model_with_those_experts_replac
         wanted = _logits(_replaced(plain_model(folder), selection), ids, mask)[mask.bool()]
         got = engine.forward(ids, mask, [selection] * 2)[mask.bool()]
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_in_which_nobody_chooses_an_expert_that_is_there_gives_its_vectors_alone(
+    checkpoint: Callable[..., Path], open_engine: Callable[..., Engine], plain_model: Callable[[Path], Any]
+) -> None:
+    """One token over and over is routed alike everywhere in the first layer: to two experts, which are left out."""
+    folder = checkpoint("qwen2_moe")
+    engine = open_engine(folder, stand_ins=1)
+    ids = torch.full((2, 24), 7)
+    mask = torch.ones_like(ids)
+    chosen: set[int] = set()
+
+    class Watch(Nobody):
+        def routed(self, layer: int, x: Tensor, logits: Tensor, weights: Tensor, index: Tensor, valid: Tensor) -> None:
+            chosen.update(index.flatten().tolist() if layer == 0 else [])
+
+    engine.forward(ids, mask, [None] * 2, Watch())
+    others = tuple(sorted(set(range(engine.card.experts)) - chosen))
+    assert len(others) == engine.card.experts - engine.card.top_k
+    selection = _with(engine, Selection((others,) * engine.card.layers))
+    wanted = _logits(_replaced(plain_model(folder), selection), ids, mask)
+    for _ in range(2):  # the second time everything is at hand
+        torch.testing.assert_close(engine.forward(ids, mask, [selection] * 2), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_with_stand_ins_beside_rows_of_every_other_kind_equal_those_rows_alone(
