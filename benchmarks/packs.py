@@ -176,8 +176,7 @@ class _Bench:
             with tempfile.TemporaryDirectory(prefix="moepager-packs-") as runs:
                 found = gather_statistics(self._engine, self._text, Run(Path(runs), "p", ""), "", ROWS, ignore, needs)
             extras = of_weights(self._engine, needs)
-            if gradients.NAME in needs:
-                extras[gradients.NAME] = gradients.mean_squares(self._engine, self._text, ROWS)
+            extras |= gradients.means(self._engine, self._text, ROWS, needs)
             self._statistics = found.with_extras(extras)
         return self._statistics
 

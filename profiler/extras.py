@@ -52,6 +52,8 @@ EXTRAS: Mapping[str, Extra] = {
     "channel_inputs": Extra("1", "22LEF", True, "SG2: + the squares of what gate and up give"),
     "channel_peaks": Extra("1", "LEF", True, "MWH: the largest |w h|", largest=True),
     "channel_gradients": Extra("1", "LEF", False, "the mean of q^2 over routed tokens, q the loss's gradient by h"),
+    "channel_products": Extra("1", "LEF", False, "the mean of (h q)^2 over routed tokens"),
+    "channel_directions": Extra("1", "LEF", False, "the mean of (w h q / |q|)^2, q by the loss of the responses alone"),
     "down_norms": Extra("1", "LEF", False, "|Wd_c|, the length of a channel's column of the down projection"),
     "down_sums": Extra("1", "LEF", False, "the sum of |Wd_ic| over that column"),
     "router_growth": Extra("1", "LE", False, "|Wg_e| - |base Wg_e|, how much longer a router row is than the base's"),

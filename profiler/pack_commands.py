@@ -21,8 +21,8 @@ def pack(
     way: Annotated[
         str,
         typer.Option(
-            help="A channel scorer (camera, heapr, heapr_used, coverage, wifv, router_wanda, random), or experts, "
-            "dern, sub_moe: docs/methods.md says what they do."
+            help="A channel scorer (camera, heapr, heapr_used, heapr_joint, heapr_unit, coverage, wifv, router_wanda, "
+            "random), or experts, dern, sub_moe: docs/methods.md says what they do."
         ),
     ] = "camera",
     channels: Annotated[float, typer.Option(help="The share of every expert's channels that stays.")] = 1.0,

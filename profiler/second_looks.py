@@ -41,6 +41,4 @@ def second_looks(engine: Engine, text: Sequence[Encoded], rows: int, needs: Need
         found["dropping"] = droppings(engine, text, rows)
     if "relaxation" in needs:
         found["relaxation"] = relaxations(engine, text)
-    if gradients.NAME in needs:
-        found[gradients.NAME] = gradients.mean_squares(engine, text, rows)
-    return found
+    return found | gradients.means(engine, text, rows, needs)

@@ -7,7 +7,8 @@ T tokens, n tokens of one expert, H hidden, F channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,31 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from engine.engine import Engine
 from profiler.batches import Encoded, cut, pad
 from profiler.extras import Needs
+from profiler.statistics import RESPONSE
 from store.checkpoint import CheckpointMap
 from store.errors import BudgetError, CheckpointError, UnsupportedFamily
 from store.records import F64
 from store.sizes import show_bytes
 
-NAME = "channel_gradients"
 IMPLEMENTATION = "moepager_gradients"
 
-Seen = Callable[[int, Tensor], None]  # expert, q [n, F]
+Term = Callable[[Tensor, Tensor, Tensor], Tensor]  # h, q [n, F] and the router's weights [n, 1], f64 -> [n, F]
+Seen = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, h [n, F], weights [n], q [n, F]
+
+
+def _along(h: Tensor, q: Tensor, w: Tensor) -> Tensor:
+    length = q.norm(dim=1, keepdim=True)  # [n, 1]: 0 where the token has no part in the loss
+    along: Tensor = w * h * q / length.where(length > 0, 1.0)
+    return along.square()
+
+
+# What is averaged over the tokens that an expert got, by the loss of all tokens and by that of the responses.
+OF_ALL: Mapping[str, Term] = {
+    "channel_gradients": lambda _, q, __: q.square(),
+    "channel_products": lambda h, q, _: (h * q).square(),
+}
+OF_ANSWERS: Mapping[str, Term] = {"channel_directions": _along}
+NAMES = frozenset(OF_ALL) | frozenset(OF_ANSWERS)
 
 
 def needed_bytes(engine: Engine) -> int:
@@ -41,7 +58,7 @@ def announce(engine: Engine, needs: Needs) -> str | None:
 
     a quantised checkpoint.
     """
-    if NAME not in needs:
+    if not NAMES & needs:
         return None
     if CheckpointMap.open(engine.card.folder).config.get("quantization_config"):
         raise UnsupportedFamily(
@@ -58,29 +75,45 @@ def announce(engine: Engine, needs: Needs) -> str | None:
     return f"Gradients are taken: a second copy of the model ({show_bytes(size)}) is loaded whole, beside the engine."
 
 
-def mean_squares(engine: Engine, text: Sequence[Encoded], rows: int) -> F64:
-    """The mean of q^2 over the tokens that each expert got, f64 `[L, E, F]`; 0 where it got none.
+def means(engine: Engine, text: Sequence[Encoded], rows: int, needs: Needs) -> dict[str, F64]:
+    """Those of `needs` that gradients give: means over the tokens that each expert got, f64 `[L, E, F]`; 0 where it got
+    none.
 
-    The loss is the sum of the next tokens' negative log likelihoods, of prompts and responses alike, so that neither
-    batches nor shards change q.
+    The loss is the sum of the next tokens' negative log likelihoods, so that neither batches nor shards change q: of
+    prompts and responses alike, or of responses alone (of all where the text has none).
     """
-    card, width = engine.card, engine.layers.channels.width
-    sums = torch.zeros(card.layers, card.experts, width, dtype=torch.float64)
-    counts = torch.zeros(card.layers, card.experts, dtype=torch.float64)
+    if not NAMES & needs:
+        return {}
     model = _open(engine)
+    found: dict[str, F64] = {}
+    answers = any(one.response for one in text)
+    for terms, of_answers in ((OF_ALL, False), (OF_ANSWERS, answers)):
+        wanted = {name: terms[name] for name in sorted(terms.keys() & needs)}
+        if wanted:
+            found |= _means(engine, model, text, rows, wanted, of_answers)
+    return found
+
+
+def _means(
+    engine: Engine, model: Any, text: Sequence[Encoded], rows: int, terms: Mapping[str, Term], of_answers: bool
+) -> dict[str, F64]:
+    card, width = engine.card, engine.layers.channels.width
+    sums = torch.zeros(len(terms), card.layers, card.experts, width, dtype=torch.float64)
+    counts = torch.zeros(card.layers, card.experts, dtype=torch.float64)
     for layer, module in enumerate(_experts(model, engine)):
-        module.moepager_seen = _adder(sums[layer], counts[layer])
+        module.moepager_seen = _adder(list(terms.values()), sums[:, layer], counts[layer])
     for part in cut(engine, text, rows):
         batch = pad(part)
-        _backward(model, batch.ids.to(engine.device), batch.mask.to(engine.device))
+        scored = (batch.mask == 1) & ((batch.roles == RESPONSE) | (not of_answers))
+        _backward(model, *(each.to(engine.device) for each in (batch.ids, batch.mask, scored)))
     found = (sums / counts.clamp(min=1)[:, :, None]).numpy()
     if not np.isfinite(found).all():
-        layer = int(np.argwhere(~np.isfinite(found))[0, 0])
+        layer = int(np.argwhere(~np.isfinite(found))[0, 1])
         raise CheckpointError(
             f"The gradients of MoE layer {layer} are not finite (NaN or infinity). Check the checkpoint's weights, or "
             "profile in float32."
         )
-    return found
+    return dict(zip(terms, found, strict=True))
 
 
 def _open(engine: Engine) -> Any:
@@ -105,11 +138,13 @@ def _experts(model: Any, engine: Engine) -> list[Any]:
     return found
 
 
-def _adder(sums: Tensor, counts: Tensor) -> Seen:
-    """`sums` [E, F] and `counts` [E] of one layer."""
+def _adder(terms: Sequence[Term], sums: Tensor, counts: Tensor) -> Seen:
+    """`sums` [terms, E, F] and `counts` [E] of one layer."""
 
-    def add(expert: int, q: Tensor) -> None:
-        sums[expert] += q.double().square().sum(dim=0).cpu()  # [F]
+    def add(expert: int, h: Tensor, weights: Tensor, q: Tensor) -> None:
+        h, q, weights = h.double(), q.double(), weights.double()[:, None]
+        for number, term in enumerate(terms):
+            sums[number, expert] += term(h, q, weights).sum(dim=0).cpu()  # [F]
         counts[expert] += len(q)
 
     return add
@@ -124,7 +159,7 @@ def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Ten
         tokens, place = ((index == expert) & valid[:, None]).nonzero(as_tuple=True)  # [n], [n]
         inputs = _product(module, "gate_up_proj" if module.has_gate else "up_proj", expert, hidden[tokens])  # [n, 2F]
         h: Any = module._apply_gate(inputs) if module.has_gate else module.act_fn(inputs)  # [n, F]
-        h.register_hook(lambda q, expert=expert: module.moepager_seen(expert, q))
+        h.register_hook(partial(module.moepager_seen, expert, h.detach(), weights[tokens, place].detach()))
         outputs = after(_product(module, "down_proj", expert, h)) * weights[tokens, place, None]  # [n, H]
         combined = combined.index_add(0, tokens, outputs.to(combined.dtype))
     return combined.to(hidden.dtype)
@@ -137,13 +172,14 @@ def _product(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
     return y + getattr(module, f"{name}_bias")[expert] if module.has_bias else y
 
 
-def _backward(model: Any, ids: Tensor, mask: Tensor) -> None:
+def _backward(model: Any, ids: Tensor, mask: Tensor, scored: Tensor) -> None:
+    """`scored` bool [B, S]: the tokens whose likelihood is the loss."""
     for module in model.modules():
         if hasattr(module, "moepager_seen"):
             module.moepager_valid = mask.flatten().bool()
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
     with torch.enable_grad():
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits  # [B, S, V]
-        wanted = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)  # [B, S - 1]
+        wanted = ids[:, 1:].masked_fill(~scored[:, 1:], -100)  # [B, S - 1]
         loss: Any = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), reduction="sum")
         loss.backward()

@@ -8,13 +8,25 @@ from profiler.channels.base import ChannelScorer
 from profiler.channels.camera import Camera
 from profiler.channels.coverage import Coverage
 from profiler.channels.heapr import Heapr
+from profiler.channels.heapr_joint import HeaprJoint
+from profiler.channels.heapr_unit import HeaprUnit
 from profiler.channels.random import Random
 from profiler.channels.router_wanda import RouterWanda
 from profiler.channels.wifv import Wifv
 from profiler.extras import Needs
 from store.errors import InvalidInput
 
-_ALL: tuple[ChannelScorer, ...] = (Camera(), Heapr(), Heapr(by_use=True), Coverage(), Wifv(), RouterWanda(), Random())
+_ALL: tuple[ChannelScorer, ...] = (
+    Camera(),
+    Heapr(),
+    Heapr(by_use=True),
+    HeaprJoint(),
+    HeaprUnit(),
+    Coverage(),
+    Wifv(),
+    RouterWanda(),
+    Random(),
+)
 
 CHANNEL_SCORERS: dict[str, ChannelScorer] = {scorer.name: scorer for scorer in _ALL}
 

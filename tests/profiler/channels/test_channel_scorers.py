@@ -10,6 +10,8 @@ import pytest
 from profiler.channels.camera import Camera
 from profiler.channels.coverage import Coverage
 from profiler.channels.heapr import Heapr
+from profiler.channels.heapr_joint import HeaprJoint
+from profiler.channels.heapr_unit import HeaprUnit
 from profiler.channels.registry import CHANNEL_SCORERS, choose, needs_of
 from profiler.channels.router_wanda import RouterWanda
 from profiler.channels.widths import covered_by, equal_coverage
@@ -52,6 +54,17 @@ def test_heapr_of_two_tokens() -> None:
     assert _scores(Heapr(), 2, **extras) == [5, 4]
     assert _scores(Heapr(by_use=True), 2, **extras) == [2.5, 2]  # half of the text's tokens
     assert _scores(Heapr(), 0, **extras) == [-1, -1]
+
+
+def test_heapr_joint_and_unit_of_two_tokens() -> None:
+    """q is (1, 0) and (1, 2): the products h q are (1, 0) and (3, 0), and |q|^2 is 1 and 5."""
+    q, w = G @ WD.T, np.array([[0.5], [1.0]])
+    products = ((H * q) ** 2).mean(0)
+    assert _scores(HeaprJoint(), 2, channel_products=products) == [5, 0]
+    assert _scores(HeaprJoint(), 0, channel_products=[0, 0]) == [-1, -1]
+    directions = ((w * H * q) ** 2 / (q**2).sum(1, keepdims=True)).mean(0)
+    assert _scores(HeaprUnit(), 2, channel_directions=directions) == pytest.approx([(0.25 + 9 / 5) / 2, 0])
+    assert _scores(HeaprUnit(), 0, channel_directions=[0, 0]) == [-1, -1]
 
 
 def test_heapr_by_gradients_inside_equals_its_form_with_a_matrix() -> None:

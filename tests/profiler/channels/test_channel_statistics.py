@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.tiny import FAMILIES, write_tiny
 from profiler.batches import encode_corpus
-from profiler.channels.gradients import announce, mean_squares
+from profiler.channels.gradients import NAMES, announce, means
 from profiler.channels.weights import of_weights
 from profiler.corpus import Item, gather
 from profiler.extras import EXTRAS, Needs
@@ -37,8 +37,9 @@ class Plain:
         self.model.requires_grad_(False)
         self.model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
         shape = (engine.card.layers, engine.card.experts, engine.layers.channels.width)
-        names = ("channel_sums", "channel_squares", "channel_gated", "channel_peaks", "channel_gradients")
+        names = ("channel_sums", "channel_squares", "channel_gated", "channel_peaks", *NAMES)
         self.found = {name: np.zeros(shape) for name in names} | {"channel_inputs": np.zeros((2, *shape))}
+        self.answers = False  # whose loss this is
         self.tokens = np.zeros(shape[:2])
         self._modules = [m for m in self.model.modules() if hasattr(m, "down_proj") and hasattr(m, "is_transposed")]
         self._calls: list[tuple[int, Any, Tensor, Tensor, Tensor, Tensor]] = []
@@ -49,10 +50,11 @@ class Plain:
         out.retain_grad()
         self._calls.append((layer, module, *args, out))
 
-    def run(self, tokens: tuple[int, ...]) -> None:
-        ids = torch.tensor([tokens])
+    def run(self, tokens: tuple[int, ...], begin: int = 1, *, answers: bool = False) -> None:
+        """The loss is that of the tokens from `begin` on; that of answers gives nothing but directions."""
+        ids, self.answers = torch.tensor([tokens]), answers
         logits = self.model(input_ids=ids, use_cache=False).logits[0]
-        torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").backward()
+        torch.nn.functional.cross_entropy(logits[begin - 1 : -1], ids[0, begin:], reduction="sum").backward()
         for layer, module, x, index, weights, out in self._calls:
             for token in range(len(x)):
                 for place, expert in enumerate(index[token].tolist()):
@@ -68,6 +70,11 @@ class Plain:
         turns = module.has_bias  # gpt-oss lets gate and up take turns
         gate, up = (inputs[0::2], inputs[1::2]) if turns else inputs.chunk(2)
         here, found = (layer, expert), self.found
+        if self.answers:
+            length = float(q.double().norm()) or 1.0
+            found["channel_directions"][here] += (w * h.double() * q.double() / length).square().numpy()
+            return
+        found["channel_products"][here] += (h.double() * q.double()).square().numpy()
         found["channel_sums"][here] += h.double().numpy()
         found["channel_squares"][here] += h.double().square().numpy()
         found["channel_gated"][here] += (w * h.double()).square().numpy()
@@ -84,11 +91,13 @@ def test_sums_norms_and_gradients_equal_those_of_plain_transformers(family: str,
     with Engine.open(EngineConfig(folder, max_context=128, max_batch=4)) as engine:
         text = encode_corpus(engine, CORPUS)
         found = gather_statistics(engine, text, Run(tmp_path, "p", ""), "t", 3, ignore, NEEDS)
-        found = found.with_extras(of_weights(engine, NEEDS) | {"channel_gradients": mean_squares(engine, text, 3)})
+        found = found.with_extras(of_weights(engine, NEEDS) | means(engine, text, 3, NEEDS))
         plain = Plain(folder, engine)
     for one in text:
         plain.run(one.tokens)
-    plain.found["channel_gradients"] /= np.maximum(plain.tokens, 1)[:, :, None]
+        plain.run(one.tokens, len(one.prompt), answers=True)
+    for name in NAMES:
+        plain.found[name] /= np.maximum(plain.tokens, 1)[:, :, None]
     for layer, module in enumerate(plain._modules):
         down = module.down_proj.double() if module.is_transposed else module.down_proj.double().mT  # [E, F, H]
         np.testing.assert_allclose(found.total("down_norms")[layer], down.norm(dim=2), rtol=1e-6)
@@ -111,6 +120,20 @@ def test_halves_add_up_and_the_largest_values_of_two_parts_are_the_largest_of_bo
     assert np.array_equal(halves[0].total("channel_peaks"), whole.total("channel_peaks"))
     again = Statistics.from_arrays(whole.arrays)
     assert again.extras.keys() == whole.extras.keys()
+
+
+def test_directions_of_a_text_without_responses_are_those_of_all_its_tokens(tmp_path: Path) -> None:
+    folder = write_tiny("qwen2_moe", tmp_path / "m", seed=5)
+    with Engine.open(EngineConfig(folder, max_context=128, max_batch=4)) as engine:
+        text = encode_corpus(engine, gather([Item(item.prompt) for item in CORPUS.items]))
+        found = means(engine, text, 3, frozenset({"channel_directions"}))
+        plain = Plain(folder, engine)
+    for one in text:
+        plain.run(one.tokens)
+        plain.run(one.tokens, answers=True)
+    wanted = plain.found["channel_directions"] / np.maximum(plain.tokens, 1)[:, :, None]
+    assert list(found) == ["channel_directions"]
+    np.testing.assert_allclose(found["channel_directions"], wanted, rtol=2e-3, atol=1e-5 * wanted.max())
 
 
 def test_gradients_say_what_they_take_and_are_refused_where_the_budget_forbids_it(tmp_path: Path) -> None:
