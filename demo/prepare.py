@@ -13,7 +13,8 @@ from engine.embedder import Embedder
 from engine.engine import Engine
 from profiler.corpus import Corpus, read_corpus
 from profiler.generalist import profile_generalist
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from profiler.progress import Report, ignore
 from store.database import Store
 from store.records import Profile, TaskRecord

@@ -1,7 +1,7 @@
 """Which matrix products an engine uses: our own for few rows and for small experts (engine.products), torch's for many.
 
 In 16 bits on the CPU oneDNN compiles a kernel for every shape, about a megabyte that is not given back and a fifth of a
-millisecond. So what goes to torch there is padded to powers of two of rows, which costs a tenth more time at most.
+millisecond. So what goes to torch there is padded to powers of two of rows, which costs about a tenth more time.
 
 M rows, K columns, N outputs.
 """

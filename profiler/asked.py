@@ -12,7 +12,8 @@ from profiler.allocation import UNIFORM, choose_allocators, size_of
 from profiler.allocators import PLAIN
 from profiler.corpus import Corpus, read_corpus
 from profiler.evidence import KEEPS
-from profiler.job import Options
+from profiler.options import Options
+from profiler.parts import Part
 from profiler.scorers.registry import BASELINES, SCORERS, choose
 from profiler.stand_ins import choose as choose_stand_ins
 from store.errors import InvalidInput
@@ -21,6 +22,7 @@ from store.records import GENERALIST
 from store.sizes import parse_bytes
 from store.stand_ins import NOTHING
 
+MERGES = {"all": True, "none": False}  # else: parts are taken where there are any
 SHOWN = 5  # repeated lines of a file that are named one by one
 
 
@@ -43,6 +45,7 @@ class Asked:
     draws: int
     evolve: int
     stream: bool | None
+    part: str | None
     max_context: int | None
     batch: int
     device: str
@@ -95,8 +98,15 @@ class Asked:
             model_name=self._model_name(),
             base=self.base,
             stream=self.stream,
+            merge=MERGES.get(self.part or ""),
             search=self.search,
         )
+
+    def one_part(self) -> Part | None:
+        """The part that is to be run, None for the whole profile."""
+        if self.part is not None and self.task == GENERALIST:
+            raise InvalidInput("The generalist is made of profiles, not of text: it takes no --part.", param="part")
+        return None if self.part is None or self.part in MERGES else Part.parse(self.part)
 
     def _scorers(self) -> list[str] | None:
         """A search tries everything that the pass gives anyway; the baselines take part in any case."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from profiler.command_line import again
 from profiler.command_options import Context, Device, Dtype, Embedder, Memory, Model, StoreUrl, Threads
 from profiler.export_commands import export
 from profiler.report.commands import report
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from profiler.asked import Asked
     from profiler.corpus import Corpus
+    from profiler.parts import Part
     from profiler.progress import Report
 
 app = typer.Typer()
@@ -69,6 +71,14 @@ Stream = Annotated[
         "--stream/--no-stream", help="Layer by layer, each expert read once. Default: if the model is over budget."
     ),
 ]
+PartOf = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        help="2/4 sums up one of four parts of the text and stores it; run the others on other machines with the same "
+        "store and options. all, or nothing: merge the parts that are there. none: run the whole text here.",
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Items that run at once.")]
 Lines = Annotated[
     bool, typer.Option(hidden=True, help="For a parent process: progress as JSON lines, an end with the parent.")
@@ -78,6 +88,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on t
 
 @app.command()
 def profile(
+    context: typer.Context,
     task: TaskName,
     calibration: Calibration = None,
     evaluation: Evaluation = None,
@@ -97,6 +108,7 @@ def profile(
     description: Description = "",
     own_answers: OwnAnswers = None,
     stream: Stream = None,
+    part: PartOf = None,
     max_context: Context = None,
     batch: Batch = 16,
     device: Device = "cpu",
@@ -107,18 +119,27 @@ def profile(
 ) -> None:
     """Score every expert for a task in one pass over its text, and measure what smaller sets of them can do.
 
-    An interrupted run goes on where it stopped when it is started again.
+    An interrupted run goes on where it stopped when it is started again. Several machines that share a store may each
+    take a part of the text: once all parts are there, the same command without --part does the rest.
     """
     given = dict(locals())
     from profiler.asked import Asked
     from profiler.summary import show
+    from store.errors import PartsMissing
 
     started = time.perf_counter()
     asked = Asked(**{name: given[name] for name in Asked.__slots__})
     try:
+        if (mine := asked.one_part()) is not None:
+            _run_part(context, asked, mine, store, own_answers, progress_lines, as_json)
+            return
         found = _run(asked, store, TaskRecord(task, description), embedder, own_answers, progress_lines)
     except KeyboardInterrupt:
         typer.echo("Stopped. What is finished is kept: the same command goes on from there.", err=True)
+        raise
+    except PartsMissing as error:
+        for missing in error.parts:
+            typer.echo(again(context, part=missing), err=True)
         raise
     found["seconds"] = round(time.perf_counter() - started, 3)
     show(found)
@@ -157,6 +178,40 @@ def _run(
             report=report,
         )
         return summary(store, made)
+
+
+def _run_part(
+    context: typer.Context,
+    asked: Asked,
+    part: Part,
+    url: str | None,
+    answer_tokens: int | None,
+    progress_lines: bool,
+    as_json: bool,
+) -> None:
+    """What is asked beside the pass (--eval, --search, ...) is checked here, and done by the run that merges."""
+    from engine.engine import Engine
+    from profiler.bar import bar
+    from profiler.lines import lines
+    from profiler.parts import profile_part
+    from store.database import open_store
+
+    options, config, (text, _, _) = asked.options(), asked.config(), asked.texts()
+    assert text is not None, "the generalist has no parts, and a task without a text is refused"
+    told = lines() if progress_lines else bar()
+    with open_store(url) as store, Engine.open(config) as engine, told as report:
+        calibration = _answer(engine, text, answer_tokens, asked.task, report)
+        assert calibration is not None
+        made = profile_part(engine, store, asked.task, calibration, part, options, report)
+    typer.echo(f"Part {part} of {asked.task} {'is stored' if made.computed else 'was there'}: {made.items} items.")
+    for missing in made.missing:
+        typer.echo(f"Missing: {again(context, part=str(missing))}")
+    if not made.missing:
+        typer.echo(f"All {part.of} parts are there. Next: {again(context, part='all')}")
+    if as_json:
+        missing_parts = [str(each) for each in made.missing]
+        told_as = {"task": asked.task, "part": str(part), "items": made.items, "computed": made.computed}
+        typer.echo(json.dumps(told_as | {"missing": missing_parts}))
 
 
 def _answer(engine: Engine, corpus: Corpus | None, tokens: int | None, task: str, report: Report) -> Corpus | None:

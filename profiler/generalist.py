@@ -11,18 +11,9 @@ from profiler.corpus import Corpus
 from profiler.doubts import judged
 from profiler.evidence import HeldOut, check_sizes
 from profiler.extras import Needs
-from profiler.job import (
-    DEFAULTS,
-    Options,
-    check_stand_ins,
-    digest,
-    lock_name,
-    model_record,
-    profile_id,
-    put_evidence,
-    put_profile,
-    stored_profile,
-)
+from profiler.job import check_stand_ins, model_record, put_evidence, put_profile
+from profiler.options import DEFAULTS, Options
+from profiler.passes import digest, lock_name, profile_id, stored_profile
 from profiler.price import Pricing, put_prices
 from profiler.progress import Report, ignore
 from profiler.run import hold

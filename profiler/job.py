@@ -5,90 +5,39 @@ The store sees a profile only when its statistics are complete; selections and e
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from engine.card import ModelCard
 from engine.embedder import Embedder
 from engine.engine import Engine
-from profiler.allocation import UNIFORM, choose_allocators, needs_of_allocators
-from profiler.batches import Encoded, encode_corpus, token_limit
+from profiler.allocation import UNIFORM, choose_allocators
+from profiler.batches import Encoded, encode_corpus
 from profiler.bred import put_evolved
 from profiler.channels.weights import of_weights
 from profiler.corpus import Corpus, refuse_overlap
 from profiler.doubts import judged
-from profiler.evidence import KEEPS, HeldOut, Size, check_sizes, make_selections, put_evaluations, put_selections
-from profiler.extras import EXTRAS, NOTHING, Needs, formulas
-from profiler.gather import ROWS, gather_statistics
+from profiler.evidence import HeldOut, Size, check_sizes, make_selections, put_evaluations, put_selections
+from profiler.options import DEFAULTS, Options
+from profiler.parts import merged, run_of
+from profiler.passes import collect, lock_name, want
 from profiler.price import Pricing, put_prices
 from profiler.progress import Report, ignore
-from profiler.router_rows import of_router
 from profiler.run import Run, hold
 from profiler.scorers.base import Scorer
-from profiler.scorers.registry import BASELINES, choose, computable, needs_of, versions
+from profiler.scorers.registry import BASELINES, choose, computable, versions
 from profiler.search import search
 from profiler.second_looks import announce, second_looks
 from profiler.stand_ins import choose as choose_stand_ins
-from profiler.stand_ins import needs_of as needs_of_stand_ins
-from profiler.statistics import VERSION
-from profiler.stream import pays, stream_statistics
 from store.catalogue import check_name
 from store.checkpoint import CheckpointMap
 from store.database import Store
-from store.errors import BudgetError, InvalidInput, NotFound
-from store.home import data_folder
+from store.errors import BudgetError, InvalidInput
 from store.records import GENERALIST, Exemplar, ModelRecord, Profile, TaskRecord
 from store.stand_ins import NOTHING as STAND_IN
 
 log = logging.getLogger("moepager.profiler")
-
-EXEMPLARS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a job is run. `scorers` says which selections are made and measured, and which extras are collected.
-
-    `base` is the checkpoint that the model was tuned from, for scorers that compare the two. `stream` runs the pass
-    layer by layer; None: where the budget does not hold the whole model. `search` measures only a few items for most of
-    the scorers and allocators, and all items for the best and the baselines. `budgets` are sizes in bytes beside the
-    shares in `keeps`. `draws` is how often the text is drawn anew to see what other text would have chosen,
-    `evolve` how many children of the selections are tried at each size.
-    `stand_ins` are kinds of store/stand_ins.py, `extras` statistics that nothing of all this reads.
-    """
-
-    scorers: Sequence[str] | None = None
-    allocators: Sequence[str] = (UNIFORM,)
-    keeps: Sequence[float] = KEEPS
-    budgets: Sequence[int] = ()
-    stand_ins: Sequence[str] = (STAND_IN,)
-    extras: Needs = NOTHING
-    draws: int = 0
-    evolve: int = 0
-    exemplars: int = EXEMPLARS
-    rows: int = ROWS
-    runs: Path | None = None  # where unfinished runs lie; the data folder's `runs` by default
-    model_name: str | None = None
-    base: Path | None = None
-    stream: bool | None = None
-    search: bool = False
-
-    @property
-    def folder(self) -> Path:
-        return self.runs or data_folder() / "runs"
-
-    @property
-    def needs(self) -> Needs:
-        """The extras that its scorers, allocators and stand-ins read."""
-        read = needs_of(choose(self.scorers)) | needs_of_allocators(self.allocators)
-        return read | needs_of_stand_ins(self.stand_ins) | self.extras
-
-
-DEFAULTS = Options()
 
 
 def profile_task(
@@ -122,8 +71,7 @@ def profile_task(
     exemplars = _embed(task.name, calibration, embedder, options.exemplars)
     with hold(options.folder, lock_name(engine.card, task.name)):
         profile = _gather(engine, store, task.name, calibration, text, options, report)
-        put_profile(store, model_record(engine.card, options.model_name), task, profile)
-        Run(options.folder, profile.id, plan="").forget()
+        _put(engine, store, task, profile, options)
         store.exemplars.replace(task.name, exemplars)
         put_evidence(engine, store, profile, (scorers, allocators, sizes), held_out, options, report)
         if options.evolve:
@@ -142,8 +90,7 @@ def gather_profile(
     text = encode_corpus(engine, calibration)
     with hold(options.folder, lock_name(engine.card, task.name)):
         profile = _gather(engine, store, task.name, calibration, text, options, report)
-        put_profile(store, model_record(engine.card, options.model_name), task, profile)
-        Run(options.folder, profile.id, plan="").forget()
+        _put(engine, store, task, profile, options)
     return profile
 
 
@@ -181,25 +128,6 @@ def put_profile(store: Store, model: ModelRecord, task: TaskRecord, profile: Pro
     store.profiles.put(profile)
 
 
-def stored_profile(store: Store, identity: str) -> Profile | None:
-    try:
-        return store.profiles.get(identity)
-    except NotFound:
-        return None
-
-
-def profile_id(model: str, task: str, calibration_hash: str, needs: Needs = NOTHING, base: Path | None = None) -> str:
-    """Says what a profile was made from: the same text, model and statistics give the same profile.
-
-    Scorers are no part of it, since they only read the statistics; a selection's id names its scorer's version.
-    """
-    tuned_from = ""
-    if "router_growth" in needs:
-        assert base is not None, "the job refuses without a base"
-        tuned_from = CheckpointMap.open(base).fingerprint().whole
-    return digest(model, task, calibration_hash, f"statistics={VERSION}", *formulas(needs), tuned_from)
-
-
 def model_record(card: ModelCard, name: str | None) -> ModelRecord:
     parts = CheckpointMap.open(card.folder).fingerprint()
     return ModelRecord(
@@ -213,14 +141,6 @@ def model_record(card: ModelCard, name: str | None) -> ModelRecord:
         weights_hash=parts.weights,
         tokenizer_hash=parts.tokenizer,
     )
-
-
-def lock_name(card: ModelCard, task: str) -> str:
-    return digest(card.fingerprint, task)
-
-
-def digest(*parts: str) -> str:
-    return hashlib.sha256("\x1e".join(parts).encode()).hexdigest()[:16]
 
 
 def _encode(
@@ -243,27 +163,20 @@ def _gather(
     report: Report,
 ) -> Profile:
     """The stored profile of exactly this text that has what is needed, or a new one, which is not stored yet."""
-    model, needs = engine.card.fingerprint, options.needs
-    static = of_router(engine.card.folder, needs, options.base)
-    found = sorted(_profiles_of(store, model, task, calibration.content_hash, options.base), key=lambda p: p.created)
-    if enough := [profile for profile in found if needs <= profile.statistics.keys()]:
-        return judged(enough[-1])
-    if found:  # a profile may grow: what the youngest has, the new one has too
-        needs |= found[-1].statistics.keys() & EXTRAS.keys()
-        static = of_router(engine.card.folder, needs, options.base)
-    identity = profile_id(model, task, calibration.content_hash, needs, options.base)
-    for said in announce(engine, needs):
+    wanted = want(engine, store, task, calibration, options)
+    if wanted.ready is not None:
+        return judged(wanted.ready)
+    for said in announce(engine, wanted.needs):
         log.warning("%s", said)
-    static |= of_weights(engine, needs)
-    stream = pays(engine, text, options.rows) if options.stream is None else options.stream
-    sizes = f"rows={min(options.rows, engine.plan.max_batch)},tokens={token_limit(engine)}"
-    run = Run(options.folder, identity, plan=f"{sizes},{'layers' if stream else 'shards'}")
-    collect = stream_statistics if stream else gather_statistics
-    statistics = collect(engine, text, run, task, options.rows, report, needs).with_extras(static)
-    statistics = statistics.with_extras(second_looks(engine, text, options.rows, needs))
+    static = {**wanted.static, **of_weights(engine, wanted.needs)}
+    statistics = merged(engine, store, wanted, options)
+    if statistics is None:
+        statistics = collect(engine, text, wanted.identity, wanted, options, report)
+    statistics = statistics.with_extras(static)
+    statistics = statistics.with_extras(second_looks(engine, text, options.rows, wanted.needs))
     made = Profile(
-        id=identity,
-        model=model,
+        id=wanted.identity,
+        model=engine.card.fingerprint,
         task=task,
         statistics=statistics.arrays,
         tokens=int(statistics.token_count),
@@ -275,16 +188,11 @@ def _gather(
     return judged(made)
 
 
-def _profiles_of(store: Store, model: str, task: str, calibration_hash: str, base: Path | None) -> list[Profile]:
-    """All stored profiles of this text, whatever extras they have."""
-
-    found = []
-    for profile in store.profiles.list(model, task):
-        needs = frozenset(profile.statistics.keys() & EXTRAS.keys())
-        comparable = base is not None or "router_growth" not in needs
-        if comparable and profile.id == profile_id(model, task, calibration_hash, needs, base):
-            found.append(profile)
-    return found
+def _put(engine: Engine, store: Store, task: TaskRecord, profile: Profile, options: Options) -> None:
+    """Stores the profile; what only served to make it goes."""
+    put_profile(store, model_record(engine.card, options.model_name), task, profile)
+    Run(options.folder, profile.id, plan="").forget()
+    store.parts.forget(run_of(engine, profile.id))
 
 
 def _embed(task: str, calibration: Corpus, embedder: Embedder, limit: int) -> list[Exemplar]:

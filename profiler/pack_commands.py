@@ -46,7 +46,7 @@ def pack(
     from engine.config import EngineConfig
     from profiler.bar import bar
     from profiler.corpus import read_corpus
-    from profiler.job import Options
+    from profiler.options import Options
     from profiler.pack_job import pack_task
     from profiler.pack_ways import Pack
     from store.database import open_store

@@ -11,7 +11,8 @@ from engine.engine import Engine
 from profiler.batches import encode_corpus
 from profiler.corpus import Corpus, refuse_overlap
 from profiler.evaluate import evaluate
-from profiler.job import Options, gather_profile
+from profiler.job import gather_profile
+from profiler.options import Options
 from profiler.pack import refuse_existing, write_pack
 from profiler.pack_ways import Pack, make_recipe
 from profiler.progress import Progress, Report

@@ -15,7 +15,7 @@ from store.connection import Database
 from store.errors import CorruptStore, InvalidInput, NotFound
 from store.packing import exemplar_digest, pack_vector, unpack_vector
 from store.records import Exemplar, ModelRecord, TaskRecord
-from store.schema import ExemplarRow, ModelRow, TaskRow
+from store.schema import ExemplarRow, ModelRow, PartRow, TaskRow
 from store.writing import upsert
 
 Query = TypeVar("Query", bound=Select[*tuple[Any, ...]])
@@ -69,9 +69,13 @@ class Tasks:
             return [_task(row) for row in session.scalars(select(TaskRow).order_by(TaskRow.name))]
 
     def delete(self, name: str) -> None:
-        """With its exemplars, profiles, selections and evaluations; jobs and decisions stay. Raises NotFound."""
+        """With its exemplars, profiles and their parts, selections and evaluations; jobs and decisions stay.
+
+        Raises NotFound.
+        """
         with self._database.write() as session:
             require_task(session, name)
+            session.execute(delete(PartRow).where(PartRow.task == name))
             session.execute(delete(TaskRow).where(TaskRow.name == name))
             note_change(session)
 

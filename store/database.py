@@ -12,6 +12,7 @@ from store.events import Events
 from store.home import default_store_url
 from store.journal import Decisions, Jobs
 from store.keys import Keys
+from store.parts import ProfileParts
 from store.prices import Prices
 from store.profiles import Evaluations, Profiles, Selections
 from store.revision import bring_up_to_date
@@ -29,6 +30,7 @@ class Store:
         self.profiles = Profiles(database)
         self.selections = Selections(database)
         self.evaluations = Evaluations(database)
+        self.parts = ProfileParts(database)
         self.prices = Prices(database)
         self.jobs = Jobs(database)
         self.decisions = Decisions(database)
@@ -51,6 +53,9 @@ class Store:
             self.evaluations.list(profile.id)
             self.selections.find(profile.id)
             self.prices.list(profile.id)
+        for run in self.parts.runs():
+            for number, of in self.parts.list(run):
+                self.parts.get(run, number, of)
 
     def close(self) -> None:
         self._database.close()

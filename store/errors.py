@@ -5,6 +5,7 @@ MoepagerError                 shown as it is: exit code 2 at the command line, `
 ├─ Unauthorized               401  no key, or one that nobody knows
 ├─ Forbidden                  403  a key that may not do this
 ├─ NotFound                   404  a model, task, profile or job that is not there
+│  └─ PartsMissing                 parts of a task's text that nobody has profiled yet
 ├─ Conflict                   409  it exists already, or another run holds it
 ├─ MismatchError              409  a profile, index or store that belongs to another model or embedder
 ├─ CheckpointError            422  a model folder that can't be served: missing, truncated, pickled, unsupported
@@ -65,6 +66,16 @@ class TooMany(MoepagerError):
 class NotFound(MoepagerError):
     status = 404
     code = "not_found"
+
+
+class PartsMissing(NotFound):
+    """`parts` are what is still to be run, as "2/4"."""
+
+    code = "parts_missing"
+
+    def __init__(self, message: str, parts: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.parts = parts
 
 
 class Conflict(MoepagerError):

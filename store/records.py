@@ -157,6 +157,19 @@ class Profile:
         return (UNJUDGED,) if self.trust is None else self.trust.doubts
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ProfilePart:
+    """The statistics of one part of a task's text. Parts of one `run` add up, each once, to the profile's own."""
+
+    run: str
+    number: int  # of 1 to `of`
+    of: int
+    model: str
+    task: str
+    statistics: Mapping[str, npt.NDArray[np.generic]]
+    created: datetime
+
+
 @dataclass(frozen=True, slots=True)
 class StoredSelection:
     """What a scorer keeps of a profile at a size. `keep` is the share of experts, 1.0 being all of them; with stand-ins

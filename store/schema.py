@@ -116,6 +116,22 @@ class ProfileRow(Row):
     created: Mapped[datetime]
 
 
+class PartRow(Row):
+    """What one part of a task's text has summed up, until all parts of its run are there. Model and task are told,
+    not looked up: neither has to be in the store before its first profile is."""
+
+    __tablename__ = "profile_parts"
+    __table_args__ = (CheckConstraint("number >= 1 AND number <= parts", name="number_is_of_the_parts"),)
+
+    run: Mapped[str] = mapped_column(primary_key=True)
+    parts: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    model: Mapped[str]
+    task: Mapped[str] = mapped_column(index=True)
+    statistics: Mapped[bytes]
+    created: Mapped[datetime]
+
+
 class TrustRow(Row):
     """How far a profile is to be trusted, as it was judged when it was made; `doubts` is a list of sentences."""
 

@@ -23,7 +23,8 @@ from engine.tiny import write_tiny
 from profiler import gather as gather_module
 from profiler import job
 from profiler.corpus import Item, gather
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from profiler.run import hold
 from profiler.scorers.registry import computable
 from profiler.statistics import Statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import typer
@@ -12,7 +13,7 @@ from engine.tiny import write_tiny
 from profiler import gather
 from profiler.commands import app
 from store.database import open_store
-from store.errors import InvalidInput, MoepagerError
+from store.errors import InvalidInput, MoepagerError, PartsMissing
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +137,43 @@ def test_a_task_without_calibration_and_a_generalist_with_one_are_refused(run, w
         run("--calibration", write("c", 2), task="generalist")
 
 
+def test_parts_say_which_are_missing_with_the_commands_to_run_and_merge_by_the_same_one(run, write, tmp_path):
+    """A command that was told is run as it stands."""
+    options = ["--calibration", write("c", 6), "--scorer", "reap", "--scorer", "gate", "--keep", "0.5", "--no-stream"]
+    first = run(*options, "--part", "2/3", "--json").stdout.splitlines()
+    assert json.loads(first[-1]) == {
+        "task": "words", "part": "2/3", "items": 2, "computed": True, "missing": ["1/3", "3/3"]
+    }  # fmt: skip
+    told = [line.removeprefix("Missing: ") for line in first if line.startswith("Missing: ")]
+    assert [("--part 1/3" in line, "--part 3/3" in line) for line in told] == [(True, False), (False, True)]
+    with pytest.raises(PartsMissing, match="these are missing: 1/3, 3/3") as refused:
+        run(*options)
+    assert refused.value.parts == ("1/3", "3/3")
+    for line in told:
+        words = shlex.split(line)
+        assert words[words.index("--scorer") : words.index("--scorer") + 4] == ["--scorer", "reap", "--scorer", "gate"]
+        assert "--no-stream" in words
+        done = run(*words[words.index("--calibration") :])
+    assert "All 3 parts are there. Next: " in done.stdout
+    merged = json.loads(run(*options, "--part", "all", "--json").stdout.splitlines()[-1])
+    assert (merged["task"], merged["evaluations"]) == ("words", [])
+    with open_store(f"sqlite:///{tmp_path}/home/store.db") as store:
+        [made] = store.profiles.list()
+        assert (made.id, made.tokens) == (merged["profile_id"], merged["tokens"])
+        assert {one.scorer for one in store.selections.find(made.id)} == {"reap", "gate"}
+    assert "was there" in run(*options, "--part", "2/3").stdout
+
+
+def test_the_generalist_has_no_parts(run):
+    with pytest.raises(InvalidInput, match="it takes no --part"):
+        run("--part", "1/2", task="generalist")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--part", "5/4"], "such as 2/4, or all, or none; got '5/4'"),
+        (["--part", "all"], "No part of this text of 'words' is in the store"),
         (["--calibration", "absent.jsonl"], "no file absent.jsonl"),
         (["--calibration", "absent.jsonl", "--memory", "2G"], "Not a size of memory"),
         (["--calibration", "absent.jsonl", "--scorer", "best"], "no scorer 'best'"),

@@ -15,7 +15,8 @@ from engine.tiny import FAMILIES, write_tiny
 from profiler.batches import encode_corpus
 from profiler.corpus import Item, gather
 from profiler.elimination import answer_eliminations, eliminations, order
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from store.database import open_store
 from store.records import TaskRecord
 

@@ -15,7 +15,8 @@ from profiler.corpus import Item, gather
 from profiler.evaluate import Measured
 from profiler.evolution import evolve, grown
 from profiler.halving import badness
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from store.database import open_store
 from store.records import Selection, TaskRecord
 

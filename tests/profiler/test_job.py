@@ -28,7 +28,8 @@ from profiler.doubts import judge
 from profiler.evaluate import evaluate
 from profiler.extras import EXTRAS
 from profiler.generalist import profile_generalist
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from profiler.run import hold
 from profiler.scorers.registry import DEFAULTS, SCORERS
 from profiler.statistics import Statistics
@@ -363,7 +364,8 @@ from engine.embedder import HashEmbedder
 from engine.engine import Engine
 from profiler import gather
 from profiler.corpus import read_corpus
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from store.database import open_store
 from store.records import TaskRecord
 folder, model, url, die_at = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

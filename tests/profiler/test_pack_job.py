@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.tiny import write_tiny
 from profiler.batches import encode_corpus
 from profiler.corpus import Item, gather
-from profiler.job import Options
+from profiler.options import Options
 from profiler.pack_commands import app
 from profiler.pack_job import pack_task
 from profiler.pack_ways import Pack, coverage, make_recipe, pack_of

@@ -18,7 +18,8 @@ from profiler.batches import encode_corpus
 from profiler.corpus import Item, gather
 from profiler.draws import draw
 from profiler.gather import gather_statistics
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from profiler.price import best_by_size, interval
 from profiler.progress import ignore
 from profiler.run import Run

@@ -16,7 +16,8 @@ from profiler.allocators import PLAIN
 from profiler.corpus import Item, gather
 from profiler.evaluate import Measured, evaluate
 from profiler.halving import badness
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from profiler.search import describe, reasons_of
 from store.database import open_store
 from store.errors import InvalidInput

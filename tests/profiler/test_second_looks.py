@@ -21,7 +21,8 @@ from profiler.corpus import Item, gather
 from profiler.dropping import dropped, droppings
 from profiler.enumeration import enumerations, losses, place
 from profiler.extras import Needs
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from profiler.sample import LayerSample, on_layers
 from profiler.scorers.registry import SCORERS
 from profiler.second_looks import announce

@@ -14,7 +14,8 @@ from engine.tiny import write_tiny
 from profiler.batches import encode_corpus
 from profiler.corpus import Item, gather
 from profiler.evaluate import evaluate
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from profiler.stand_ins import choose, needs_of, pay
 from profiler.statistics import Statistics
 from store.database import open_store

@@ -16,7 +16,8 @@ from profiler.batches import encode_corpus
 from profiler.corpus import Item, gather
 from profiler.extras import EXTRAS
 from profiler.gather import gather_statistics
-from profiler.job import Options, profile_task
+from profiler.job import profile_task
+from profiler.options import Options
 from profiler.progress import ignore
 from profiler.run import Run
 from profiler.stream import pays, stream_statistics
