@@ -2,6 +2,7 @@ Layout = tuple[int, int, int, int, int, int, int, int, int, int]
 Cache = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 def sets() -> dict[str, int]: ...
+def bfloat16() -> bool: ...
 def product(
     chosen: int,
     dtype: int,

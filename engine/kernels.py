@@ -25,6 +25,7 @@ COMPILED = frozenset({torch.bfloat16, torch.float16})
 FEW: Mapping[torch.dtype, int] = {torch.float32: 8, torch.bfloat16: 4}  # rows; above, torch is faster: measured
 # Weights of an expert that takes many rows; above, torch is faster in bfloat16 and little slower in float32.
 SMALL: Mapping[torch.dtype, int] = {torch.float32: 1 << 20, torch.bfloat16: 1 << 17}
+UNAIDED = 1 << 23  # the same for bfloat16 on a processor that must widen it: torch was 2 to 7 times slower, at any size
 WIDE = frozenset({"AVX-512", "AVX2"})  # instruction sets for which that was measured
 
 
@@ -58,8 +59,10 @@ class Kernels:
 
     def takes_many(self, shape: ExpertShape) -> bool:
         """Whether our own products run experts of this shape for many tokens, too."""
-        wide = self.own is not None and self.own.instruction_set in WIDE
-        return wide and shape.weights <= SMALL[shape.dtype]
+        if self.own is None or self.own.instruction_set not in WIDE:
+            return False
+        aided = shape.dtype == torch.float32 or products.bfloat16_in_hardware()
+        return shape.weights <= (SMALL[shape.dtype] if aided else UNAIDED)
 
     def adopt(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Linear layers, norms and attention of `model` take these products, where torch's own do no better. Needs the

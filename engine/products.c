@@ -322,6 +322,16 @@ static PyObject *py_sets(PyObject *self, PyObject *ignored)
     return names;
 }
 
+static PyObject *py_bfloat16(PyObject *self, PyObject *ignored)
+{
+#if SETS == 3
+    __builtin_cpu_init();
+    return PyBool_FromLong(__builtin_cpu_supports("avx512bf16") != 0);
+#else
+    Py_RETURN_FALSE;
+#endif
+}
+
 static PyObject *py_product(PyObject *self, PyObject *args)
 {
     int set, dtype, threads;
@@ -539,6 +549,7 @@ static PyObject *py_attend(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
+    {"bfloat16", py_bfloat16, METH_NOARGS, "Whether the processor multiplies bfloat16 itself, which torch then uses."},
     {"product", py_product, METH_VARARGS, "(set, dtype, x, weights, bias, y, rows, outputs, columns, stride, threads)"},
     {"experts", py_experts, METH_VARARGS, "(set, layout, bank, x, tokens, top_k, slots, y, threads)"},
     {"many", py_many, METH_VARARGS, "(set, layout, bank, slots of the bank, x, tokens, top_k, slots, y, threads)"},

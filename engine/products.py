@@ -25,7 +25,7 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "many") else "built from older sources"
+    missing = "" if hasattr(compiled, "bfloat16") else "built from older sources"
 
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
 ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch or transformers
@@ -41,6 +41,11 @@ ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch
 def instruction_sets() -> Mapping[str, int]:
     """Those of this processor that the loops were compiled for, the best first; none where nothing was built."""
     return {} if missing else compiled.sets()
+
+
+def bfloat16_in_hardware() -> bool:
+    """Whether the processor multiplies bfloat16 by instructions of its own (x86 alone is asked)."""
+    return not missing and compiled.bfloat16()
 
 
 @dataclass(frozen=True, slots=True)

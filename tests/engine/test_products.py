@@ -265,11 +265,15 @@ def test_who_asks_for_them_where_they_can_not_be_is_told_why(monkeypatch: pytest
         Kernels.choose("own", torch.float32, torch.device("cpu"))
 
 
-def test_large_experts_of_many_tokens_go_to_torch() -> None:
+def test_large_experts_of_many_tokens_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But in bfloat16 only where the processor multiplies it."""
     kernels = Kernels.choose("own", torch.bfloat16, torch.device("cpu"))
     small, large = (ExpertShape((1, 0, 1, 256, inner, 0, 0, -1, 0, -1), torch.bfloat16) for inner in (128, 512))
     assert kernels.takes_many(small) == (kernels.own.instruction_set in WIDE)
+    monkeypatch.setattr(products.compiled, "bfloat16", lambda: True)
     assert not kernels.takes_many(large)
+    monkeypatch.setattr(products.compiled, "bfloat16", lambda: False)
+    assert kernels.takes_many(large) == kernels.takes_many(small)
     assert not Kernels(None, "torch").takes_many(small)
 
 
