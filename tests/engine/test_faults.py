@@ -38,9 +38,12 @@ def folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint("qwen2_moe", max_shard_size="15KB"), tmp_path / "model"))
 
 
-@pytest.fixture
-def engine(folder: Path, open_engine: Open) -> Engine:
-    return open_engine(folder)
+@pytest.fixture(params=["float32", "bfloat16"])
+def engine(request: pytest.FixtureRequest, folder: Path, open_engine: Open) -> Engine:
+    """Bytes go straight from the file into their slot, or through a host buffer, where they are cast."""
+    engine = open_engine(folder, dtype=request.param)
+    assert engine.bank.arrivals.direct == (request.param == "float32")
+    return engine
 
 
 @pytest.fixture
@@ -69,18 +72,24 @@ def _leased(engine: Engine) -> int:
     return engine.residency().leased
 
 
-def _fails(number: int) -> Callable[..., int]:
-    """A preadv whose read of that number, and every later one, is an I/O error."""
+def _from(number: int, fault: Callable[[], object]) -> Callable[..., int]:
+    """A preadv that has the fault before the read of that number, and before every later one."""
     real, count, lock = os.preadv, iter(range(10**9)), threading.Lock()
 
     def read(descriptor: int, buffers: Sequence[Any], offset: int) -> int:
         with lock:
-            seen = next(count)
-        if seen >= number:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if next(count) >= number:
+                fault()
         return real(descriptor, buffers, offset)
 
     return read
+
+
+def _fails(number: int) -> Callable[..., int]:
+    def broken() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    return _from(number, broken)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -104,27 +113,63 @@ def test_an_input_output_error_in_mid_swap_reaches_its_request_and_the_next_one_
     assert answer(selection) == right[selection]
 
 
-def test_a_shard_that_shrinks_is_named_and_resident_tasks_go_on(
-    on_thread: OnThread, folder: Path, answer: Answer
-) -> None:
-    right = answer(EARLY)
-    for shard in folder.glob("*.safetensors"):
-        os.truncate(shard, 600)
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("selection", [LATE, None])
+def test_a_shard_that_shrinks_in_mid_swap_is_named_resident_tasks_go_on_and_once_it_is_whole_all_do(
+    on_thread: OnThread, folder: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch, number: int,
+    selection: Selection | None,
+) -> None:  # fmt: skip
+    right = {one: answer(one) for one in (EARLY, selection)}
+    on_thread(Engine.evict)
+    answer(EARLY)
+    shards = {shard: shard.read_bytes() for shard in folder.glob("*.safetensors")}
+    monkeypatch.setattr(
+        reader_module.os, "preadv", _from(number, lambda: [os.truncate(shard, 600) for shard in shards])
+    )
     with pytest.raises(CheckpointError, match=r"safetensors is shorter than when it was opened"):
-        answer(LATE)
-    assert answer(EARLY) == right
+        answer(selection)
+    monkeypatch.undo()
+    assert answer(EARLY) == right[EARLY]
     assert on_thread(_leased) == 0
+    for shard, content in shards.items():
+        with shard.open("r+b") as file:
+            file.write(content)
+    assert answer(selection) == right[selection]
 
 
-def test_a_shard_that_disappears_is_read_on_from_its_open_descriptor(
-    on_thread: OnThread, folder: Path, answer: Answer
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_shard_that_disappears_in_mid_swap_is_read_on_from_its_open_descriptor(
+    on_thread: OnThread, folder: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     right = answer(LATE)
     on_thread(Engine.evict)
-    for shard in folder.glob("*.safetensors"):
-        shard.unlink()
-        shard.write_bytes(b"something else")
+    shards = list(folder.glob("*.safetensors"))
+
+    def replaced() -> None:
+        for shard in shards:
+            shard.unlink()
+            shard.write_bytes(b"something else")
+
+    monkeypatch.setattr(reader_module.os, "preadv", _from(number, replaced))
     assert answer(LATE) == right
+
+
+def test_a_shard_that_is_gone_before_it_was_ever_opened_fails_who_needs_it(
+    engine: Engine, on_thread: OnThread, folder: Path, answer: Answer
+) -> None:
+    unopened = [shard for shard in folder.glob("*.safetensors") if shard not in engine._reader._files]
+    contents = {shard: shard.read_bytes() for shard in unopened}
+    assert unopened  # those with experts alone
+    for shard in unopened:
+        shard.unlink()
+    for selection in (LATE, None):
+        with pytest.raises(CheckpointError, match=r"Can't open .*safetensors: No such file"):
+            answer(selection)
+    assert on_thread(_leased) == 0
+    on_thread(lambda engine: engine.bank.residency.check() or 0)
+    for shard, content in contents.items():
+        shard.write_bytes(content)
+    assert answer(LATE)
 
 
 def test_a_disk_that_stalls_fails_its_request_alone_and_is_used_again_when_it_comes_back(

@@ -221,6 +221,7 @@ def test_a_read_that_fails_ends_those_that_wait_for_the_same_and_nobody_else(
             list(stream)
     assert _done(other).text == right(BOTH)  # whose experts were in part on their way for the others
     if beside:
+        assert worker.running == 1  # it did not have to wait for the others to end
         _tokens(running, 50)
     running.close()
     list(worker.submit(ask(PROMPT, EARLY, max_tokens=1)))
@@ -394,6 +395,21 @@ def test_a_client_that_goes_away_while_its_prompt_goes_through_is_let_go(
     ended = {event.row: event for event in events if isinstance(event, FinishedEvent)}
     assert (ended[0].reason, ended[0].completion_tokens) == ("cancelled", 0)
     assert ended[1].text == alone.text
+
+
+def test_a_client_in_mode_exact_that_goes_away_while_its_pass_waits_for_the_disk_leaves_nothing_pinned(
+    worker: EngineWorker, disk: Disk, ask: Ask, right: Callable[[Selection | None], str]
+) -> None:
+    disk.hold()
+    exact = worker.submit(ask(PROMPT, max_tokens=8))
+    assert disk.asked.wait(20)
+    exact.close()
+    disk.gate.set()
+    done = _done(exact)
+    assert done.reason == "cancelled"
+    assert done.completion_tokens <= 2  # of the boundary that was under way: its prompt's, and one more
+    assert _leased(worker) == 0
+    assert _done(worker.submit(ask(PROMPT, max_tokens=8))).text == right(None)
 
 
 def test_more_tasks_at_once_than_fit_are_all_answered_one_after_the_other(

@@ -10,6 +10,7 @@ import errno
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -39,16 +40,20 @@ PATIENCE = 0.15
 
 
 @cache
-def _checkpoint() -> tuple[SlotLayout, ExpertMap]:
-    folder = write_tiny("qwen2_moe", Path(tempfile.mkdtemp(prefix="moepager-swaps-")))
-    checkpoint = CheckpointMap.open(folder)
-    experts = ExpertMap.build(checkpoint)
-    return build_skeleton(checkpoint, experts, "float32")[0].layout, experts
+def _folder() -> Path:
+    return write_tiny("qwen2_moe", Path(tempfile.mkdtemp(prefix="moepager-swaps-")))
 
 
 @cache
-def _truth() -> dict[ExpertKey, tuple[torch.Tensor, ...]]:
-    layout, experts = _checkpoint()
+def _checkpoint(dtype: str) -> tuple[SlotLayout, ExpertMap]:
+    checkpoint = CheckpointMap.open(_folder())
+    experts = ExpertMap.build(checkpoint)
+    return build_skeleton(checkpoint, experts, dtype)[0].layout, experts
+
+
+@cache
+def _truth(dtype: str) -> dict[ExpertKey, tuple[torch.Tensor, ...]]:
+    layout, experts = _checkpoint(dtype)
     with Reader(2**16) as reader:
         bank = Bank(layout, experts, LAYERS * EXPERTS, torch.device("cpu"), reader)
         with bank.lease(Selection.whole(LAYERS, EXPERTS)):
@@ -82,23 +87,29 @@ LEASES = st.lists(
 
 
 class SwapMachine(RuleBasedStateMachine):
-    """Leases with and without waiting, released at any time; visits that compute; reads that fail or stall."""
+    """Leases with and without waiting, polled and released at any time; visits that compute; reads that fail or stall.
+
+    Several are under way at once. Bytes go straight into their slots.
+    """
+
+    dtype = "float32"
 
     def __init__(self) -> None:
         super().__init__()
-        layout, experts = _checkpoint()
-        self.truth = _truth()
+        layout, experts = _checkpoint(self.dtype)
+        self.truth = _truth(self.dtype)
         self.disk = Disk()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(reader_module.os, "preadv", self.disk)
         self.reader = Reader(2**16, threads=2, patience=PATIENCE)
         self.bank = Bank(layout, experts, SLOTS, torch.device("cpu"), self.reader)
         self.faulty = False  # whether a fault was ever injected: it may come out much later
-        self.leases: list[tuple[Selection, AbstractContextManager[Lease]]] = []
+        assert self.bank.arrivals.direct == (self.dtype == "float32")
+        self.leases: list[tuple[Selection, AbstractContextManager[Lease], Lease]] = []
 
     @rule(selection=LEASES, ahead=st.booleans())
     def lease(self, selection: Selection, ahead: bool) -> None:
-        wanted = set(selection) | {key for held, _ in self.leases for key in held}
+        wanted = set(selection) | self._held()
         manager = self.bank.lease(selection, ahead=ahead)
         try:
             lease = manager.__enter__()
@@ -110,7 +121,7 @@ class SwapMachine(RuleBasedStateMachine):
         else:
             assert len(wanted) <= SLOTS
             assert lease.experts == len(selection)
-            self.leases.append((selection, manager))
+            self.leases.append((selection, manager, lease))
 
     # Which lease is drawn as any number: threads decide which leases there are, and draws must not depend on them.
     @rule(number=st.integers(0, 15))
@@ -130,6 +141,22 @@ class SwapMachine(RuleBasedStateMachine):
         except CheckpointError:
             assert self.faulty
             self._release(place)
+
+    @rule(number=st.integers(0, 15))
+    def poll(self, number: int) -> None:
+        """A token boundary of a request that waits; it dies of a failed read, and only then."""
+        if not self.leases:
+            return
+        place = number % len(self.leases)
+        selection, _, lease = self.leases[place]
+        try:
+            there = self.bank.poll(lease)
+        except CheckpointError:
+            assert self.faulty
+            self._release(place)
+        else:
+            assert there == self.bank.holds(selection)
+            assert there == (self.bank.missing_bytes(lease) == 0)
 
     @rule(layer=st.integers(0, LAYERS - 1), experts=st.frozensets(st.integers(0, EXPERTS - 1), min_size=1, max_size=5))
     def compute_exactly(self, layer: int, experts: frozenset[int]) -> None:
@@ -167,6 +194,9 @@ class SwapMachine(RuleBasedStateMachine):
     def _is_true(self, key: ExpertKey, slot: int) -> None:
         assert all(torch.equal(*pair) for pair in zip(self.bank.views[slot], self.truth[key], strict=True)), key
 
+    def _held(self) -> set[ExpertKey]:
+        return {key for selection, _, _ in self.leases for key in selection}
+
     def _release(self, place: int) -> None:
         self.leases.pop(place)[1].__exit__(None, None, None)
 
@@ -181,7 +211,7 @@ class SwapMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_leased_expert_has_a_slot_and_only_those_are_pinned(self) -> None:
-        held = {key for selection, _ in self.leases for key in selection}
+        held = self._held()
         assert all(self.bank.residency.slot(key) != ABSENT for key in held)
         assert self.bank.residency.leased == len(held)
 
@@ -197,3 +227,59 @@ class SwapMachine(RuleBasedStateMachine):
 
 SwapMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
 TestSwaps = SwapMachine.TestCase
+
+
+class StagedSwapMachine(SwapMachine):
+    """Bytes go through a host buffer, where they are cast: the owner reads them itself, in slices."""
+
+    dtype = "bfloat16"
+
+
+StagedSwapMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+TestStagedSwaps = StagedSwapMachine.TestCase
+
+
+ONE, OTHER = Selection.of([[0, 1, 2, 3]] * LAYERS), Selection.of([[4, 5, 6, 7]] * LAYERS)
+
+
+def test_bytes_that_come_back_after_their_lease_was_given_up_spoil_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first read of a lease hangs, the lease ends, another takes all of its slots; then the read comes back."""
+    layout, experts = _checkpoint("float32")
+    gate, hangs, real, lock = threading.Event(), threading.Event(), os.preadv, threading.Lock()
+
+    def hang_once(descriptor: int, buffers: Sequence[Any], offset: int) -> int:
+        with lock:
+            is_first = not hangs.is_set()
+            hangs.set()
+        assert not is_first or gate.wait(20)
+        return real(descriptor, buffers, offset)
+
+    with Reader(2**16, threads=2) as reader:
+        bank = Bank(layout, experts, len(ONE), torch.device("cpu"), reader)
+        monkeypatch.setattr(reader_module.os, "preadv", hang_once)
+        with bank.lease(ONE, ahead=True) as given_up:
+            assert hangs.wait(20)
+        assert given_up.delivery is not None
+        with bank.lease(OTHER):
+            gate.set()
+            while given_up.delivery.transfer._under_way:
+                time.sleep(0.001)
+            reader.close()  # its threads have done all they ever will
+            for key in OTHER:
+                held = zip(bank.views[bank.residency.slot(key)], _truth("float32")[key], strict=True)
+                assert all(torch.equal(*pair) for pair in held), key
+        assert bank.residency.leased == 0
+
+
+def test_what_waits_to_be_read_by_the_owner_is_forgotten_with_its_lease() -> None:
+    layout, experts = _checkpoint("bfloat16")
+    with Reader(2**16, threads=2) as reader:
+        bank = Bank(layout, experts, len(ONE) + len(OTHER), torch.device("cpu"), reader)
+        with bank.lease(ONE, ahead=True):
+            manager = bank.lease(OTHER, ahead=True)
+            lease = manager.__enter__()
+        while not bank.poll(lease):
+            pass
+        assert (bank.paged.experts, bank.residency.resident) == (len(OTHER), len(OTHER))
+        manager.__exit__(None, None, None)
+        bank.residency.check()
