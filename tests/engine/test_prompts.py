@@ -117,11 +117,11 @@ def test_prompts_that_differ_in_their_selection_or_mode_are_not_shared(
     engine: Engine, ask: Ask, widths: list[tuple[int, int]]
 ) -> None:
     wide = Selection.of([range(6)] * 3)
-    requests = [ask(PROMPT, one, max_tokens=1) for one in (HALF, wide, HALF)]
+    requests = [ask(PROMPT, one, max_tokens=4) for one in (HALF, wide, wide, HALF)]
     _ends(engine, [_twin(request) for request in requests])  # each reads its experts, and they stay
     widths.clear()
     ends = _ends(engine, requests)
-    assert widths == [(2, 16), (2, 7)]  # chunks of 32 tokens
+    assert widths == [(2, 16), (2, 7), *[(4, 1)] * 3]  # chunks of 32 tokens
     for place, end in ends.items():
         _same(end, _ends(engine, [_twin(requests[place])])[0])
 
