@@ -67,6 +67,7 @@ async def merged(running: Sequence[Running]) -> AsyncIterator[tuple[int, Event] 
             for event in one.taken():
                 signs.heard()
                 if isinstance(event, FinishedEvent):
+                    one.ended(event)  # not before what came with it was passed on
                     del left[place]
                 yield place, event
         if left and not await bell.heard(min(signs.glance, *(one.seconds_left for one in left.values()))):

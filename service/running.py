@@ -76,20 +76,19 @@ class Running:
         return self._deadline - time.monotonic()
 
     def taken(self) -> list[Event]:
-        """What has come since the last look: tokens, at the end one FinishedEvent.
+        """What has come since the last look: tokens, at the end one FinishedEvent, which is then for `ended`.
 
-        Raises TimedOut, having cancelled, when the request's time is over, and what the engine failed with.
+        Raises TimedOut, having cancelled, where nothing has come and the request's time is over, and what the engine
+        failed with.
         """
         try:
             events = self._stream.taken()
         except Exception:  # whatever it is, it is an end too, and goes on to the client
             self._tell("error")
             raise
-        self._begun = self._begun or bool(events)
-        if events and isinstance(events[-1], FinishedEvent):
-            self._ended(events[-1])
-        elif self.seconds_left <= 0:
+        if not events and self.seconds_left <= 0:
             self._time_is_over()
+        self._begun = self._begun or bool(events)
         return events
 
     async def finish(self) -> FinishedEvent:
@@ -102,7 +101,7 @@ class Running:
         except Exception:
             self._tell("error")
             raise
-        self._ended(finished)
+        self.ended(finished)
         return finished
 
     def _time_is_over(self) -> NoReturn:
@@ -113,7 +112,8 @@ class Running:
             "service is less busy, or raise MOEPAGER_REQUEST_TIMEOUT."
         ) from None
 
-    def _ended(self, finished: FinishedEvent) -> None:
+    def ended(self, finished: FinishedEvent) -> None:
+        """Count and log the end. Raises Busy where the answer was broken off."""
         self._tell(finished.reason, finished)
         if finished.reason == "cancelled":
             raise Busy("The answer was cancelled before it was finished: the service is stopping. Try again.")

@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from service.merging import Bell
+from engine.requests import FinishedEvent, GenerationRequest, Sampling, Served, TokenEvent
+from engine.stream import TokenStream
+from service.merging import Bell, merged
+from service.running import Running
+from store.errors import Busy
 
 
 def test_a_ring_from_another_thread_is_heard() -> None:
@@ -75,7 +81,10 @@ def test_a_ring_after_the_loop_has_gone_harms_nobody() -> None:
 
 @pytest.mark.parametrize("ringing", [True, False])
 def test_who_stops_listening_leaves_no_timer_behind(ringing: bool) -> None:
+    failures: list[object] = []  # of callbacks, which the loop tells to nobody else
+
     async def give_up() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
         bell = Bell()
         listening = asyncio.ensure_future(bell.heard(0.01))
         await asyncio.sleep(0)
@@ -85,3 +94,23 @@ def test_who_stops_listening_leaves_no_timer_behind(ringing: bool) -> None:
         await asyncio.sleep(0.03)  # a timer or ring that resolved the future now would raise InvalidStateError
 
     asyncio.run(give_up())
+    assert failures == []
+
+
+def test_tokens_that_came_with_a_broken_end_are_passed_on_before_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Running, "_tell", lambda _, outcome, *__: told.append(outcome))
+    stream = TokenStream(GenerationRequest((1,), None, "exact", Sampling()))
+    stream.put(TokenEvent(0, 7, "a"))
+    stream.put(FinishedEvent(0, "cancelled", "a", 1, 1, Served("exact", 1.0, 0, 0, 0, 0.0, 0.0, 0)))
+    passed: list[Any] = []
+
+    async def read() -> None:
+        running = Running(Mock(), stream, Mock(), Mock(), 60.0, lambda: 0)
+        async for found in merged([running]):
+            passed.append(found)  # noqa: PERF401 - what came before the error counts
+
+    with pytest.raises(Busy, match="cancelled before it was finished"):
+        asyncio.run(read())
+    assert passed == [(0, TokenEvent(0, 7, "a"))]
+    assert told == ["cancelled"]
