@@ -22,7 +22,7 @@ from profiler.batches import Encoded, cut, encode_corpus, pad
 from profiler.evaluate import judged_role
 from profiler.forced import evaluate_forced
 from profiler.progress import Progress, Report
-from profiler.sample import combine
+from profiler.sample import RouterSample, combine
 from profiler.statistics import RESPONSE
 from store.home import bundled_model
 from store.records import Selection
@@ -161,33 +161,9 @@ class Tried:
 
 def look(engine: Engine, text: Sequence[Encoded], way: Way, selection: Selection | None) -> list[tuple[Tensor, ...]]:
     """For each layer x [m, H], logits [m, E], weights [m, K] and index [m, K] of the way's tokens."""
-    watch = _Watch(engine.card.layers)
+    sample = RouterSample(engine.card.layers)
     for part in cut(engine, text, ROWS):
         batch = pad(part)
-        watch.wanted = ((batch.mask == 1) & ((batch.roles == RESPONSE) | (not way.answers))).flatten()
-        engine.forward(batch.ids, batch.mask, [selection] * len(part), watch)
-    whole = [tuple(torch.cat(each) for each in zip(*parts, strict=True)) for parts in watch.seen]
-    count = min(way.tokens or len(whole[0][0]), len(whole[0][0]))
-    take = torch.arange(count) * len(whole[0][0]) // count
-    return [tuple(each[take] for each in layer) for layer in whole]
-
-
-class _Watch:
-    """An observer that keeps what routers saw and said of the wanted tokens."""
-
-    def __init__(self, layers: int) -> None:
-        self.seen: list[list[tuple[Tensor, ...]]] = [[] for _ in range(layers)]
-        self.wanted = torch.empty(0, dtype=torch.bool)
-
-    def routed(self, layer: int, x: Tensor, logits: Tensor, weights: Tensor, index: Tensor, valid: Tensor) -> None:
-        taken = valid & self.wanted
-        self.seen[layer].append((x[taken], logits[taken], weights[taken], index[taken]))
-
-    def residual(self, layer: int, h: Tensor) -> None:
-        pass
-
-    def experts(self, layer: int, experts: Tensor, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
-        pass
-
-    def combined(self, layer: int, y: Tensor) -> None:
-        pass
+        sample.begin((batch.mask == 1) & ((batch.roles == RESPONSE) | (not way.answers)))
+        engine.forward(batch.ids, batch.mask, [selection] * len(part), sample)
+    return [sample.layer(layer, way.tokens) for layer in range(engine.card.layers)]

@@ -38,7 +38,7 @@ def sample_routing(
     """
     card = engine.card
     count = max(32, min(TOKENS, OUTPUT_BYTES // (4 * card.experts * card.hidden)))
-    sample = _Sample(card.layers)
+    sample = RouterSample(card.layers)
     for part in cut(engine, _spread(text, count, role), rows):
         batch = pad(part)
         sample.begin(torch.ones_like(batch.roles, dtype=torch.bool) if role is None else batch.roles == role)
@@ -78,7 +78,7 @@ def _spread(text: Sequence[Encoded], tokens: int, role: int | None) -> list[Enco
     return sorted(picked, key=lambda one: (len(one.tokens), one.number))
 
 
-class _Sample:
+class RouterSample:
     """An observer that keeps what every layer's router saw and said, padding left out and tokens nobody asked for."""
 
     def __init__(self, layers: int) -> None:
@@ -89,10 +89,11 @@ class _Sample:
         """Before a forward: which of its tokens, bool [B, S]."""
         self._wanted = wanted.flatten()
 
-    def layer(self, layer: int, count: int) -> tuple[Tensor, ...]:
-        """x [m, H], logits [m, E], weights [m, K], index [m, K] of at most `count` tokens, evenly spread."""
+    def layer(self, layer: int, count: int | None) -> tuple[Tensor, ...]:
+        """x [m, H], logits [m, E], weights [m, K], index [m, K] of `count` tokens at most, evenly spread; None: all."""
         x, logits, weights, index = (torch.cat(each) for each in zip(*self._seen[layer], strict=True))
-        take = torch.arange(min(count, len(x))) * len(x) // min(count, len(x))  # [m]
+        most = len(x) if count is None else min(count, len(x))
+        take = torch.arange(most) * len(x) // most  # [m]
         return x[take], logits[take], weights[take], index[take].long()
 
     def routed(self, layer: int, x: Tensor, logits: Tensor, weights: Tensor, index: Tensor, valid: Tensor) -> None:
