@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.tiny import write_tiny
 from profiler.accumulator import Accumulator
 from profiler.extras import EXTRAS, NOTHING, Needs
 from profiler.statistics import Statistics
+from store.database import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -120,3 +125,20 @@ def random_trace() -> Callable[..., Trace]:
         return Trace(torch.randn(tokens, hidden, generator=draw, dtype=torch.float64), z, weights, index, o)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny("qwen2_moe", tmp_path_factory.mktemp("tiny"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Engine]:
+    with Engine.open(EngineConfig(model, max_context=128)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(f"sqlite:///{tmp_path}/store.db") as opened:
+        yield opened

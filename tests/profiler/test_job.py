@@ -9,7 +9,6 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,23 +43,6 @@ def texts(seed: int, count: int) -> Corpus:
     draw = np.random.default_rng(seed)
     made = [" ".join(draw.choice(WORDS, draw.integers(3, 9))) for _ in range(4 * count)]
     return gather([Item(f"{seed} {text}", text.upper()[:12], line=line) for line, text in enumerate(made, 1)][:count])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_tiny("qwen2_moe", tmp_path_factory.mktemp("tiny"), seed=3)
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    with Engine.open(EngineConfig(model, max_context=128)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def store(tmp_path):
-    with open_store(f"sqlite:///{tmp_path}/store.db") as opened:
-        yield opened
 
 
 @pytest.fixture

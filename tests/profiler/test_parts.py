@@ -37,23 +37,6 @@ def text(seed: int, count: int) -> Corpus:
     )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_tiny("qwen2_moe", tmp_path_factory.mktemp("tiny"), seed=3)
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    with Engine.open(EngineConfig(model, max_context=128)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def store(tmp_path):
-    with open_store(f"sqlite:///{tmp_path}/store.db") as opened:
-        yield opened
-
-
 @pytest.fixture
 def options(tmp_path) -> Options:
     """Parts are taken where there are any, as the command does."""
