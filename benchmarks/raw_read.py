@@ -28,12 +28,12 @@ class Range:
     length: int
 
 
-SHAPES = tuple(Shape(block << 20, depth) for block in (1, 4) for depth in (1, 2, 4))
+SHAPES = tuple(Shape(block << 20, depth) for block in (1, 4, 8) for depth in (1, 2, 4, 6))
 
 
 def read_seconds(ranges: Sequence[Range], shape: Shape, buffers: Sequence[mmap.mmap]) -> float:
     """Seconds to read all ranges directly, cut into aligned blocks, by `shape.depth` threads. Data is dropped."""
-    files = {range_.file: os.open(range_.file, os.O_RDONLY | os.O_DIRECT) for range_ in ranges}
+    files = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file in {range_.file for range_ in ranges}}
     blocks = [block for range_ in ranges for block in _blocks(range_, shape.block)]
     started = time.perf_counter()
     try:

@@ -59,3 +59,18 @@ def attend(
     cache: Cache,
     /,
 ) -> None: ...
+def block(
+    chosen: int,
+    shape: tuple[int | float, ...],
+    x: int,
+    out: int,
+    cos: int,
+    sin: int,
+    positions: int,
+    keys: int,
+    values: int,
+    mask: int,
+    threads: int,
+    cache: tuple[int, int, int, int, int, int, int, int, int, int],
+    /,
+) -> None: ...

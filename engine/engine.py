@@ -34,6 +34,7 @@ from engine.passes import Passes
 from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
 from engine.reader import Reader
 from engine.requests import Event, FailedEvent, GenerationRequest, Submission
+from engine.restriction import adopt_linear
 from engine.routing import Routing, Switchboard
 from engine.skeleton import Skeleton, build_skeleton
 from engine.stand_ins import DeviceStandIns
@@ -92,6 +93,9 @@ class Engine:
         try:
             load_dense(skeleton.model, renaming, checkpoint, experts, reader, device)
             kernels.adopt(skeleton.model, skeleton.layout.dtype, device)
+            if kernels.own is not None:
+                for joint in skeleton.joints:
+                    adopt_linear(joint.router, kernels.linear)
             ahead = _read_ahead(config, plan, skeleton.layout)
             bank = Bank(skeleton.layout, experts, plan.slots, device, reader, ahead)
             return cls(card, plan, tokenizer, skeleton, bank, reader, device, kernels)

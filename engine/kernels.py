@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engine import products
 from engine.attention import adopt_attention
+from engine.attention_block import adopt_blocks
 from engine.norms import adopt_norms
 from engine.products import ExpertShape, Products, multiplies
 from store.errors import InvalidInput
@@ -53,7 +54,7 @@ class Kernels:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [M, K], `weight` [N, K] -> [M, N]"""
-        if self.own is not None and len(x) <= FEW.get(x.dtype, 0) and multiplies(x, weight):
+        if self.own is not None and x.shape[0] <= FEW.get(x.dtype, 0) and multiplies(x, weight):
             return self.own.linear(x, weight, bias)
         return linear(x, weight, bias)
 
@@ -75,6 +76,8 @@ class Kernels:
             for module in model.modules():
                 if type(module) is nn.Linear:
                     self._take_over(module)
+        if self.own is not None:
+            adopt_blocks(model, self.own, FEW[dtype])  # after the others, which are what it is tried against
 
     def _take_over(self, module: Any) -> None:
         def forward(x: Tensor) -> Tensor:

@@ -37,13 +37,17 @@ class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """`key_states`, `value_states` [B, N, new, width] -> everything so far, [B, N, length, width]."""
-        end = self.length + key_states.shape[2]
-        rows = slice(self.first, self.first + self.batch_size)
-        keys, values = self._keys[rows, :, :end], self._values[rows, :, :end]
-        keys[:, :, self.length :] = key_states
-        values[:, :, self.length :] = value_states
-        self.length = end
+        start = self.length
+        keys, values = self.extend(key_states.shape[2])
+        keys[:, :, start:] = key_states
+        values[:, :, start:] = value_states
         return keys, values
+
+    def extend(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Everything so far and `columns` more, which the caller fills: two of [B, N, length, width]."""
+        self.length += columns
+        rows = slice(self.first, self.first + self.batch_size)
+        return self._keys[rows, :, : self.length], self._values[rows, :, : self.length]
 
     def keep(self, order: Sequence[int]) -> None:
         """Only these rows go on, in this order. A row may only take the place of one that goes: nothing is swapped."""
@@ -164,6 +168,11 @@ class KvCache(Cache):  # type: ignore[misc]
         assert self.rows + len(sources) <= self._places, (self.rows, sources, self._places)
         for layer in self.layers:
             layer.fork(sources)
+
+    def extend(self, layer: int, columns: int) -> tuple[Tensor, Tensor]:
+        """As PooledLayer.extend, of one layer."""
+        grown: tuple[Tensor, Tensor] = self.layers[layer].extend(columns)
+        return grown
 
     def rewind(self, length: int) -> None:
         """Forget the columns from `length` on: a pass failed half-way."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.products import DTYPES, Products
+from engine.products import DTYPES, Products, norm_eps
 
 FEW = 1 << 14  # numbers; with more, torch's eight passes over memory are no longer what takes the time
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # of a number: what rounding in another order may cost
@@ -26,7 +26,7 @@ def adopt_norms(model: nn.Module, own: Products) -> None:
 
 def computes_the_usual(module: Any, own: Products) -> bool:
     """Rows by their root mean square, then times the weights. Tried with rows so small that its `eps` counts."""
-    weight, eps = getattr(module, "weight", None), _eps(module)
+    weight, eps = getattr(module, "weight", None), norm_eps(module)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.dtype not in DTYPES or eps is None:
         return False
     alone = [*module.state_dict(), *module.children()] == ["weight"] and weight.is_cpu and weight.is_contiguous()
@@ -42,13 +42,8 @@ def computes_the_usual(module: Any, own: Products) -> bool:
         )
 
 
-def _eps(module: Any) -> float | None:
-    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return found if isinstance(found, float) else None
-
-
 def _take_over(module: Any, own: Products) -> None:
-    theirs, weight, eps = module.forward, module.weight, float(_eps(module) or 0.0)
+    theirs, weight, eps = module.forward, module.weight, float(norm_eps(module) or 0.0)
 
     def forward(x: Tensor) -> Tensor:
         few = x.numel() <= FEW and x.dtype == weight.dtype and x.shape[-1] == len(weight)

@@ -21,7 +21,7 @@ from store.sizes import show_bytes
 
 DEFAULT_CONTEXT = 2048
 SLOT_ALIGN = 64
-READER_THREADS = 3  # one copies out of its buffer while two requests are with the disk
+READER_THREADS = 4  # one copies out of its buffer while three requests are with the disk
 MIB = 2**20
 
 

@@ -276,15 +276,14 @@ static long look(const char *mask, long columns, long *seen)
 }
 
 /* One unit: the query heads of a row that share a head of the cache. `room` is one thread's. */
-static void attend_unit(attend_t attend, const struct cache *c, int dtype, long unit, const char *q, const char *keys,
-                        const char *values, const char *mask, float scale, char *out, char *room)
+static void attend_unit(attend_t attend, const struct cache *c, int dtype, long unit, const long *columns, long count,
+                        const char *q, const char *keys, const char *values, float scale, char *out, char *room)
 {
     const long size = dtype == FLOAT32 ? 4 : 2, row = unit / c->heads, head = unit % c->heads;
     const long first = (row * c->heads + head) * c->groups;
     const float **inputs = (const float **)room;
     float **outputs = (float **)(inputs + c->groups);
-    long *columns = (long *)(outputs + c->groups);
-    float *wide = (float *)(columns + c->columns), *found = wide + c->groups * c->key_width;
+    float *wide = (float *)(outputs + c->groups), *found = wide + c->groups * c->key_width;
     float *scores = found + c->groups * c->value_width;
     widen(q + first * c->key_width * size, dtype, c->groups * c->key_width, wide);
     for (long i = 0; i < c->groups * c->key_width; i++)
@@ -294,10 +293,38 @@ static void attend_unit(attend_t attend, const struct cache *c, int dtype, long 
         outputs[one] = found + one * c->value_width;
     }
     const struct seen seen = {keys + row * c->key_row + head * c->key_head, values + row * c->value_row + head * c->value_head,
-                              columns, look(mask ? mask + row * c->mask_row : NULL, c->columns, columns)};
+                              columns, count};
     attend(c, &seen, dtype, inputs, scores, outputs);
     for (long i = 0; i < c->groups * c->value_width; i++)
         put(out + (first * c->value_width + i) * size, found[i], dtype);
+}
+
+/* All rows and heads; which columns a row sees is looked up once for all of its heads. 0 where there is no memory. */
+static int attend_all(attend_t attend, struct cache *c, int dtype, const char *q, const char *keys, const char *values,
+                      const char *mask, float scale, char *out, int threads)
+{
+    c->room = (c->columns + LONGEST_VECTOR - 1) / LONGEST_VECTOR * LONGEST_VECTOR;
+    const long units = c->rows * c->heads, size = dtype == FLOAT32 ? 4 : 2, lists = mask && c->mask_row ? c->rows : 1;
+    const long needed = 16 * c->groups + 4 * (c->groups * (c->key_width + c->value_width) + MOST_BLOCK * c->room);
+    const long piece = (needed + LINE - 1) / LINE * LINE;
+    threads = threads_for(units * c->columns * (c->key_width + c->value_width) * size, threads);
+    char *room = malloc(piece * threads + sizeof(long) * lists * (1 + c->columns));
+    if (!room)
+        return 0;
+    long *counts = (long *)(room + piece * threads), *columns = counts + lists;
+    for (long list = 0; list < lists; list++)
+        counts[list] = look(mask ? mask + list * c->mask_row : NULL, c->columns, columns + list * c->columns);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        for (long unit = share(units, part, parts); unit < share(units, part + 1, parts); unit++) {
+            const long list = lists == 1 ? 0 : unit / c->heads;
+            attend_unit(attend, c, dtype, unit, columns + list * c->columns, counts[list], q, keys, values, scale, out,
+                        room + part * piece);
+        }
+    }
+    free(room);
+    return 1;
 }
 
 /* ---- what Python calls ------------------------------------------------------------------------------------------ */
@@ -526,26 +553,17 @@ static PyObject *py_attend(PyObject *self, PyObject *args)
                           &c.rows, &c.heads, &c.groups, &c.columns, &c.key_width, &c.value_width, &c.key_row, &c.key_head,
                           &c.key_column, &c.value_row, &c.value_head, &c.value_column, &c.mask_row) || !check_set(set))
         return NULL;
-    c.room = (c.columns + LONGEST_VECTOR - 1) / LONGEST_VECTOR * LONGEST_VECTOR;
-    const long units = c.rows * c.heads, size = dtype == FLOAT32 ? 4 : 2;
-    const long needed = 16 * c.groups + 8 * c.columns + 4 * (c.groups * (c.key_width + c.value_width) + MOST_BLOCK * c.room);
-    const long piece = (needed + LINE - 1) / LINE * LINE;
-    threads = threads_for(units * c.columns * (c.key_width + c.value_width) * size, threads);
-    char *room = malloc(piece * threads);
-    if (!room)
-        return PyErr_NoMemory();
+    int had_room;
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
-        for (long unit = share(units, part, parts); unit < share(units, part + 1, parts); unit++)
-            attend_unit(sets[set].attend, &c, dtype, unit, (const char *)q, (const char *)keys, (const char *)values,
-                        (const char *)mask, scale, (char *)out, room + part * piece);
-    }
+    had_room = attend_all(sets[set].attend, &c, dtype, (const char *)q, (const char *)keys, (const char *)values,
+                          (const char *)mask, scale, (char *)out, threads);
     Py_END_ALLOW_THREADS
-    free(room);
+    if (!had_room)
+        return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
+
+#include "products_block.h"
 
 static PyMethodDef methods[] = {
     {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
@@ -557,6 +575,10 @@ static PyMethodDef methods[] = {
     {"attend", py_attend, METH_VARARGS,
      "(set, dtype, q, keys, values, mask, out, scale, threads, (rows, heads, groups, columns, key width, value width, and in "
      "bytes the strides of rows, heads and columns of keys, the same of values, and of the mask's rows))"},
+    {"block", py_block, METH_VARARGS,
+     "(set, (dtype, weights, bias and rows of q, k, v and the output, hidden, weights, width and eps of two norms, width of a "
+     "head, rotary numbers, scale), x, out, cos, sin, stride of a row's positions, keys, values, mask, threads, (rows, heads, "
+     "columns, and strides as `attend` has them))"},
     {"norm", py_norm, METH_VARARGS, "(dtype, x, weights, out, rows, columns, eps)"},
     {NULL, NULL, 0, NULL},
 };

@@ -10,7 +10,7 @@ columns of the cache, D and V the width of a key and of a value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "bfloat16") else "built from older sources"
+    missing = "" if hasattr(compiled, "block") else "built from older sources"
 
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
 ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch or transformers
@@ -64,6 +64,78 @@ class ExpertShape:
         """How many an expert has, biases left out."""
         _, _, gated, hidden, inner = self.fields[:5]
         return hidden * inner * (2 + gated)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """One layer's attention as products.c takes it: `fields` are those of its `struct block`, addresses of
+    weights among them, which `kept` holds.
+    """
+
+    fields: tuple[int | float, ...]
+    dtype: torch.dtype
+    hidden: int
+    heads: int
+    kv_heads: int
+    head: int
+    kept: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls, linears: Sequence[Any], norms: Sequence[Any], head: int, rotary: int, scale: float
+    ) -> BlockShape | None:
+        """Of q, k, v and output projections and of the norms of q and k, or None for each. None where it can't be."""
+        weights = [linear.weight for linear in linears]
+        rows = [len(weight) for weight in weights]
+        dtype, hidden = weights[0].dtype, weights[0].shape[1]
+        fits = rows[1] == rows[2] and rows[0] % rows[1] == rows[1] % head == 0 and rotary <= head and rotary % 2 == 0
+        tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+        tensors += [None if norm is None else norm.weight for norm in norms]
+        shaped = [tuple(weight.shape[1:]) for weight in weights] == [(hidden,)] * 3 + [(rows[0],)]
+        if not fits or not shaped or dtype not in DTYPES or not all(_plain(tensor, dtype) for tensor in tensors):
+            return None
+        kinds = [_norm_fields(norm, head, count) for norm, count in zip(norms, rows, strict=False)]
+        if None in kinds:
+            return None
+        places = [
+            value
+            for at, count in zip((0, 2, 4, 6), rows, strict=True)
+            for value in (*map(_address, tensors[at : at + 2]), count)
+        ]
+        fields = (
+            DTYPES[dtype],
+            *places,
+            hidden,
+            *(value for kind in kinds if kind for value in kind),
+            head,
+            rotary,
+            scale,
+        )
+        held = tuple(tensor for tensor in tensors if tensor is not None)
+        return cls(fields, dtype, hidden, rows[0] // head, rows[1] // head, head, held)
+
+
+def _plain(tensor: Tensor | None, dtype: torch.dtype) -> bool:
+    return tensor is None or (tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous())
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _norm_fields(norm: Any, head: int, count: int) -> tuple[int, int, float] | None:
+    """Of a norm over each head or over all `count` numbers; None where it is neither."""
+    if norm is None:
+        return 0, 0, 0.0
+    eps = norm_eps(norm)
+    width = norm.weight.numel()
+    return (_address(norm.weight), width, eps) if eps is not None and width in (head, count) else None
+
+
+def norm_eps(norm: Any) -> float | None:
+    """What a norm of transformers adds to the mean of squares."""
+    found = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return found if isinstance(found, float) else None
 
 
 class Products:
@@ -144,6 +216,35 @@ class Products:
         )  # fmt: skip
         return out
 
+    def block(
+        self,
+        shape: BlockShape,
+        x: Tensor,
+        positions: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Attention from input to output projection for one new token a row: `x` [B, H] -> [B, H].
+
+        `positions` are cosines and sines [B or 1, 1, R]; the last column of `cache`, keys and values [B, N, S, D], is
+        written and then seen; `mask` as for `attend`.
+        """
+        x = x.contiguous()
+        cos, sin = (one.contiguous() for one in positions)
+        keys, values = cache
+        y = torch.empty_like(x)  # [B, H]
+        size = x.itemsize
+        key_row, key_head, key_column = (size * step for step in keys.stride()[:3])
+        value_row, value_head, value_column = (size * step for step in values.stride()[:3])
+        compiled.block(
+            self._set, shape.fields, x.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            0 if len(cos) == 1 else cos.shape[-1] * size, keys.data_ptr(), values.data_ptr(),
+            0 if mask is None else mask.data_ptr(), torch.get_num_threads(),
+            (len(x), shape.kv_heads, keys.shape[2], key_row, key_head, key_column, value_row, value_head, value_column,
+             0 if mask is None or len(mask) == 1 else mask.stride(0)),
+        )  # fmt: skip
+        return y
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Each row of `x` [..., K] by its root mean square, times `weight` [K] of the same dtype."""
         x = x.contiguous()
@@ -166,10 +267,11 @@ def attends(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> boo
     fitting = new == 1 and asking % keys.shape[1] == 0 and len(keys) == len(values) == rows
     alike = q.is_cpu and q.dtype in DTYPES and q.dtype == keys.dtype == values.dtype
     in_a_piece = keys.stride(3) == values.stride(3) == 1
-    return fitting and alike and in_a_piece and (mask is None or _shows_columns(mask, rows, keys.shape[2]))
+    return fitting and alike and in_a_piece and (mask is None or shows_columns(mask, rows, keys.shape[2]))
 
 
-def _shows_columns(mask: Tensor, rows: int, columns: int) -> bool:
+def shows_columns(mask: Tensor, rows: int, columns: int) -> bool:
+    """Whether `mask` is bool [B or 1, 1, 1, S], as for one new token."""
     shared = mask.shape[0] in (1, rows) and tuple(mask.shape[1:]) == (1, 1, columns)
     return mask.dtype == torch.bool and shared and mask.stride(3) == 1
 

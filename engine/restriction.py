@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kernels import pad_rows
@@ -19,6 +21,7 @@ from store.errors import UnsupportedFamily
 Routed = tuple[Tensor, Tensor, Tensor]  # logits [T, E], weights [T, k], index [T, k]
 ADOPTED = "moepager_argument_"  # tensors that a router is called with, kept at the router; see engine.skeleton
 BATCHED = "moepager_batched"  # set where a router wants its hidden states as [1, T, H]
+FORWARD = "moepager_forward"  # what is called in place of the class's own forward; see `adopt_linear`
 Route = Callable[[Tensor], Routed]
 
 
@@ -54,8 +57,29 @@ def call_router(router: Any, x: Tensor) -> Routed:
     """The router's own forward of `x` [T, H], with what its block would have given it besides."""
     extras = [getattr(router, name) for name in sorted([*router._parameters, *router._buffers]) if ADOPTED in name]
     shaped = x.unsqueeze(0) if getattr(router, BATCHED, False) else x  # [1, T, H] or [T, H]
-    routed: Routed = type(router).forward(router, shaped, *extras)
+    forward = getattr(router, FORWARD, type(router).forward)
+    routed: Routed = forward(router, shaped, *extras)
     return routed
+
+
+def adopt_linear(router: Any, linear: Callable[..., Tensor]) -> None:
+    """The router's products are `linear`'s from now on: they are written in its forward, where no module stands that
+    could be replaced."""
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight, bias) if x.dim() == 2 else F.linear(x, weight, bias)
+
+    setattr(router, FORWARD, _with_linear(type(router).forward, product))
+
+
+def _with_linear(forward: Any, linear: Callable[..., Tensor]) -> Any:
+    """The same code, in which `linear` stands for torch.nn.functional's; `forward` itself where it has no such name."""
+    names = [name for name, value in getattr(forward, "__globals__", {}).items() if value is F]
+    if not set(names) & set(forward.__code__.co_names):
+        return forward
+    functional = SimpleNamespace(**{**vars(F), "linear": linear})
+    known = {**forward.__globals__, **dict.fromkeys(names, functional)}
+    return FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
 
 
 def groups_of(router: Any) -> int:

@@ -1,0 +1,167 @@
+"""A decoder layer's whole attention of single tokens in one call of engine.products, where a module does the usual.
+
+Between its first product and its last a module of transformers makes some thirty small operations: in decoding they
+cost as much as a fifth of the weights' reading. The usual is: q, k and v, norms of them or none, rotary positions in
+halves, the cache, softmax attention, the output. Whether a module does just that is found out by trying it against its
+own forward; any other keeps its own.
+B rows, A heads, N heads of the cache, S columns, D the width of a head, R its rotary numbers, H hidden.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.attention import IMPLEMENTATION
+from engine.kvcache import KvCache, PooledLayer
+from engine.products import DTYPES, BlockShape, Products, shows_columns
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
+TAKEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"}
+MOVING = {"position_ids", "cache_position"}  # a module that asks for these may do more with positions than turn heads
+COLUMNS = 5  # of the cache, in a trial
+LOUD = 100.0  # times the usual input: what clips its queries, keys or values shows it
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04}  # of the largest number
+
+
+def adopt_blocks(model: Any, own: Products, few: int) -> int:
+    """Attention modules of `model`, which has its weights, whose batches of up to `few` single tokens now go to `own`.
+    Their number."""
+    positions = _positions(model)
+    if positions is None or model.config._attn_implementation != IMPLEMENTATION:
+        return 0
+    modules = [module for module in model.modules() if "Attention" in type(module).__name__]
+    usual = [
+        (module, shape)
+        for module in modules
+        if (shape := block_shape(module, positions[0].shape[-1])) is not None and agrees(module, shape, own, positions)
+    ]
+    for module, shape in usual:
+        _take_over(module, shape, own, few)
+    return len(usual)
+
+
+def block_shape(module: Any, rotary: int) -> BlockShape | None:
+    """None where the module has other parts than `BlockShape` knows."""
+    parts = dict(module.named_children())
+    linears = [parts.pop(name, None) for name in PROJECTIONS]
+    norms = [parts.pop(name, None) for name in NORMS]
+    plain = not parts and not list(module.parameters(recurse=False)) and all(type(one) is nn.Linear for one in linears)
+    if not plain or not _asks_for_the_usual(type(module).forward):
+        return None
+    head = getattr(module, "head_dim", None)
+    if not isinstance(head, int) or not isinstance(getattr(module, "layer_idx", None), int):
+        return None
+    scale = getattr(module, "scaling", None)
+    return BlockShape.of(linears, norms, head, rotary, scale) if isinstance(scale, float) else None
+
+
+def _asks_for_the_usual(forward: Any) -> bool:
+    code: CodeType | None = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None or set(inspect.signature(forward).parameters) != TAKEN:
+        return False
+    return not MOVING & {*code.co_names, *code.co_varnames, *code.co_consts}
+
+
+def agrees(module: Any, shape: BlockShape, own: Products, positions: tuple[Tensor, Tensor]) -> bool:
+    """Whether one new token of two rows comes out as from the module's own forward, and leaves the same in the cache.
+
+    The second row is `LOUD`: there only keys and values are compared, for its softmax is one of rounding errors.
+    """
+    made = torch.Generator().manual_seed(3)
+    size = torch.tensor([1.0, LOUD]).view(2, 1, 1)
+    x = (torch.randn(2, 1, shape.hidden, generator=made) * size).to(shape.dtype)  # [B, 1, H]
+    mask = torch.ones(2, 1, 1, COLUMNS + 1, dtype=torch.bool)
+    mask[1, ..., :2] = False
+    kept = [torch.randn(2, shape.kv_heads, COLUMNS + 1, shape.head, generator=made).to(shape.dtype) for _ in range(2)]
+    mine, theirs = (_cache(module, kept) for _ in range(2))
+    with torch.inference_mode():
+        try:
+            wanted = module(x, position_embeddings=positions, attention_mask=mask, past_key_values=theirs)[0]
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+        found = _run(own, shape, x, positions, mask, mine.extend(module.layer_idx, 1))
+    return _close(found[:1], wanted[:1]) and all(
+        _close(one[row, :, -1], other[row, :, -1])
+        for one, other in zip(_last(mine), _last(theirs), strict=True)
+        for row in range(2)
+    )
+
+
+def _run(
+    own: Products,
+    shape: BlockShape,
+    x: Tensor,
+    positions: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cache: tuple[Tensor, Tensor],
+) -> Tensor:
+    return own.block(shape, x[:, 0], positions, None if mask is None else mask[:, 0, 0], cache).unsqueeze(
+        1
+    )  # [B, 1, H]
+
+
+def _take_over(module: Any, shape: BlockShape, own: Products, few: int) -> None:
+    theirs, layer = module.forward, module.layer_idx
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **named: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        few_enough = hidden_states.shape[1] == 1 and hidden_states.shape[0] <= few
+        if few_enough and _takes(shape, hidden_states, position_embeddings, attention_mask, past_key_values, layer):
+            cache = past_key_values.extend(layer, 1)
+            return _run(own, shape, hidden_states, position_embeddings, attention_mask, cache), None
+        found: tuple[Tensor, Tensor | None] = theirs(
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **named,
+        )
+        return found
+
+    module.forward = forward
+
+
+def _takes(shape: BlockShape, x: Tensor, positions: Any, mask: Tensor | None, cache: Any, layer: int) -> bool:
+    if not isinstance(cache, KvCache) or x.dtype != shape.dtype or positions[0].dtype != shape.dtype:
+        return False
+    return mask is None or shows_columns(mask, len(x), cache.layers[layer].length + 1)
+
+
+def _positions(model: Any) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines [2, 1, R] of two positions, if the model has one kind of rotary positions alone."""
+    kinds = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    dtype = next((one.dtype for one in model.parameters() if one.dtype in DTYPES), None)
+    if len(kinds) != 1 or dtype is None or next(model.parameters()).device.type != "cpu":
+        return None
+    try:
+        cos, sin = kinds[0](torch.zeros(2, 1, 1, dtype=dtype), torch.tensor([[3], [70]]))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+    plain = isinstance(cos, Tensor) and cos.shape == sin.shape and cos.dim() == 3 and cos.dtype == dtype
+    return (cos, sin) if plain else None
+
+
+def _cache(module: Any, kept: list[Tensor]) -> KvCache:
+    layer = PooledLayer(kept[0].clone(), kept[1].clone(), 0, 2)
+    layer.length = COLUMNS
+    return KvCache([layer] * (module.layer_idx + 1))
+
+
+def _last(cache: KvCache) -> tuple[Tensor, Tensor]:
+    return cache.extend(len(cache.layers) - 1, 0)
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    most = float(wanted.float().abs().max())
+    return bool((found.float() - wanted.float()).abs().max() <= TOLERANCE[wanted.dtype] * most)
