@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt engine/products.c engine/products_variant.h
+$(READY): pyproject.toml constraints.txt engine/products.c $(wildcard engine/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,minilm,plots,traces]'
