@@ -24,6 +24,8 @@ from engine.stand_ins import DeviceStandIns, Replacement
 from store.errors import InvalidInput
 from store.records import Selection
 
+WAITING = 32  # passes of single tokens whose coverage is computed together
+
 Restrictions = tuple[Restriction | Replacement, ...]  # one a layer
 
 
@@ -156,13 +158,16 @@ class Routing:
         self._valid: Tensor | None = None
         self._free: Tensor | slice | None = None
         self._width = 0
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._seen: list[tuple[Tensor, Tensor]] = []  # of the pass: weights and index [T, k], one a layer
+        self._unmetered: list[tuple[Tensor, Tensor]] = []  # of passes before it, all of one column
         self.observer: Observer | None = None
 
     def begin(self, width: int, valid: Tensor | None = None) -> None:
         """A pass over [B, `width`] tokens; `valid` bool [B, width] marks what is not padding, None: nothing is."""
-        self._width = width
-        self._valid = None if valid is None or bool(valid.all()) else valid.reshape(-1)  # [T]
+        padded = None if valid is None or bool(valid.all()) else valid.reshape(-1)  # [T]
+        if width > 1 or padded is not None:
+            self._meter()
+        self._width, self._valid = width, padded
         self._seen.clear()
         if self._forbidden is not None:
             self._forbidden_tokens = self._forbidden.repeat_interleave(width, 0).unbind(1)  # L of [T, E]
@@ -186,28 +191,39 @@ class Routing:
         return self._valid if group.tokens is None else group.tokens[self._valid[group.tokens]]
 
     def finish(self) -> None:
-        """End the pass and add its coverage to the rows'."""
+        """End the pass and add its coverage to the rows'; single tokens wait until it is asked for, for many together
+        cost little more than one."""
         self._unplug()
         if not self._limited:
             return
-        weights = torch.stack([weights for weights, _ in self._seen])  # [L, T, k]
-        index = torch.stack([index for _, index in self._seen])  # [L, T, k]
+        self._unmetered.extend(self._seen)
         self._seen.clear()
-        inside = self._inside_of(index)  # [L, T, k]
-        share = (weights * inside).sum(-1) / weights.sum(-1)  # [L, T]
-        kept = share.mean(0).double().view(self._rows, self._width)  # [B, S]
-        valid = None if self._valid is None else self._valid.view(self._rows, self._width)
+        if self._width > 1 or self._valid is not None or len(self._unmetered) >= WAITING * self._board.layers:
+            self._meter()
+
+    def _meter(self) -> None:
+        """Coverage of what waits for it: one pass over many columns, or some over one."""
+        if not self._unmetered:
+            return
+        passes = len(self._unmetered) // self._board.layers
+        seen = [torch.stack(each).unflatten(0, (passes, -1)) for each in zip(*self._unmetered, strict=True)]
+        self._unmetered.clear()
+        weights, index = (each.transpose(0, 1).flatten(1, 2) for each in seen)  # [L, P*T, k]
+        inside = self._inside_of(index, passes)  # [L, P*T, k]
+        share = (weights * inside).sum(-1) / weights.sum(-1)  # [L, P*T]
+        kept = share.mean(0).double().view(passes, self._rows, -1).transpose(0, 1).flatten(1)  # [B, P*S]
+        valid = None if self._valid is None else self._valid.view(self._rows, -1)
         self._move_levels(kept, valid)
         if valid is None:
             self._inside_sum += kept.sum(1)
-            self._tokens_seen += self._width
+            self._tokens_seen += kept.shape[1]
         else:
             self._inside_sum += kept.where(valid, 0).sum(1)
             self._tokens_seen += valid.sum(1)
 
     def _move_levels(self, kept: Tensor, valid: Tensor | None) -> None:
         """`kept` [B, S] of one token after the other moves the rows' levels; the first token of all sets them."""
-        if valid is None and self._width == 1:
+        if valid is None and kept.shape[1] == 1:
             first = kept[:, 0]  # [B]
             moved = torch.lerp(self._level, first, NEWEST)  # [B]
             self._level = torch.where(self._tokens_seen > 0, moved, first)
@@ -234,14 +250,17 @@ class Routing:
         """For each row, the mean share of the unrestricted router's weight that lay inside the row's selection."""
         if not self._limited:
             return [1.0] * self._rows
+        self._meter()
         return (self._inside_sum / self._tokens_seen.clamp(min=1)).where(self._tokens_seen > 0, 1.0).tolist()
 
     def levels(self) -> list[float]:
         """For each row, coverage as the guard sees it: a mean that forgets (engine/guard.py)."""
+        self._meter()
         return self._level.tolist()
 
     def select(self, rows: Sequence[int], selections: Sequence[Selection | None]) -> Routing:
         """The batch with only `rows` left, of these selections, coverage carried along."""
+        self._meter()
         left = Routing(self._board, selections, self._device)
         left._inside_sum = self._inside_sum[list(rows)]
         left._tokens_seen = self._tokens_seen[list(rows)]
@@ -251,6 +270,8 @@ class Routing:
     @classmethod
     def joined(cls, parts: Sequence[Routing], selections: Sequence[Selection | None]) -> Routing:
         """Batches that go on as one, of these selections in the order of the parts, coverage carried along."""
+        for part in parts:
+            part._meter()
         whole = cls(parts[0]._board, selections, parts[0]._device)
         whole._inside_sum = torch.cat([part._inside_sum for part in parts])
         whole._tokens_seen = torch.cat([part._tokens_seen for part in parts])
@@ -314,13 +335,13 @@ class Routing:
             return None
         return None if any(isinstance(limit[0], Replacement) for limit in limits) else ~self._inside
 
-    def _inside_of(self, index: Tensor) -> Tensor:
-        """`index` [L, T, k] -> bool [L, T, k]: whether each choice lies inside its own row's selection."""
+    def _inside_of(self, index: Tensor, passes: int) -> Tensor:
+        """`index` [L, P*T, k] -> bool [L, P*T, k]: whether each choice lies inside its own row's selection."""
         assert self._inside is not None
         layer = torch.arange(index.shape[0], device=index.device).view(-1, 1, 1)
         if self._rows == 1:
             return self._inside[0][layer, index]
-        row = torch.arange(self._rows, device=index.device).repeat_interleave(self._width).view(1, -1, 1)
+        row = torch.arange(self._rows, device=index.device).repeat_interleave(self._width).repeat(passes).view(1, -1, 1)
         return self._inside[row, layer, index]
 
 

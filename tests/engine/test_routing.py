@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.engine import Engine
 from engine.restriction import GroupLimitedGate
-from engine.routing import Routing
+from engine.routing import WAITING, Routing
 from store.errors import InvalidInput
 from store.records import Selection
 
@@ -69,6 +69,36 @@ def test_coverage_is_the_mean_share_of_the_free_routers_weight_inside_the_select
 
 def _one_layer(family: str) -> dict[str, list[str]]:
     return {"layer_types": ["full_attention"]} if family == "gpt_oss" else {}
+
+
+@pytest.mark.parametrize("tokens", [5, WAITING, WAITING + 9])
+def test_tokens_whose_coverage_is_asked_for_late_count_as_those_asked_for_at_once(
+    tokens: int,
+    checkpoint: Checkpoint,
+    open_engine: Open,
+    random_selection: Callable[[Engine, random.Random], Selection],
+) -> None:
+    """A prompt with padding, single tokens, and rows that leave in between."""
+    engine, rng = open_engine(checkpoint("olmoe")), random.Random(3)
+    selections = [random_selection(engine, rng), None, random_selection(engine, rng)]
+    at_once, late = (Routing(engine.board, selections, engine.device) for _ in range(2))
+    prompt, mask = torch.randint(0, 256, (3, 6)), torch.ones(3, 6, dtype=torch.long)
+    mask[1, :4] = 0
+    with torch.inference_mode():
+        for routing in (at_once, late):
+            engine.passes.whole(prompt, mask, routing)
+        for number in range(tokens):
+            column = torch.randint(0, 256, (at_once._rows, 1))
+            for routing in (at_once, late):
+                engine.passes.whole(column, torch.ones_like(column), routing)
+            at_once.levels()
+            if number == 3:
+                at_once, late = (one.select([2, 0], [selections[2], selections[0]]) for one in (at_once, late))
+        engine.passes.whole(prompt[:2], mask[:2], late)  # what waits is metered before a pass of another width
+        engine.passes.whole(prompt[:2], mask[:2], at_once)
+    assert late.levels() == pytest.approx(at_once.levels(), abs=1e-9)
+    assert late.coverage() == pytest.approx(at_once.coverage(), abs=1e-9)
+    assert max(late.coverage()) < 1
 
 
 def test_coverage_of_a_whole_selection_and_of_a_free_row_is_one(checkpoint: Checkpoint, open_engine: Open) -> None:
