@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from service.backup_commands import app as backup_commands
 from service.key_commands import app as key_commands
 from service.settings import Settings, load_settings
 
 app = typer.Typer()
 app.add_typer(key_commands, name="keys")
+app.add_typer(backup_commands)
 
 Model = Annotated[str | None, typer.Option(help="A model folder or hub id. Default: the bundled demo model.")]
 Memory = Annotated[str | None, typer.Option(help="Bytes for everything on the device, such as 2GiB or 512MiB.")]

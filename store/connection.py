@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -131,6 +132,12 @@ def parse_url(url: str) -> URL:
 
 def _sqlite_engine(url: URL) -> Engine:
     engine = create_engine(url, connect_args={"timeout": LOCK_SECONDS})
+
+    @event.listens_for(engine, "do_connect")
+    def make_private(_dialect: Any, _record: Any, _words: Any, _options: Any) -> None:
+        # SQLite would let everybody read a new file, with its texts; the files of its log have the rights of this one.
+        with suppress(OSError):  # it is there already; or can't be, which SQLite says better
+            os.close(os.open(str(url.database), os.O_CREAT | os.O_EXCL, 0o600))
 
     @event.listens_for(engine, "connect")
     def set_up(connection: Any, _record: Any) -> None:

@@ -10,9 +10,9 @@ import platformdirs
 
 
 def data_folder() -> Path:
-    """`MOEPAGER_HOME`, or the user's data folder; made if it is missing."""
+    """`MOEPAGER_HOME`, or the user's data folder; made if it is missing, for its owner alone: it holds users' texts."""
     folder = Path(os.environ.get("MOEPAGER_HOME") or platformdirs.user_data_dir("moepager"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise CheckpointError(
+                f"{name} is neither a folder here nor in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it. "
+                "Set HF_HUB_OFFLINE=0 for the first start, or give a folder."
+            ) from error
         raise CheckpointError(
             f"{name} is neither a folder here nor a model that the hub gives: {str(error).splitlines()[0]} "
             "Check the spelling and the network, or give a folder."

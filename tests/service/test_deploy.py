@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
+import threading
+import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +39,27 @@ def compose_client() -> list[str] | None:
     return [older] if older else None
 
 
-def test_the_compose_client_accepts_the_file() -> None:
+def test_the_compose_client_accepts_the_files() -> None:
     client = compose_client()
     if client is None:
         pytest.skip("neither `docker compose` nor docker-compose is here: hand-written rules alone check compose.yaml")
     env = {**os.environ, "POSTGRES_PASSWORD": "x"}
-    command = [*client, "-f", str(DEPLOY / "compose.yaml"), "config", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
+    merged = []
+    for files in (["compose.yaml"], ["compose.yaml", "compose.cuda.yaml"]):
+        named = [word for file in files for word in ("-f", str(DEPLOY / file))]
+        command = [*client, *named, "--profile", "redis", "config"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == 0, done.stderr
+        merged.append(yaml.safe_load(done.stdout)["services"])
+    plain, cuda = merged
+    for name in ("moepager", "worker"):
+        assert "deploy" not in plain[name]
+        [device] = cuda[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device["capabilities"] == ["gpu"]
+        assert cuda[name]["build"]["target"] == "cuda"
+        assert cuda[name]["environment"]["MOEPAGER_DEVICE"] == "cuda:0"
+        assert cuda[name]["environment"]["MOEPAGER_HOST"] == "0.0.0.0"
+        assert plain[name]["environment"].keys() >= {PREFIX + field.upper() for field in Settings.model_fields}
 
 
 def test_the_compose_file_names_only_what_there_is(compose: dict[str, Any]) -> None:
@@ -64,7 +82,7 @@ def test_the_port_is_open_to_this_machine_only(compose: dict[str, Any]) -> None:
 def test_settings_that_the_files_name_are_settings(compose: dict[str, Any]) -> None:
     known = {"MOEPAGER_HOME", *(PREFIX + name.upper() for name in Settings.model_fields)}
     for name in ("moepager", "worker"):
-        assert compose["services"][name]["environment"].keys() <= known
+        assert compose["services"][name]["environment"].keys() <= {*known, "HF_HUB_OFFLINE"}
     set_there = set(re.findall(r"\b(MOEPAGER_[A-Z_]+)=", (DEPLOY / "Dockerfile").read_text()))
     assert set_there
     assert set_there <= known
@@ -81,6 +99,44 @@ def test_the_image_has_both_targets_and_no_rights() -> None:
         assert (ROOT / path).exists()
     pinned = re.findall(r"torch==([\d.]+)", text)
     assert set(pinned) == set(re.findall(r"torch==([\d.]+)", (ROOT / "Makefile").read_text()))
+
+
+def test_the_image_has_the_extras_that_settings_and_commands_promise() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = re.findall(r"'\.\[([\w,]+)\]'", (DEPLOY / "Dockerfile").read_text())
+    assert len(installed) == 2
+    for each in installed:
+        assert {"minilm", "plots", "traces"} <= set(each.split(",")) <= extras.keys()
+
+
+def test_the_image_looks_after_its_health_at_the_port_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/healthz" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    [words] = re.findall(r"^HEALTHCHECK .*?CMD (\[.*\])$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    server = HTTPServer(("127.0.0.1", 0), Healthy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MOEPAGER_PORT", str(server.server_port))
+    done = subprocess.run([sys.executable, *json.loads(words)[1:]], capture_output=True, text=True, check=False)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_service_writes_is_its_owners_alone() -> None:
+    unit = (DEPLOY / "moepager.service").read_text().splitlines()
+    assert {"UMask=0077", "StateDirectoryMode=0700"} <= set(unit)
+    assert "install -d -m 700 -o moepager /data" in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_nothing_of_a_developers_folder_comes_into_the_image() -> None:
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
+    assert {".git", ".venv*", ".hypothesis", "**/*.so"} <= set(ignored)
 
 
 def test_the_unit_is_accepted_by_systemd(tmp_path: Path) -> None:

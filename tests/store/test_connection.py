@@ -180,3 +180,12 @@ def test_our_own_bugs_are_not_dressed_up(store: Store, database_url: str) -> Non
         session.execute(text("SELEKT"))
     database.close()
     assert not isinstance(caught.value, InvalidInput | Conflict | StoreUnreachable)
+
+
+def test_a_new_embedded_store_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEPAGER_HOME", str(tmp_path / "home"))
+    with open_store() as opened:
+        opened.tasks.put(TaskRecord("sql"))
+        rights = {one.name: one.stat().st_mode & 0o777 for one in (tmp_path / "home").iterdir()}
+    assert rights == {"store.db": 0o600, "store.db-wal": 0o600, "store.db-shm": 0o600}
+    assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700

@@ -26,3 +26,10 @@ def test_a_hub_id_that_is_neither_cached_nor_reachable_is_refused(monkeypatch: p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="nobody/nothing-at-all is neither a folder"):
         model_folder("nobody/nothing-at-all")
+
+
+def test_a_hub_id_that_the_environment_forbids_to_fetch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE=0"):
+        model_folder("nobody/no-such-model")
