@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from engine.engine import Engine
@@ -51,7 +52,7 @@ def profile_generalist(
         put_profile(store, model_record(engine.card, options.model_name), task, profile)
         put_evidence(engine, store, profile, (scorers, allocators, sizes), held_out, options, report)
         if held_out is not None:  # made of profiles, not of text, so there is nothing to draw anew
-            put_prices(engine, store, profile, held_out, Pricing([], 0, None, options.folder, options.rows), report)
+            put_prices(engine, store, profile, held_out, Pricing([], None, replace(options, draws=0)), report)
     return profile
 
 

@@ -77,8 +77,7 @@ def profile_task(
         if options.evolve:
             put_evolved(engine, store, profile, text, options.evolve, held_out, report)
         if held_out is not None:
-            pricing = Pricing(text, options.draws, foreign, options.folder, options.rows, options.base)
-            put_prices(engine, store, profile, held_out, pricing, report)
+            put_prices(engine, store, profile, held_out, Pricing(text, foreign, options), report)
     return profile
 
 

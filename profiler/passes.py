@@ -53,10 +53,14 @@ def want(engine: Engine, store: Store, task: str, calibration: Corpus, options: 
 def collect(
     engine: Engine, text: Sequence[Encoded], name: str, wanted: Wanted, options: Options, report: Report
 ) -> Statistics:
-    """The sums over `text`, by whichever pass pays; unfinished ones lie under `name`."""
+    """The sums over `text`, by whichever pass pays; unfinished ones lie under `name`.
+
+    They go on only where all is the same that the sums depend on: the cut, the precision, what is summed, and how.
+    """
     stream = pays(engine, text, options.rows) if options.stream is None else options.stream
-    sizes = f"rows={min(options.rows, engine.plan.max_batch)},tokens={token_limit(engine)}"
-    run = Run(options.folder, name, plan=f"{sizes},{'layers' if stream else 'shards'}")
+    sizes = (f"rows={min(options.rows, engine.plan.max_batch)}", f"tokens={token_limit(engine)}")
+    way = (engine.plan.dtype, "layers" if stream else "shards")
+    run = Run(options.folder, name, plan=",".join((*sizes, *way, *formulas(wanted.needs))))
     gathered = stream_statistics if stream else gather_statistics
     return gathered(engine, text, run, wanted.task, options.rows, report, wanted.needs)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import stdev
 
 from engine.engine import Engine
@@ -19,7 +18,8 @@ from profiler.draws import draw
 from profiler.evaluate import Measured
 from profiler.evidence import HeldOut
 from profiler.forced import evaluate_forced
-from profiler.gather import gather_statistics
+from profiler.options import Options
+from profiler.passes import Wanted, collect
 from profiler.progress import Progress, Report, ignore
 from profiler.router_rows import of_router
 from profiler.run import Run
@@ -39,14 +39,17 @@ Measurement = tuple[float | None, float]  # accuracy, nll
 
 @dataclass(frozen=True, slots=True)
 class Pricing:
-    """`text` is the calibration text, `draws` how often it is drawn anew, `others` held-out items of other tasks."""
+    """`text` is the calibration text, drawn anew as often as `options` say and summed up as they say; `others` are
+    held-out items of other tasks.
+    """
 
     text: Sequence[Encoded]
-    draws: int
     others: HeldOut | None
-    folder: Path  # of unfinished runs
-    rows: int
-    base: Path | None = None
+    options: Options
+
+    @property
+    def draws(self) -> int:
+        return self.options.draws
 
 
 def put_prices(
@@ -149,13 +152,12 @@ def _statistics(
     needs = needs_of(SCORERS[one.scorer] for one in selections)
     needs |= needs_of_allocators([one.allocator for one in selections])
     needs |= {SUMS for one in selections if one.stand_in != NOTHING}
-    text = draw(pricing.text, number)
-    # One pass in memory: it is as long as the profile's own, and begun again where it was cut short.
-    run = Run(pricing.folder, f"{profile.id}-draw{number}", plan=f"draw={number}")
-    found = gather_statistics(engine, text, run, profile.task, pricing.rows, ignore, needs)
-    static = of_router(engine.card.folder, needs, pricing.base)
-    found = found.with_extras(static | of_weights(engine, needs) | second_looks(engine, text, pricing.rows, needs))
-    run.forget()
+    text, options = draw(pricing.text, number), pricing.options
+    static = {**of_router(engine.card.folder, needs, options.base), **of_weights(engine, needs)}
+    wanted = Wanted(f"{profile.id}-draw{number}", profile.task, needs, static)
+    found = collect(engine, text, wanted.identity, wanted, options, ignore)
+    found = found.with_extras(static | second_looks(engine, text, options.rows, needs))
+    Run(options.folder, wanted.identity, plan="").forget()
     return found
 
 

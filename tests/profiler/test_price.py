@@ -12,6 +12,8 @@ from engine.config import EngineConfig
 from engine.embedder import HashEmbedder
 from engine.engine import Engine
 from engine.tiny import write_tiny
+from profiler import gather as gather_module
+from profiler import passes as passes_module
 from profiler import price as price_module
 from profiler.allocation import size_of, uniform
 from profiler.batches import encode_corpus
@@ -20,10 +22,12 @@ from profiler.draws import draw
 from profiler.gather import gather_statistics
 from profiler.job import profile_task
 from profiler.options import Options
+from profiler.passes import collect
 from profiler.price import best_by_size, interval
 from profiler.progress import ignore
 from profiler.run import Run
 from profiler.scorers.registry import SCORERS
+from profiler.stream import stream_statistics
 from store.database import open_store
 from store.errors import BudgetError, InvalidInput
 from store.intervals import wilson
@@ -62,7 +66,7 @@ def run(engine, store, tmp_path):
             texts(2, 6),
             embedder=HashEmbedder(),
             others=others,
-            options=Options(rows=16, **(chosen | fields)),
+            options=Options(**({"rows": 16} | chosen | fields)),
         )
 
     return call
@@ -127,9 +131,7 @@ def test_a_draw_s_figures_are_those_of_its_own_selection(run, store, engine, tmp
 
 def test_prices_are_made_once_and_again_only_for_more_draws(run, store, monkeypatch):
     passes = []
-    monkeypatch.setattr(
-        price_module, "gather_statistics", lambda *given: passes.append(given) or gather_statistics(*given)
-    )
+    monkeypatch.setattr(price_module, "collect", lambda *given: passes.append(given) or collect(*given))
     made = run(draws=2)
     assert len(passes) == 2
     run(draws=1)
@@ -137,6 +139,55 @@ def test_prices_are_made_once_and_again_only_for_more_draws(run, store, monkeypa
     run(draws=3)
     assert len(passes) == 5
     assert [len(one.draws) for one in store.prices.list(made.id)] == [0, 3]
+
+
+def killed_in(monkeypatch, module, name, call):
+    """The next run dies when it calls that function for the so-manieth time."""
+    real, calls = getattr(module, name), []
+
+    def dying(*given, **named):
+        calls.append(given)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    monkeypatch.setattr(module, name, dying)
+
+
+@pytest.mark.parametrize("again", [{"rows": 8}, {"scorers": ["gate", "mone"]}])
+def test_a_killed_draw_is_not_added_to_one_of_another_cut_or_with_other_sums(
+    again, run, store, engine, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(gather_module, "SAVE_AFTER", 0)
+    first = {"scorers": ["gate"], "keeps": (0.5,), "rows": 2}
+    run(**first)
+    with monkeypatch.context() as patch:
+        killed_in(patch, gather_module, "_statistics", 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(draws=1, **first)
+    [left] = (tmp_path / "runs").glob("*-draw1.npz")
+    seen = []
+    monkeypatch.setattr(price_module, "collect", lambda *given: seen.append((given[1], collect(*given))) or seen[-1][1])
+    # As where the best selection changed in between: the draw is of the same profile.
+    profile = store.profiles.latest(engine.card.fingerprint, "t")
+    options = Options(**{"runs": tmp_path / "runs", **first, **again})
+    stored = [replace(store.selections.find(profile.id)[0], scorer=name) for name in options.scorers]
+    pricing = price_module.Pricing(encode_corpus(engine, texts(1, 8)), None, options)
+    found = price_module._statistics(engine, profile, stored, pricing, 1)
+    [(text, sums)] = seen
+    assert sums.token_count == sum(len(one.tokens) for one in text)
+    assert options.needs <= set(found.extras)
+    assert not left.exists()
+
+
+def test_a_draw_streams_where_the_profile_s_own_pass_does(run, store, monkeypatch):
+    streamed = []
+    monkeypatch.setattr(
+        passes_module, "stream_statistics", lambda *given: streamed.append(given) or stream_statistics(*given)
+    )
+    made = run(draws=1, stream=True, scorers=["gate"], keeps=(0.5,))
+    assert len(streamed) == 2  # the profile's and the draw's
+    assert [len(one.draws) for one in store.prices.list(made.id)] == [1]
 
 
 def test_items_of_others_may_not_be_calibration_text(run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from profiler.extras import EXTRAS
 from profiler.gather import gather_statistics
 from profiler.job import profile_task
 from profiler.options import Options
+from profiler.passes import Wanted, collect
 from profiler.progress import ignore
 from profiler.run import Run
+from profiler.spill import Spill
 from profiler.stream import pays, stream_statistics
 from store.database import open_store
 from store.errors import BudgetError
@@ -99,6 +102,23 @@ def test_a_run_that_is_stopped_goes_on_after_its_last_finished_layer(die_at, tmp
     _, straight = run(tmp_path / "b")
     for name, array in resumed.arrays.items():
         assert array.tobytes() == straight.arrays[name].tobytes(), name
+
+
+def test_what_a_run_in_another_precision_left_is_not_gone_on_with(tmp_path, monkeypatch):
+    folder, options = write_tiny("olmoe", tmp_path / "m", seed=4), Options(rows=4, runs=tmp_path / "runs", stream=True)
+
+    def summed(dtype: str, options: Options):
+        with Engine.open(EngineConfig(folder, max_context=128, max_batch=8, dtype=dtype)) as engine:
+            wanted = Wanted("one", "t", frozenset(), {})
+            return collect(engine, encode_corpus(engine, CORPUS), "one", wanted, options, ignore)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spill, "forget", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            summed("bfloat16", options)
+    assert list((tmp_path / "runs").glob("one.npz"))
+    fresh = summed("float16", Options(rows=4, runs=tmp_path / "other", stream=True))
+    assert_same(summed("float16", options), fresh)
 
 
 def test_lost_states_cost_work_and_nothing_else(tmp_path):
