@@ -75,7 +75,7 @@ def create_app(
             app.state.reloader = Reloader(app.state.opening)
             app.state.jobs = open_jobs(app.state.opening, redis)
             await app.state.limits.open()
-            watch = asyncio.create_task(app.state.reloader.watch())
+            watch = app.state.watch = asyncio.create_task(app.state.reloader.watch())
             try:
                 yield
             finally:

@@ -16,10 +16,12 @@ from waiting import wait_for
 
 from engine.embedder import HashEmbedder
 from service.app import create_app
+from service.keys import KeyRing, make_key
 from service.parts import Parts, reread
 from service.serving import Catalogue
 from store.database import Store, open_store
-from store.records import UNJUDGED, Evaluation, Exemplar, Profile, Selection, StoredSelection, TaskRecord
+from store.errors import Busy, StoreUnreachable
+from store.records import UNJUDGED, ApiKey, Evaluation, Exemplar, Profile, Selection, StoredSelection, TaskRecord
 
 GARDEN = ["when do I plant tomatoes outside", "when do I plant beans outside"]
 
@@ -134,3 +136,64 @@ def test_nothing_is_read_again_while_nothing_changes(own: Parts, monkeypatch: py
         wait_for(lambda: len(read) == 1)
         time.sleep(0.2)
         assert len(read) == 1
+
+
+def revocable(own: Parts) -> tuple[Parts, dict[str, str], ApiKey]:
+    """With an operator's key, and one that the test will revoke."""
+    stays, (goes, secret) = make_key("stays", "operator", None)[0], make_key("goes", "query", None)
+    for key in (stays, goes):
+        own.store.keys.put(key)
+    keyed = reread(replace(own, keys=KeyRing([stays, goes])))
+    return keyed, {"authorization": f"Bearer {secret}"}, goes
+
+
+@pytest.mark.parametrize("error", [StoreUnreachable("away"), Busy("locked"), RuntimeError("a bug")])
+def test_a_key_revoked_while_the_store_fails_is_out_once_it_is_read_again(
+    own: Parts, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    own, header, gone = revocable(own)
+    whole, failed = own.store.keys.list, []
+
+    def failing() -> object:
+        if len(failed) < 3:
+            failed.append(error)
+            raise error
+        return whole()
+
+    with TestClient(create_app(lambda: nullcontext(own))) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        assert client.get("/v1/models", headers=header).status_code == 200
+        monkeypatch.setattr(own.store.keys, "list", failing)
+        own.store.keys.delete(gone.id)
+        wait_for(lambda: client.get("/v1/models", headers=header).status_code == 401)
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+    assert len(failed) == 3
+
+
+def test_a_store_that_was_away_in_the_middle_of_a_reading_is_read_again(
+    running: TestClient, own: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, away = Catalogue.read.__func__, [True]  # type: ignore[attr-defined]
+
+    def read(cls: type[Catalogue], store: Store, model: str) -> Catalogue:
+        if away:
+            raise StoreUnreachable("away")
+        found: Catalogue = whole(cls, store, model)
+        return found
+
+    monkeypatch.setattr(Catalogue, "read", classmethod(read))
+    put_garden(own.store, own)
+    wait_for(lambda: running.get("/readyz").status_code == 503)
+    time.sleep(0.1)
+    away.clear()
+    wait_for(lambda: "garden" in tasks_of(running))
+
+
+def test_a_service_that_looks_no_more_is_not_ready(own: Parts) -> None:
+    app = create_app(lambda: nullcontext(own))
+    with TestClient(app) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        assert client.portal is not None
+        client.portal.call(app.state.watch.cancel)
+        wait_for(lambda: client.get("/readyz").status_code == 503)
+        assert "no longer looks at its store" in client.get("/readyz").json()["error"]["message"]
