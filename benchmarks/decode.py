@@ -26,7 +26,8 @@ PYTHON_SHARE = 340 << 20  # what the interpreter with torch and transformers tak
 
 @dataclass(frozen=True, slots=True)
 class DecodeArm:
-    """`failed` says why an arm has no figures: it could not run under the cap. Bytes are of prefill and decoding."""
+    """`failed` says why an arm has no figures: it could not run under the cap. `read_bytes` are
+    those of prefill and decoding; peaks are the whole process's, opening included, seen every few milliseconds."""
 
     name: str
     memory_cap: int | None
@@ -34,6 +35,7 @@ class DecodeArm:
     ttft_s: float | None
     read_bytes: int | None
     peak_anon_bytes: int | None
+    peak_cache_bytes: int | None
     peak_group_bytes: int | None
     rounds: int
     failed: str | None = None
@@ -45,6 +47,7 @@ class _Run:
     ttft_s: float
     read_bytes: int
     peak_anon_bytes: int
+    peak_cache_bytes: int | None  # not known where there is no control group
     peak_group_bytes: int
 
 
@@ -91,8 +94,14 @@ def _run(task: Task, cap: int | None, peer: LlamaPeer | None) -> _Run | str:
         killed = "killed for want of memory" if ended.oom_kills else f"exit code {ended.code}"
         return f"{killed}: {ended.errors.strip().splitlines()[-1] if ended.errors.strip() else 'no message'}"
     figures = json.loads(ended.output.splitlines()[-1])
-    names = ("tok_per_s", "ttft_s", "read_bytes", "peak_anon_bytes")
-    return _Run(**{name: figures[name] for name in names}, peak_group_bytes=ended.peak_bytes)
+    return _Run(
+        figures["tok_per_s"],
+        figures["ttft_s"],
+        figures["read_bytes"],
+        peak_anon_bytes=ended.peak_anon_bytes,
+        peak_cache_bytes=ended.peak_cache_bytes,
+        peak_group_bytes=ended.peak_bytes,
+    )
 
 
 def _command(task: Task, peer: LlamaPeer | None) -> list[str]:
@@ -104,7 +113,7 @@ def _command(task: Task, peer: LlamaPeer | None) -> list[str]:
 
 def _summary(name: str, cap: int | None, runs: Sequence[_Run], failed: str | None) -> DecodeArm:
     if failed is not None or not runs:
-        return DecodeArm(name, cap, None, None, None, None, None, len(runs), failed)
+        return DecodeArm(name, cap, None, None, None, None, None, None, len(runs), failed)
     return DecodeArm(
         name=name,
         memory_cap=cap,
@@ -112,6 +121,7 @@ def _summary(name: str, cap: int | None, runs: Sequence[_Run], failed: str | Non
         ttft_s=median(run.ttft_s for run in runs),
         read_bytes=int(median(run.read_bytes for run in runs)),
         peak_anon_bytes=max(run.peak_anon_bytes for run in runs),
+        peak_cache_bytes=max((run.peak_cache_bytes for run in runs if run.peak_cache_bytes is not None), default=None),
         peak_group_bytes=max(run.peak_group_bytes for run in runs),
         rounds=len(runs),
     )

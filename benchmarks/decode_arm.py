@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.own_counters import anonymous_bytes, device_bytes
+from benchmarks.own_counters import device_bytes
 from engine.openmp import wait_passively
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class Decoded:
     ttft_s: float
     tok_per_s: float
     read_bytes: int
-    peak_anon_bytes: int
     first_tokens: list[int]
 
 
@@ -58,17 +57,15 @@ def run(task: Task) -> Decoded:
     next(steps)  # open
     opened = time.perf_counter()
     before = device_bytes()
-    times, tokens, anon = [], [], 0
+    times, tokens = [], []
     for token in steps:
         times.append(time.perf_counter())
         tokens.append(token)
-        anon = max(anon, anonymous_bytes())
     return Decoded(
         open_s=opened - started,
         ttft_s=times[0] - opened,
         tok_per_s=(len(times) - 1) / (times[-1] - times[0]),
         read_bytes=device_bytes() - before,
-        peak_anon_bytes=anon,
         first_tokens=tokens[:8],
     )
 

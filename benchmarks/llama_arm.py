@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -25,11 +24,10 @@ def main() -> None:
         task["gguf"], n_ctx=limit, n_threads=threads, n_threads_batch=threads, use_mmap=True, verbose=False
     )
     opened, before = time.perf_counter(), _read_bytes()
-    times, tokens, anon = [], [], 0
+    times, tokens = [], []
     for token in llama.generate(task["prompt"], temp=0.0, repeat_penalty=1.0):
         times.append(time.perf_counter())
         tokens.append(int(token))
-        anon = max(anon, _anon_bytes())
         if len(times) == task["tokens"]:
             break
     print(
@@ -39,7 +37,6 @@ def main() -> None:
                 "ttft_s": times[0] - opened,
                 "tok_per_s": (len(times) - 1) / (times[-1] - times[0]),
                 "read_bytes": _read_bytes() - before,
-                "peak_anon_bytes": anon,
                 "first_tokens": tokens[:8],
             }
         )
@@ -49,13 +46,6 @@ def main() -> None:
 def _read_bytes() -> int:
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["read_bytes"])
-
-
-def _anon_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

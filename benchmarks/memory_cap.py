@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,42 +18,84 @@ from store.errors import MoepagerError
 
 V1 = Path("/sys/fs/cgroup/memory")
 V2 = Path("/sys/fs/cgroup")
+INTERVAL = 0.01  # seconds between two looks at what a command holds
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended. `peak_bytes` is the group's, page cache included; `oom_kills` counts killed processes."""
+    """How a command ended. `peak_bytes` is the group's, page cache included; `oom_kills` counts killed processes.
+
+    `peak_anon_bytes` and `peak_cache_bytes` are the highest of what was seen of each every `INTERVAL`, at different
+    moments perhaps. Without a group the former is the process's own and the latter is not known: None.
+    """
 
     code: int
     output: str
     errors: str
     peak_bytes: int
     oom_kills: int
+    peak_anon_bytes: int = 0
+    peak_cache_bytes: int | None = None
 
 
 class Group:
     """One control group: where its limit is written and its counters are read."""
 
     def __init__(self, folder: Path, *, v1: bool) -> None:
-        self.folder = folder
+        self.folder, self._v1 = folder, v1
         self._limit, self._peak, self._events = (
             ("memory.limit_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control")
             if v1
             else ("memory.max", "memory.peak", "memory.events")
         )
-        self._swap = None if v1 else "memory.swap.max"
+        self._anon, self._cache = ("total_rss", "total_cache") if v1 else ("anon", "file")
 
     def limit(self, size: int) -> None:
+        """At most `size` bytes, and none of them moved to swap, where the kernel counts swap."""
         (self.folder / self._limit).write_text(str(size))
-        if self._swap is not None and (self.folder / self._swap).exists():
-            (self.folder / self._swap).write_text("0")
+        # v1 bounds memory and swap together, never below the limit of memory alone: so it is written second.
+        name, bound = ("memory.memsw.limit_in_bytes", size) if self._v1 else ("memory.swap.max", 0)
+        if (self.folder / name).exists():
+            (self.folder / name).write_text(str(bound))
 
     def peak(self) -> int:
         return int((self.folder / self._peak).read_text())
 
     def oom_kills(self) -> int:
-        lines = dict(line.split() for line in (self.folder / self._events).read_text().splitlines())
-        return int(lines.get("oom_kill", 0))
+        return self._counters(self._events).get("oom_kill", 0)
+
+    def held(self) -> tuple[int, int]:
+        """Bytes of anonymous memory and of page cache, now."""
+        counters = self._counters("memory.stat")
+        return counters[self._anon], counters[self._cache]
+
+    def _counters(self, name: str) -> dict[str, int]:
+        lines = (line.split() for line in (self.folder / name).read_text().splitlines())
+        return {word: int(number) for word, number in lines}
+
+
+class Watch:
+    """The highest of two counters, seen in the background while the block runs."""
+
+    def __init__(self, held: Callable[[], tuple[int, int]]) -> None:
+        self._held, self._over = held, threading.Event()
+        self._thread = threading.Thread(target=self._look, name="memory-watch", daemon=True)
+        self.anon = self.cache = 0
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while True:
+            anon, cache = self._held()
+            self.anon, self.cache = max(self.anon, anon), max(self.cache, cache)
+            if self._over.wait(INTERVAL):
+                return
 
 
 def available() -> str | None:
@@ -64,26 +108,55 @@ def available() -> str | None:
 
 
 def run_capped(command: Sequence[str], cap: int | None, environment: Mapping[str, str], seconds: float) -> Ended:
-    """Run to the end, at most `seconds` long, under `cap` bytes. Raises MoepagerError where no cap can be set."""
-    if cap is not None and (reason := available()):
-        raise MoepagerError(f"A memory cap was asked for, but {reason}. Run as root, or leave --cap out.")
-    if cap is None:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=dict(environment), timeout=seconds, check=False
-        )
-        return Ended(done.returncode, done.stdout, done.stderr, 0, 0)
+    """Run to the end under `cap` bytes; one that takes more than `seconds` is killed and says so in `errors`.
+
+    Without a cap the group only counts, where there can be one. Raises MoepagerError where no cap can be set.
+    """
+    if reason := available():
+        if cap is not None:
+            raise MoepagerError(f"A memory cap was asked for, but {reason}. Run as root, or leave --cap out.")
+        process = _start(command, environment)
+        with Watch(lambda: (_anonymous(process.pid), 0)) as watch:
+            code, output, errors = _end(process, seconds)
+        return Ended(code, output, errors, 0, 0, watch.anon)
     with _group() as group:
-        group.limit(cap)
+        if cap is not None:
+            group.limit(cap)
         enter = f'echo $$ > "{group.folder}/cgroup.procs" && exec "$@"'
         shell = [shutil.which("sh") or "/bin/sh", "-c", enter, "capped", *command]
-        done = subprocess.run(
-            shell, capture_output=True, text=True, env=dict(environment), timeout=seconds, check=False
-        )
-        return Ended(done.returncode, done.stdout, done.stderr, group.peak(), group.oom_kills())
+        with Watch(group.held) as watch:
+            code, output, errors = _end(_start(shell, environment), seconds)
+        return Ended(code, output, errors, group.peak(), group.oom_kills(), watch.anon, watch.cache)
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, env=dict(environment), timeout=seconds, check=False)
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """In a session of its own, so that what it starts can be ended with it."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=dict(environment), start_new_session=True)
+
+
+def _end(process: subprocess.Popen[str], seconds: float) -> tuple[int, str, str]:
+    """Exit code, output and errors of a process; it is never left running."""
+    late = ""
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate()
+        late = f"\nnot done after {seconds:g} s"
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output, errors + late
+
+
+def _anonymous(pid: int) -> int:
+    """Bytes; 0 of a process that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 @contextmanager

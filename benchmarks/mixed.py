@@ -237,5 +237,6 @@ def _ratios(samples: Mapping[str, _Samples]) -> dict[str, float]:
     return {
         "mixed_to_single": ratio("mixed", "single"),
         "mixed_to_swap": ratio("mixed", "swap"),
+        "mixed_to_scheduled": ratio("mixed", "scheduled"),  # what one batch of all tasks is worth beyond batching
         "scheduled_to_swap": ratio("scheduled", "swap"),
     }

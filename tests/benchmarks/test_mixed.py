@@ -26,6 +26,7 @@ def test_only_the_arms_that_swap_page_and_the_scheduler_pages_less(model):
     assert 0 < found["scheduled"].experts_paged < found["swap"].experts_paged
     assert all(0 < arm.p50_s <= arm.p99_s and arm.tok_per_s > 0 and arm.ttft_p50_s > 0 for arm in arms)
     assert ratios["mixed_to_swap"] == pytest.approx(found["mixed"].tok_per_s / found["swap"].tok_per_s)
+    assert ratios["mixed_to_scheduled"] == pytest.approx(found["mixed"].tok_per_s / found["scheduled"].tok_per_s)
 
 
 def test_a_share_that_is_none_is_refused(model):
@@ -52,4 +53,4 @@ def test_the_command_prints_the_arms_and_ratios(model):
     assert result.exit_code == 0, result.output
     answer = json.loads(result.output.strip().splitlines()[-1])
     assert [arm["name"] for arm in answer["arms"]] == list(ARMS)
-    assert set(answer["ratios"]) == {"mixed_to_single", "mixed_to_swap", "scheduled_to_swap"}
+    assert set(answer["ratios"]) == {"mixed_to_single", "mixed_to_swap", "mixed_to_scheduled", "scheduled_to_swap"}
