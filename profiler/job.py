@@ -21,7 +21,7 @@ from profiler.doubts import judged
 from profiler.evidence import HeldOut, Size, check_sizes, make_selections, put_evaluations, put_selections
 from profiler.options import DEFAULTS, Options
 from profiler.parts import merged, run_of
-from profiler.passes import collect, lock_name, want
+from profiler.passes import Wanted, collect, lock_name, want
 from profiler.price import Pricing, put_prices
 from profiler.progress import Report, ignore
 from profiler.run import Run, hold
@@ -30,6 +30,7 @@ from profiler.scorers.registry import BASELINES, choose, computable, versions
 from profiler.search import search
 from profiler.second_looks import announce, second_looks
 from profiler.stand_ins import choose as choose_stand_ins
+from profiler.statistics import Statistics
 from store.catalogue import check_name
 from store.checkpoint import CheckpointMap
 from store.database import Store
@@ -70,8 +71,7 @@ def profile_task(
     foreign = _encode(engine, calibration, others, options.rows)[1]
     exemplars = _embed(task.name, calibration, embedder, options.exemplars)
     with hold(options.folder, lock_name(engine.card, task.name)):
-        profile = _gather(engine, store, task.name, calibration, text, options, report)
-        _put(engine, store, task, profile, options)
+        profile = _put_gathered(engine, store, task, calibration, text, options, report)
         store.exemplars.replace(task.name, exemplars)
         put_evidence(engine, store, profile, (scorers, allocators, sizes), held_out, options, report)
         if options.evolve:
@@ -88,9 +88,7 @@ def gather_profile(
     check_name(task.name)
     text = encode_corpus(engine, calibration)
     with hold(options.folder, lock_name(engine.card, task.name)):
-        profile = _gather(engine, store, task.name, calibration, text, options, report)
-        _put(engine, store, task, profile, options)
-    return profile
+        return _put_gathered(engine, store, task, calibration, text, options, report)
 
 
 def check_stand_ins(engine: Engine, options: Options) -> None:
@@ -121,10 +119,14 @@ def put_evidence(
         put_evaluations(engine, store, profile, selections, held_out, report)
 
 
-def put_profile(store: Store, model: ModelRecord, task: TaskRecord, profile: Profile) -> None:
+def put_profile(
+    store: Store, model: ModelRecord, task: TaskRecord, profile: Profile, grown_from: str | None = None
+) -> None:
+    """With what was made of the profile that it grew from. A task keeps its description where none is given."""
     store.models.put(model)
-    store.tasks.put(task)
-    store.profiles.put(profile)
+    if task.description or task.name not in {one.name for one in store.tasks.list()}:
+        store.tasks.put(task)
+    store.profiles.put(profile, grown_from=grown_from)
 
 
 def model_record(card: ModelCard, name: str | None) -> ModelRecord:
@@ -152,19 +154,42 @@ def _encode(
     return text, HeldOut(encode_corpus(engine, evaluation), evaluation.content_hash, rows)
 
 
-def _gather(
+def _put_gathered(
     engine: Engine,
     store: Store,
-    task: str,
+    task: TaskRecord,
     calibration: Corpus,
     text: Sequence[Encoded],
     options: Options,
     report: Report,
 ) -> Profile:
-    """The stored profile of exactly this text that has what is needed, or a new one, which is not stored yet."""
-    wanted = want(engine, store, task, calibration, options)
-    if wanted.ready is not None:
-        return judged(wanted.ready)
+    """The stored profile of exactly this text that has what is needed, or a new one; what only served to make it goes.
+
+    One that is there is judged, if nobody had done so.
+    """
+    wanted = want(engine, store, task.name, calibration, options)
+    profile = wanted.ready or _gather(engine, store, wanted, calibration, text, options, report)
+    profile = judged(profile)
+    grown_from = None if wanted.grown_from is None else wanted.grown_from.id
+    put_profile(store, model_record(engine.card, options.model_name), task, profile, grown_from)
+    Run(options.folder, profile.id, plan="").forget()
+    store.parts.forget(run_of(engine, profile.id))
+    return profile
+
+
+def _gather(
+    engine: Engine,
+    store: Store,
+    wanted: Wanted,
+    calibration: Corpus,
+    text: Sequence[Encoded],
+    options: Options,
+    report: Report,
+) -> Profile:
+    """A new profile, which is not stored yet.
+
+    What the one it grew from has summed up stays to the last bit, so that it chooses the same experts.
+    """
     for said in announce(engine, wanted.needs):
         log.warning("%s", said)
     static = {**wanted.static, **of_weights(engine, wanted.needs)}
@@ -173,10 +198,12 @@ def _gather(
         statistics = collect(engine, text, wanted.identity, wanted, options, report)
     statistics = statistics.with_extras(static)
     statistics = statistics.with_extras(second_looks(engine, text, options.rows, wanted.needs))
-    made = Profile(
+    if wanted.grown_from is not None:
+        statistics = Statistics.from_arrays({**statistics.arrays, **wanted.grown_from.statistics})
+    return Profile(
         id=wanted.identity,
         model=engine.card.fingerprint,
-        task=task,
+        task=wanted.task,
         statistics=statistics.arrays,
         tokens=int(statistics.token_count),
         calibration_hash=calibration.content_hash,
@@ -184,14 +211,6 @@ def _gather(
         scorers=versions(computable(statistics)),
         created=datetime.now(UTC),
     )
-    return judged(made)
-
-
-def _put(engine: Engine, store: Store, task: TaskRecord, profile: Profile, options: Options) -> None:
-    """Stores the profile; what only served to make it goes."""
-    put_profile(store, model_record(engine.card, options.model_name), task, profile)
-    Run(options.folder, profile.id, plan="").forget()
-    store.parts.forget(run_of(engine, profile.id))
 
 
 def _embed(task: str, calibration: Corpus, embedder: Embedder, limit: int) -> list[Exemplar]:

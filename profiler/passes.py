@@ -27,13 +27,14 @@ from store.records import F64, Profile
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A profile that is to be there, and `ready` if it is."""
+    """A profile that is to be there, and `ready` if it is; `grown_from` one that has fewer statistics."""
 
     identity: str
     task: str
     needs: Needs
     static: Mapping[str, F64]  # extras that the routers alone say
     ready: Profile | None = None
+    grown_from: Profile | None = None
 
 
 def want(engine: Engine, store: Store, task: str, calibration: Corpus, options: Options) -> Wanted:
@@ -47,7 +48,7 @@ def want(engine: Engine, store: Store, task: str, calibration: Corpus, options: 
         needs |= found[-1].statistics.keys() & EXTRAS.keys()
         static = of_router(engine.card.folder, needs, options.base)
     identity = profile_id(model, task, calibration.content_hash, needs, options.base)
-    return Wanted(identity, task, needs, static)
+    return Wanted(identity, task, needs, static, grown_from=found[-1] if found else None)
 
 
 def collect(

@@ -12,6 +12,7 @@ from store.catalogue import require_model, require_task
 from store.changes import note_change
 from store.connection import Database
 from store.errors import Conflict, InvalidInput, NotFound
+from store.growth import inherit
 from store.packing import pack_arrays, pack_selection, unpack_arrays, unpack_selection
 from store.records import Evaluation, Profile, StoredSelection, Trust
 from store.schema import EvaluationRow, ProfileRow, SelectionRow, TrustRow
@@ -25,10 +26,16 @@ class Profiles:
         self._database = database
 
     def put(
-        self, profile: Profile, selections: Sequence[StoredSelection] = (), evaluations: Sequence[Evaluation] = ()
+        self,
+        profile: Profile,
+        selections: Sequence[StoredSelection] = (),
+        evaluations: Sequence[Evaluation] = (),
+        *,
+        grown_from: str | None = None,
     ) -> None:
         """Adds the profile with what was made of it, all or nothing. One that is there already stays as it is, but
-        that one which nobody had judged takes on the judgement.
+        that one which nobody had judged takes on the judgement. `grown_from` is a profile that this one has all
+        statistics of: what was made of that one is this one's, too.
 
         Raises NotFound for an unknown model or task, Conflict where the id stands for another calibration.
         """
@@ -39,6 +46,8 @@ class Profiles:
             _put_profile(session, profile, statistics)
             if profile.trust is not None:
                 _put_trust(session, profile.id, profile.trust)
+            if grown_from is not None:
+                inherit(session, grown_from, profile.id)
             for selection in selections:
                 _put_selection(session, selection)
             for evaluation in evaluations:

@@ -216,6 +216,43 @@ def test_a_scorer_of_an_extra_costs_a_pass_once_and_the_profile_grows(engine, st
     assert passes == []
 
 
+def test_a_profile_that_grows_keeps_what_it_serves_with_its_evidence_and_prices(engine, store, options):
+    def run(scorers: list[str], keeps: tuple[float, ...], **fields):
+        chosen = Options(scorers=scorers, keeps=keeps, runs=options.runs, **fields)
+        arguments = (engine, store, TaskRecord("t"), texts(1, 8), texts(2, 4))
+        return profile_task(*arguments, embedder=HashEmbedder(), options=chosen)
+
+    def said(profile: str):
+        evaluations = {
+            (one.scorer, one.keep): (one.selection, replace(evidence, selection=""))
+            for one, evidence in store.evaluations.list(profile)
+        }
+        names = {one.id: (one.scorer, one.keep) for one in store.selections.find(profile)}
+        return evaluations, {names[one.selection]: replace(one, selection="") for one in store.prices.list(profile)}
+
+    old = run(["gate", "reap", "peu"], (0.5, 0.25), rows=4, draws=1)
+    before = said(old.id)
+    assert (len(before[0]), len(before[1])) == (6, 2)
+    new = run(["mone_mean"], (0.5,), rows=3)  # in other batches: the sums would be others in the last bit
+    serves = store.profiles.latest(engine.card.fingerprint, "t", proven=True)
+    assert serves.id == new.id != old.id
+    after = said(new.id)
+    assert after[0].keys() == before[0].keys() | {("mone_mean", 0.5)}
+    assert before[0].items() <= after[0].items()
+    assert before[1].items() <= after[1].items()
+    for name, array in old.statistics.items():
+        np.testing.assert_array_equal(new.statistics[name], array)
+    assert run(["gate", "reap", "peu"], (0.5, 0.25), rows=5).id == new.id  # the same experts under the same ids
+    assert said(old.id) == before
+
+
+def test_profiling_again_without_a_description_leaves_the_one_there_is(engine, store, options):
+    for said, kept in (("About cats.", "About cats."), ("", "About cats."), ("About dogs.", "About dogs.")):
+        task = TaskRecord("t", said)
+        profile_task(engine, store, task, texts(1, 8), None, embedder=HashEmbedder(), options=options)
+        assert store.tasks.get("t").description == kept
+
+
 def test_the_generalist_refuses_scorers_that_a_task_was_not_profiled_for(engine, store, options):
     arguments = (engine, store, TaskRecord("t"), texts(1, 4), None)
     profile_task(*arguments, embedder=HashEmbedder(), options=options)

@@ -1,0 +1,31 @@
+"""A profile that grows has a new id. What was made of it, selections and their evidence, goes on to the new one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import inspect, select
+from sqlalchemy.orm import Session
+
+from store.schema import EvaluationRow, PriceRow, Row, SelectionRow
+from store.writing import insert_once
+
+
+def inherit(session: Session, old: str, new: str) -> None:
+    """Copies selections, evaluations and prices of profile `old` to `new`; the old ones stay.
+
+    Only for profiles of one text whose shared statistics are equal: else the new one would not choose those experts.
+    A selection's id begins with its profile's.
+    """
+    for row in session.scalars(select(SelectionRow).where(SelectionRow.profile == old)).all():
+        id = new + row.id.removeprefix(old)  # noqa: A001
+        if not insert_once(session, SelectionRow, _values(row) | {"id": id, "profile": new}):
+            continue
+        for kind in (EvaluationRow, PriceRow):
+            made = session.scalars(select(kind).where(kind.selection == row.id).order_by(kind.id)).all()
+            session.add_all(kind(**_values(one, but="id") | {"selection": id}) for one in made)
+            session.flush()
+
+
+def _values(row: Row, but: str = "") -> dict[str, Any]:
+    return {column.key: getattr(row, column.key) for column in inspect(type(row)).column_attrs if column.key != but}
