@@ -31,13 +31,19 @@ def load_command(
     model: Model = None,
     keep: Annotated[float, typer.Option(help="Share of the experts in a selection, at most 0.5.")] = 0.5,
     runs: Annotated[int, typer.Option(min=1)] = 5,
+    reader: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable: direct, safetensors, mmap, pread, beside raw and own, which always run."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Page a selection cold, beside a raw direct read of the same bytes. A model of a few GB gives steady figures."""
     from benchmarks.load import bench_load
     from store.home import bundled_model
 
-    answer(asdict(bench_load(model or bundled_model(), keep, runs)), as_json)
+    found = asdict(bench_load(model or bundled_model(), keep, runs, reader or ()))
+    table("cold reads of the same bytes", found["readers"])
+    answer(found, as_json)
 
 
 @app.command("ttft")

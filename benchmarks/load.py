@@ -1,21 +1,24 @@
-"""Cold paging of a selection, beside a raw direct read of the same bytes from the same places.
+"""Cold paging of a selection, beside a raw direct read of the same bytes from the same places and other readers.
 
 Two disjoint random selections take turns in a bank that holds just one of them, so that every lease reads all of its
-bytes. Runs are interleaved (raw, paged, raw, paged ...); files are evicted from the page cache before each, and the
-eviction is checked.
+bytes. Arms take turns in every run, each run in another order; files are evicted from the page cache before each arm,
+and the eviction is checked. `raw` is the limit: it drops what it reads. `own` is the engine's lease, into the bank.
+The others (benchmarks/load_readers.py) fill an arena that was touched before, and what they brought is checked.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.load_readers import READERS, Arena, Read, arena_bytes, check, pieces, true_sums
 from benchmarks.own_counters import device_bytes
-from benchmarks.page_cache import evict
+from benchmarks.page_cache import PAGE, evict, resident_pages
 from benchmarks.raw_read import Range, Shape, best_shape, lanes, merged, read_seconds
 from engine.card import ModelCard
 from engine.config import EngineConfig
@@ -26,10 +29,29 @@ from store.errors import InvalidInput
 from store.experts import ExpertMap
 from store.records import Selection
 
+Arm = Callable[[Selection], AbstractContextManager[None]]  # it has read when the block begins
+WARM_UP = 2  # runs, one for each selection
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderFigures:
+    """Medians over the runs. `cache_left_bytes` is what stays in the page cache, by mincore, of the files read."""
+
+    name: str
+    seconds: float
+    gb_per_s: float
+    ratio_to_raw: float
+    cpu_seconds_per_gib: float
+    read_amplification: float
+    cache_left_bytes: int
+
 
 @dataclass(frozen=True, slots=True)
 class LoadFigures:
-    """Medians over the runs, GB being 1e9 bytes; `ratio_to_raw` is the median of the ratios run by run."""
+    """Medians over the runs, GB being 1e9 bytes; `ratio_to_raw` is the median of the ratios run by run.
+
+    Figures outside `readers` are those of `own` and `raw`.
+    """
 
     model: str
     keep: float
@@ -45,24 +67,42 @@ class LoadFigures:
     read_amplification: float
     cpu_seconds_per_gib: float
     runs: int
+    readers: tuple[ReaderFigures, ...]
 
 
-def bench_load(model: Path, keep: float, runs: int, seed: int = 0) -> LoadFigures:
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    seconds: float
+    cpu_seconds: float
+    bytes_read: int  # from the device, by the kernel's own count
+    cache_left: int
+
+
+def bench_load(model: Path, keep: float, runs: int, readers: Sequence[str] = (), seed: int = 0) -> LoadFigures:
+    """`readers` are names of READERS, measured beside raw and own. Raises InvalidInput for another name or share."""
     if not 0 < keep <= 0.5:
         raise InvalidInput(
             f"--keep must be above 0 and at most 0.5, so that two disjoint selections exist; got {keep}.", param="keep"
         )
-    card = ModelCard.read(model)
-    experts = ExpertMap.build(CheckpointMap.open(model))
+    if unknown := sorted(set(readers) - READERS.keys()):
+        raise InvalidInput(
+            f"No reader {unknown[0]!r}; beside raw and own there are {', '.join(READERS)}.", param="reader"
+        )
+    card, checkpoint = ModelCard.read(model), CheckpointMap.open(model)
+    experts = ExpertMap.build(checkpoint)
     turns = disjoint_selections(card, max(card.top_k, int(keep * card.experts)), seed)
-    files = sorted({range_.file for turn in turns for range_ in _ranges(experts, turn)})
-    memory = plan_memory(card, _config(model, None)).memory_for(len(turns[0]) / (card.layers * card.experts))
-    shape = best_shape(_ranges(experts, turns[0]))
-    with Engine.open(_config(model, memory)) as engine:
-        samples = [_run(engine, experts, turns[number % 2], files, shape) for number in range(runs + 2)][
-            2:
-        ]  # two to fill and warm up
-    return _figures(model, keep, experts, turns[0], shape, samples)
+    files = sorted({range_.file for turn in turns for range_ in _parts(experts, turn)})
+    shape = best_shape(merged(_parts(experts, turns[0])))
+    with ExitStack() as stack:
+        arms: dict[str, Arm] = {"raw": _raw(experts, shape)}
+        arms["own"] = _own(stack.enter_context(Engine.open(_fitting(model, card, turns[0]))), experts)
+        arena = Arena(arena_bytes(part.length for part in _parts(experts, turns[0])) if readers else PAGE)
+        for name in dict.fromkeys(readers):
+            read = stack.enter_context(READERS[name](card))
+            arms[name] = _other(name, read, checkpoint, experts, turns, arena)
+        samples = _measure_all(arms, turns, files, runs)
+    size = experts.selection_bytes(turns[0])
+    return _figures(model, keep, len(turns[0]), shape, _reader_figures(samples, size), size, runs)
 
 
 def disjoint_selections(card: ModelCard, per_layer: int, seed: int) -> tuple[Selection, Selection]:
@@ -78,55 +118,116 @@ def disjoint_selections(card: ModelCard, per_layer: int, seed: int) -> tuple[Sel
     return first, second
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    raw_seconds: float
-    seconds: float
-    cpu_seconds: float
-    bytes_paged: int
-    bytes_read: int  # from the device, by the kernel's own count
+def _raw(experts: ExpertMap, shape: Shape) -> Arm:
+    buffers = lanes(shape)
+
+    @contextmanager
+    def arm(turn: Selection) -> Iterator[None]:
+        read_seconds(merged(_parts(experts, turn)), shape, buffers)
+        yield
+
+    return arm
 
 
-def _run(engine: Engine, experts: ExpertMap, turn: Selection, files: Sequence[Path], shape: Shape) -> _Sample:
-    evict(files)
-    raw = read_seconds(_ranges(experts, turn), shape, lanes(shape))
-    evict(files)
+def _own(engine: Engine, experts: ExpertMap) -> Arm:
+    @contextmanager
+    def arm(turn: Selection) -> Iterator[None]:
+        with engine.lease(turn) as lease:
+            yield
+            if lease.bytes_paged != experts.selection_bytes(turn):
+                raise AssertionError(
+                    f"{lease.bytes_paged} bytes were paged for a selection of {experts.selection_bytes(turn)}"
+                )
+
+    return arm
+
+
+def _other(
+    name: str, read: Read, checkpoint: CheckpointMap, experts: ExpertMap, turns: Sequence[Selection], arena: Arena
+) -> Arm:
+    wanted = {turn.digest: pieces(checkpoint, _parts(experts, turn), arena) for turn in turns}
+    truth = {digest: true_sums(found) for digest, found in wanted.items()}
+
+    @contextmanager
+    def arm(turn: Selection) -> Iterator[None]:
+        read(wanted[turn.digest])
+        yield
+        check(name, wanted[turn.digest], truth[turn.digest])
+        arena.empty()
+
+    return arm
+
+
+def _measure_all(
+    arms: Mapping[str, Arm], turns: Sequence[Selection], files: Sequence[Path], runs: int
+) -> dict[str, list[_Sample]]:
+    samples: dict[str, list[_Sample]] = {name: [] for name in arms}
+    names = list(arms)
+    for run in range(-WARM_UP, runs):
+        first = run % len(names)
+        for name in names[first:] + names[:first]:
+            evict(files)
+            sample = _measure(arms[name], turns[run % 2], files)
+            if run >= 0:
+                samples[name].append(sample)
+    return samples
+
+
+def _measure(arm: Arm, turn: Selection, files: Sequence[Path]) -> _Sample:
     before, cpu, started = device_bytes(), time.process_time(), time.perf_counter()
-    with engine.lease(turn) as lease:
-        seconds = time.perf_counter() - started
-        used = time.process_time() - cpu
-        if lease.bytes_paged != experts.selection_bytes(turn):
-            raise AssertionError(
-                f"{lease.bytes_paged} bytes were paged for a selection of {experts.selection_bytes(turn)}"
-            )
-        return _Sample(raw, seconds, used, lease.bytes_paged, device_bytes() - before)
+    with arm(turn):
+        seconds, used = time.perf_counter() - started, time.process_time() - cpu
+        read = device_bytes() - before
+        return _Sample(seconds, used, read, PAGE * sum(resident_pages(file) for file in files))
+
+
+def _reader_figures(samples: Mapping[str, Sequence[_Sample]], size: int) -> dict[str, ReaderFigures]:
+    def figures(name: str, own: Sequence[_Sample]) -> ReaderFigures:
+        seconds = median(sample.seconds for sample in own)
+        return ReaderFigures(
+            name=name,
+            seconds=seconds,
+            gb_per_s=size / seconds / 1e9,
+            ratio_to_raw=median(raw.seconds / sample.seconds for raw, sample in zip(samples["raw"], own, strict=True)),
+            cpu_seconds_per_gib=median(sample.cpu_seconds for sample in own) / (size / 2**30),
+            read_amplification=median(sample.bytes_read for sample in own) / size,
+            cache_left_bytes=int(median(sample.cache_left for sample in own)),
+        )
+
+    return {name: figures(name, own) for name, own in samples.items()}
 
 
 def _figures(
-    model: Path, keep: float, experts: ExpertMap, turn: Selection, shape: Shape, samples: Sequence[_Sample]
+    model: Path, keep: float, experts: int, shape: Shape, found: Mapping[str, ReaderFigures], size: int, runs: int
 ) -> LoadFigures:
-    size = experts.selection_bytes(turn)
-    seconds, raw = median(s.seconds for s in samples), median(s.raw_seconds for s in samples)
+    own, raw = found["own"], found["raw"]
     return LoadFigures(
         model=model.name,
         keep=keep,
-        experts=len(turn),
+        experts=experts,
         bytes=size,
-        seconds=seconds,
-        gb_per_s=size / seconds / 1e9,
-        raw_seconds=raw,
-        raw_gb_per_s=size / raw / 1e9,
-        ratio_to_raw=median(s.raw_seconds / s.seconds for s in samples),
+        seconds=own.seconds,
+        gb_per_s=own.gb_per_s,
+        raw_seconds=raw.seconds,
+        raw_gb_per_s=raw.gb_per_s,
+        ratio_to_raw=own.ratio_to_raw,
         raw_block=shape.block,
         raw_depth=shape.depth,
-        read_amplification=median(s.bytes_read / s.bytes_paged for s in samples),
-        cpu_seconds_per_gib=median(s.cpu_seconds for s in samples) / (size / 2**30),
-        runs=len(samples),
+        read_amplification=own.read_amplification,
+        cpu_seconds_per_gib=own.cpu_seconds_per_gib,
+        runs=runs,
+        readers=tuple(found.values()),
     )
 
 
-def _ranges(experts: ExpertMap, selection: Selection) -> list[Range]:
-    return merged([Range(part.file, part.offset, part.nbytes) for key in selection for part in experts.span(key).parts])
+def _parts(experts: ExpertMap, selection: Selection) -> list[Range]:
+    return [Range(part.file, part.offset, part.nbytes) for key in selection for part in experts.span(key).parts]
+
+
+def _fitting(model: Path, card: ModelCard, selection: Selection) -> EngineConfig:
+    """A budget that holds just as many experts as a selection has."""
+    memory = plan_memory(card, _config(model, None)).memory_for(len(selection) / (card.layers * card.experts))
+    return _config(model, memory)
 
 
 def _config(model: Path, memory: int | None) -> EngineConfig:

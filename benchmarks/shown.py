@@ -21,7 +21,7 @@ def answer(figures: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(whole))
         return
     for name, value in whole.items():
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):
             typer.echo(f"{name:>22}  {_shown(value)}")
 
 
