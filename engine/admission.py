@@ -30,7 +30,15 @@ class Admission:
 
     def check(self, request: GenerationRequest) -> None:
         """Raises InvalidInput or BudgetError for a request that could not be served even alone."""
-        length, budget = len(request.prompt), request.sampling.max_tokens
+        self.check_length(len(request.prompt), request.sampling.max_tokens)
+        if not all(0 <= token < self._card.vocab for token in request.prompt):
+            raise InvalidInput(f"A prompt token is outside the vocabulary of {self._card.vocab}.", param="prompt")
+        if request.selection is not None:
+            self.check_selection(request.selection)
+
+    def check_length(self, length: int, budget: int) -> None:
+        """Raises InvalidInput where a prompt of `length` tokens and `budget` more are none, or more than the context
+        holds."""
         if not length:
             raise InvalidInput("The prompt is empty. Send at least one token of text.", param="prompt")
         if length + budget > self._plan.max_context:
@@ -41,10 +49,6 @@ class Admission:
                 param="max_tokens" if length < self._plan.max_context else "prompt",
                 code="context_length_exceeded",
             )
-        if not all(0 <= token < self._card.vocab for token in request.prompt):
-            raise InvalidInput(f"A prompt token is outside the vocabulary of {self._card.vocab}.", param="prompt")
-        if request.selection is not None:
-            self.check_selection(request.selection)
 
     def check_selection(self, selection: Selection) -> None:
         """Raises InvalidInput or BudgetError for one that was made for another model or fits no empty bank."""

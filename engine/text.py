@@ -53,6 +53,11 @@ class Tokenizer:
                 f"This model's tokenizer can't be used for constraints or log-probabilities: {error}."
             ) from None
 
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token, special ones included."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
+
     def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
         """With the special tokens that the model expects before plain text; without them for text that continues
         other.

@@ -27,6 +27,8 @@ from store.records import Event, UnmatchedQuery
 
 log = logging.getLogger("moepager.service")
 
+MOST_KEPT = 4096  # characters of a query that is kept
+
 
 class Discovery:
     """One a service. Use as a context: at its end, events under way are written."""
@@ -52,7 +54,9 @@ class Discovery:
         if not (self._limit and new and text is not None and text.strip()):
             return
         try:
-            self._store.unmatched.add(redact(text, self._pattern), retrieval.similarity, self._limit)
+            # Cut twice: redaction of a long text takes long, and what is redacted is to be cut, not half of it shown.
+            kept = redact(text[: 2 * MOST_KEPT], self._pattern)[:MOST_KEPT]
+            self._store.unmatched.add(kept, retrieval.similarity, self._limit)
         except MoepagerError as error:  # a query is answered whether it is kept or not
             log.warning("a query of no task could not be kept: %s", error)
 

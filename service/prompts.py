@@ -11,10 +11,25 @@ from engine.text import Tokenizer
 from engine.tool_form import GENERIC
 from service.bodies import ChatBody
 from service.messages import Message, Tool, ToolCall
+from service.parts import Parts
 from service.tools import instructions
 from store.errors import InvalidInput
 
+ALWAYS_READ = 2**16  # characters that are turned into tokens whatever the context holds
 OURS = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"})
+
+
+def refuse_hopeless(length: int, field: str, parts: Parts) -> None:
+    """Raises InvalidInput for more characters than the context could hold if every token were the longest one: such a
+    text is refused before it takes seconds to be turned into tokens."""
+    most = max(ALWAYS_READ, parts.max_context * parts.engine.tokenizer.longest)
+    if length > most:
+        raise InvalidInput(
+            f"`{field}` has {length} characters; the context holds {parts.max_context} tokens, which are {most} "
+            "characters at the very most. Shorten the text, or serve with a larger max_context.",
+            param=field,
+            code="context_length_exceeded",
+        )
 
 
 def encode_query(query: str, tokenizer: Tokenizer) -> tuple[int, ...]:

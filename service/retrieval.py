@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # both are heavy to import, and all but Retriever is arithmet
     from engine.embedder import Embedder
     from store.vectors import VectorIndex
 
+MOST_READ = 8192  # characters of a query that are embedded: what it is about shows long before, and time is theirs
 NEIGHBOURS = 64  # exemplars that the index is asked for; their tasks are the first candidates
 TOP = 3  # nearest exemplars of a task whose mean makes half of its score
 ROUNDING = 1e-6  # what f32 may be off by where a bound is compared
@@ -91,7 +92,7 @@ class Retriever:
     def decide(self, query: str) -> Retrieval:
         if not query.strip():
             raise InvalidInput("An empty query belongs to no task. Write the query, or name the task.", param="query")
-        vectors = self.embedder.embed([query])  # [1, d]
+        vectors = self.embedder.embed([query if len(query) <= MOST_READ else query.strip()[:MOST_READ]])  # [1, d]
         [hits] = self.index.search(vectors, self._neighbours)
         return decide(self._rank(vectors, hits), self.threshold)
 

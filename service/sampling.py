@@ -27,12 +27,15 @@ def sampling_for(
 ) -> Sampling:
     """The engine's sampling. Where a request names no limit, the settings' one, as far as the context has room.
 
-    Greedy unless a temperature is asked for: the evidence of a profile was measured so.
+    Raises InvalidInput where prompt and answer are more than the context holds: before anything is retrieved, for such
+    a text is often a whole file. Greedy unless a temperature is asked for: the evidence of a profile was measured so.
     """
     asked = asked or Asked()
     room = parts.engine.plan.max_context - len(prompt)
+    tokens = limit if limit is not None else max(1, min(room, parts.settings.answer_tokens))
+    parts.engine.admission.check_length(len(prompt), tokens)
     return Sampling(
-        max_tokens=limit if limit is not None else max(1, min(room, parts.settings.answer_tokens)),
+        max_tokens=tokens,
         temperature=_or(fields.temperature, 0.0),
         top_p=_or(fields.top_p, 1.0),
         top_k=max(0, fields.top_k or 0),

@@ -22,7 +22,7 @@ from service.headers import expert_headers
 from service.messages import NamedTool
 from service.names import wish_for
 from service.parts import Parts
-from service.prompts import encode_chat
+from service.prompts import encode_chat, refuse_hopeless
 from service.refusals import with_error_frame
 from service.replies import Reply, message_choice, usage
 from service.running import cancel_all, finish_all, submit
@@ -66,6 +66,7 @@ def prepare_chat(body: ChatBody, name: str, parts: Parts, caller: Caller) -> Con
     ignored, tokenizer = body.ignored(), parts.engine.tokenizer
     wish = wish_for(body.model, body.expert.wish() if body.expert else Wish(), parts)
     form = form_for(tokenizer) if body.offered else None
+    refuse_hopeless(sum(len(message.text) for message in body.messages), "messages", parts)
     prompt, unread = encode_chat(body, tokenizer)
     wanted = wanted_of(body) if form is None else with_tools(body, wanted_of(body), form)
     constraint = None if wanted is None else compiled(wanted, tokenizer)

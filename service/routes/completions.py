@@ -20,7 +20,7 @@ from service.context import PartsDep, RequestId
 from service.headers import expert_headers
 from service.names import wish_for
 from service.parts import Parts
-from service.prompts import encode_prompt
+from service.prompts import encode_prompt, refuse_hopeless
 from service.refusals import with_error_frame
 from service.replies import Reply, text_choice, usage
 from service.running import Running, cancel_all, finish_all, submit
@@ -67,6 +67,7 @@ def prepare_completions(body: CompletionBody, name: str, parts: Parts, caller: C
     asked = Asked(scores, scores is not None and bool(body.echo), constraint)
     questions = []
     for place, written in enumerate(prompts):
+        refuse_hopeless(len(written), "prompt", parts)  # of token ids it is their number
         prompt, text = encode_prompt(written, parts.engine.tokenizer, parts.engine.card)
         sampling = sampling_for(body, prompt, limit, parts, asked)
         own = name if len(prompts) == 1 else f"{name}/{place}"

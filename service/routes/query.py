@@ -20,7 +20,7 @@ from service.described import EVENTS
 from service.headers import expert_headers
 from service.merging import merged
 from service.parts import Parts
-from service.prompts import encode_query
+from service.prompts import encode_query, refuse_hopeless
 from service.refusals import with_error_frame
 from service.running import Running, cancel_all, finish_all, submit
 from service.sampling import sampling_for
@@ -45,6 +45,7 @@ async def query(body: QueryBody, request: Request, name: RequestId, caller: Call
 
 
 def prepare_query(body: QueryBody, name: str, parts: Parts, caller: Caller) -> Prepared:
+    refuse_hopeless(len(body.query), "query", parts)
     prompt = encode_query(body.query, parts.engine.tokenizer)
     sampling = sampling_for(body, prompt, body.max_tokens, parts)
     question = Question(name, "query", body.query, prompt, body.wish(), sampling, caller=caller, whole=not body.stream)
