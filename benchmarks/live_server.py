@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import uvicorn
@@ -15,9 +16,9 @@ from service.server import listen
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """Its URL, once it is ready; the server has ended when the block has."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+def served(app: FastAPI, **options: Any) -> Iterator[str]:
+    """Its URL, once it is ready; the server has ended when the block has. `options` are uvicorn's."""
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, **options)
     server = uvicorn.Server(config)
     with listen("127.0.0.1", 0) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})

@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import math
 import re
-import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from engine.turns import Turns
 from store.errors import InvalidInput
 from store.records import F32
 
@@ -163,12 +163,13 @@ def _refuse_empty(texts: Sequence[str]) -> None:
             raise InvalidInput(f"Text {row} to embed is empty. Give a query of at least one character.", param="query")
 
 
-_threads = threading.Lock()
+_threads = Turns()
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Short texts gain nothing from threads, and spinning ones starve the decoder. The lock guards the old count."""
+    """Short texts gain nothing from threads, and spinning ones starve the decoder. The lock guards the old count,
+    and goes round: a long list of texts that is embedded in pieces lets a query in between."""
     with _threads:
         before = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -10,10 +10,11 @@ from fastapi import FastAPI
 
 from service.context import opening
 from service.described import ERRORS, mark_for_operators
+from service.desk import Desk
 from service.draining import Drain, Draining
 from service.guard import Guard, SecurityHeaders
 from service.job_queue import open_jobs
-from service.middleware import BodyLimit, RequestIds
+from service.middleware import BODY_SECONDS, BodyLimit, RequestIds
 from service.parts import Parts
 from service.rate_limits import RateLimits
 from service.refusals import add_refusals
@@ -61,6 +62,7 @@ def create_app(
     on_failure: Callable[[], None] = lambda: None,
     redis: str | None = None,
     draining: Draining | None = None,
+    body_seconds: float = BODY_SECONDS,
 ) -> FastAPI:
     """The application. Its lifespan opens the parts in the background; `on_failure` is called where that fails.
 
@@ -97,8 +99,9 @@ def create_app(
     )
     app.state.draining = draining or Draining()
     app.state.limits = RateLimits(redis)
+    app.state.embeddings_desk, app.state.tokens_desk = Desk("embeddings"), Desk("tokens")
     add_refusals(app)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, body_seconds)
     app.add_middleware(Guard, app.state.limits)
     app.add_middleware(Drain, app.state.draining)
     app.add_middleware(SecurityHeaders)

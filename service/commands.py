@@ -60,6 +60,8 @@ def serve(
         float | None, typer.Option(help="Seconds a background request waits for experts, then 503; it swaps nothing.")
     ] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds an answer may take.")] = None,
+    body_timeout: Annotated[float | None, typer.Option(help="For a request's body to arrive. Default: 30.")] = None,
+    connections: Annotated[int | None, typer.Option(help="That may be open at once. Default: 512.")] = None,
     grace_seconds: Annotated[
         float | None, typer.Option(help="For answers under way when the service is told to stop. Default: 10.")
     ] = None,

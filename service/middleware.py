@@ -1,7 +1,8 @@
-"""What holds for every request before its route: an id, and a bound on its body. Plain ASGI: streams stay streams."""
+"""What holds for every request before its route: an id, and bounds on its body. Plain ASGI: streams stay streams."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,6 +13,7 @@ from service.ids import fresh_id
 
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 MOST_BYTES = 8 * 2**20  # of a body: far more text than any context holds
+BODY_SECONDS = 30.0  # for a body to arrive
 
 
 class RequestIds:
@@ -36,21 +38,31 @@ class RequestIds:
 
 
 class BodyLimit:
-    """Refuses a body above the limit as soon as that is known, without reading the rest of it."""
+    """Refuses a body above the limit as soon as that is known, without reading the rest of it; and one whose end does
+    not come: nothing may wait for a client without end."""
 
-    def __init__(self, app: ASGIApp, limit: int = MOST_BYTES) -> None:
-        self._app = app
-        self._limit = limit
+    def __init__(self, app: ASGIApp, seconds: float = BODY_SECONDS, limit: int = MOST_BYTES) -> None:
+        self._app, self._seconds, self._limit = app, seconds, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        read = 0
+        read, whole = 0, False
+        deadline = asyncio.get_running_loop().time() + self._seconds
 
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
+        async def bounded() -> Message:
+            nonlocal read, whole
+            message = await receive() if whole else await self._in_time(receive, deadline)
             read += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if read > self._limit:
                 raise HTTPException(413, f"A body may have {self._limit} bytes. Shorten the text")
             return message
 
-        await self._app(scope, counted if scope["type"] == "http" else receive, send)
+        await self._app(scope, bounded if scope["type"] == "http" else receive, send)
+
+    async def _in_time(self, receive: Receive, deadline: float) -> Message:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await receive()
+        except TimeoutError:
+            late = f"The body had not arrived whole after {self._seconds:g} s. Send it faster, or in smaller requests"
+            raise HTTPException(408, late, {"connection": "close"}) from None

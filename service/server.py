@@ -41,6 +41,7 @@ def serve(settings: Settings, bound: socket.socket) -> None:
 
     from service.access_log import write_lines  # noqa: PLC0415
     from service.app import create_app  # noqa: PLC0415
+    from service.connections import connections_of  # noqa: PLC0415
     from service.draining import LAST_WORDS_SECONDS, Draining, Server  # noqa: PLC0415
     from service.parts import open_parts  # noqa: PLC0415
 
@@ -51,8 +52,13 @@ def serve(settings: Settings, bound: socket.socket) -> None:
         server.should_exit = True
 
     draining = Draining(settings.grace_seconds, stop)
-    app = create_app(lambda: open_parts(settings), on_failure=stop, redis=settings.redis, draining=draining)
-    config = uvicorn.Config(app, access_log=False, timeout_graceful_shutdown=round(LAST_WORDS_SECONDS))
+    app = create_app(lambda: open_parts(settings), stop, settings.redis, draining, settings.body_timeout)
+    config = uvicorn.Config(
+        app,
+        http=connections_of(settings.connections),
+        access_log=False,
+        timeout_graceful_shutdown=round(LAST_WORDS_SECONDS),
+    )
     server = Server(config, draining)
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -75,6 +75,8 @@ class Settings(BaseSettings):
     queue_size: int = Field(default=64, gt=0)
     background_wait: float = Field(default=30.0, ge=0)  # seconds that a background request waits for its experts
     request_timeout: float = Field(default=600.0, gt=0)  # seconds
+    body_timeout: float = Field(default=30.0, gt=0)  # seconds for a request's body to arrive
+    connections: int = Field(default=512, gt=0)  # open at once; above them only probes are answered
     grace_seconds: float = Field(default=10.0, ge=0)  # for answers under way when the service is told to stop
     job_memory: Memory | None = None  # bytes for a profiling job, beside the service's own; None: the same as memory
     keep_unmatched: int = Field(default=0, ge=0, le=10_000)  # queries near no task that are kept for proposals; 0: none
