@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import shutil
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from engine.card import ModelCard
+from engine.device import open_device
 from engine.embedder import open_embedder
 from engine.kernels import kernel_name
 from engine.plan import plan_memory
 from service.disk import measure_disk
+from service.memory import available_memory
 from service.model import engine_config
 from service.parts import open_index
 from service.serving import Catalogue
 from service.settings import Settings
-from store.database import open_store
-from store.errors import BudgetError, InvalidInput, MoepagerError
-from store.sizes import show_bytes
+from store.database import Store, open_as_it_is
+from store.errors import BudgetError, InvalidInput, MoepagerError, NotFound
+from store.home import data_path
+from store.sizes import parse_bytes, show_bytes
+
+LEAST_SPACE = parse_bytes("256MiB")  # a store of ten tasks and a run's partial sums are far below
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +49,17 @@ def examine(settings: Settings) -> list[Check]:
         "model": check_model,
         "kernel": check_kernel,
         "budget": check_budget,
+        "device": check_device,
         "memory": check_memory,
         "disk": check_disk,
+        "space": check_space,
         "store": check_store,
         "embedder": check_embedder,
         "index": check_index,
         "profiles": check_profiles,
         "redis": check_redis,
+        "traces": check_traces,
+        "address": check_address,
     }
     return [_run(name, check, settings) for name, check in checks.items()]
 
@@ -58,6 +69,9 @@ def _run(name: str, check: Callable[[Settings], str], settings: Settings) -> Che
         return Check(name, True, check(settings))
     except MoepagerError as error:
         return Check(name, False, str(error))
+    except Exception as error:  # a broken machine is what it looks for: files that are links to nowhere, no rights, ...
+        said = f"{type(error).__name__}: {error}"
+        return Check(name, False, f"The check itself broke off, as a service would: {said}. Mend what it names.")
 
 
 def show_checks(checks: list[Check]) -> str:
@@ -99,9 +113,16 @@ def check_budget(settings: Settings) -> str:
     return f"{plan.slots_per_layer} of {plan.experts} experts a layer fit; planned {show_bytes(plan.total_bytes)}"
 
 
+def check_device(settings: Settings) -> str:
+    return f"{open_device(settings.device)} is here"
+
+
 def check_memory(settings: Settings) -> str:
+    """Of the machine or container; a card's own is the plan's to bound. A job runs beside the service, if at all."""
     config = engine_config(settings)
-    needed = plan_memory(ModelCard.read(config.model), config).total_bytes
+    plan = plan_memory(ModelCard.read(config.model), config).total_bytes
+    needed = plan if settings.device.startswith("cpu") else 0
+    job = (settings.job_memory or plan) if settings.redis is None and settings.device.startswith("cpu") else 0
     free = available_memory()
     if free is None:
         return "this system does not say how much memory is available"
@@ -110,14 +131,63 @@ def check_memory(settings: Settings) -> str:
             f"The plan needs {show_bytes(needed)}, but {show_bytes(free)} are available. "
             "Lower --memory, or end other programs."
         )
-    return f"{show_bytes(free)} available, {show_bytes(needed)} planned"
+    said = f"{show_bytes(free)} available, {show_bytes(needed)} planned"
+    if needed + job <= free:
+        return f"{said}, {show_bytes(job)} for a profiling job beside it" if job else said
+    short = (
+        f"{said}, and a profiling job started over REST takes {show_bytes(job)} beside that: too much by "
+        f"{show_bytes(needed + job - free)}. Lower MOEPAGER_JOB_MEMORY, or give jobs to a worker (MOEPAGER_REDIS)."
+    )
+    if settings.job_memory is not None:
+        raise BudgetError(short)
+    return short
 
 
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    if not meminfo.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+def check_space(_settings: Settings) -> str:
+    """Room for the embedded store and for unfinished runs."""
+    folder = data_path()
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InvalidInput(f"The data folder {folder} can't be written: {there}. Set MOEPAGER_HOME to one that can.")
+    free = shutil.disk_usage(there).free
+    if free < LEAST_SPACE:
+        raise InvalidInput(
+            f"{show_bytes(free)} are free for {folder}; a store and its runs want {show_bytes(LEAST_SPACE)}. "
+            "Make room, or set MOEPAGER_HOME to another disk."
+        )
+    return f"{show_bytes(free)} free for {folder}"
+
+
+def check_address(settings: Settings) -> str:
+    """Whether it can listen there, and whether all may then come who reach it."""
+    where = f"{settings.host}:{settings.port}"
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((settings.host, settings.port))
+        except OSError as error:
+            raise InvalidInput(
+                f"{where} can't be listened on: {error.strerror or error}. Set another MOEPAGER_PORT or MOEPAGER_HOST, "
+                "or end what listens there; all is well if that is this very service."
+            ) from error
+    if settings.host in ("127.0.0.1", "::1", "localhost"):
+        return f"{where} is free, and this machine's alone"
+    keys = _of_store(settings, lambda store: f"{len(store.keys.list()) or 'no'} keys")
+    if not keys[0].isdigit():
+        raise InvalidInput(
+            f"{where} is open to the network, and there are no keys: whoever reaches it may use all of it. "
+            "`moepager keys create NAME --role operator`, or MOEPAGER_HOST=127.0.0.1."
+        )
+    return f"{where} is free, open to the network, with {keys}"
+
+
+def check_traces(settings: Settings) -> str:
+    if settings.traces is None:
+        return "not used"
+    if not all(map(importlib.util.find_spec, ("opentelemetry.sdk", "opentelemetry.exporter"))):
+        raise InvalidInput("MOEPAGER_TRACES needs the extra `traces`: pip install 'moepager[traces]'.")
+    return f"spans go to {settings.traces}"
 
 
 def check_disk(settings: Settings) -> str:
@@ -126,8 +196,17 @@ def check_disk(settings: Settings) -> str:
 
 
 def check_store(settings: Settings) -> str:
-    with open_store(settings.store) as store:
-        return f"{store.name}: opens, its schema is current, {len(store.tasks.list())} tasks"
+    said = "{}: opens, its schema is current, {} tasks"
+    return _of_store(settings, lambda store: said.format(store.name, len(store.tasks.list())))
+
+
+def _of_store(settings: Settings, tell: Callable[[Store], str]) -> str:
+    """As it is: a look makes and migrates nothing. One that the first start will make is nothing wrong."""
+    try:
+        with open_as_it_is(settings.store) as store:
+            return tell(store)
+    except NotFound as error:
+        return str(error)
 
 
 def check_embedder(settings: Settings) -> str:
@@ -138,19 +217,24 @@ def check_embedder(settings: Settings) -> str:
 
 def check_index(settings: Settings) -> str:
     embedder = open_embedder(settings.embedder).id
-    with open_store(settings.store) as store:
+
+    def compare(store: Store) -> str:
         index = open_index(settings.index, store, embedder)
         index.check(store.exemplars.list(embedder=embedder))
-        where = settings.index or "memory"
-        return f"{len(index)} exemplars of {embedder} in {where}, the same as in the store"
+        return f"{len(index)} exemplars of {embedder} in {settings.index or 'memory'}, the same as in the store"
+
+    return _of_store(settings, compare)
 
 
 def check_profiles(settings: Settings) -> str:
     card = ModelCard.read(engine_config(settings).model)
-    with open_store(settings.store) as store:
+
+    def count(store: Store) -> str:
         tasks = Catalogue.read(store, card.fingerprint).tasks
-    proven = [task for task in tasks.values() if task.candidates]
-    return f"{len(tasks)} tasks have a profile of this model, {len(proven)} of them with evidence"
+        proven = [task for task in tasks.values() if task.candidates]
+        return f"{len(tasks)} tasks have a profile of this model, {len(proven)} of them with evidence"
+
+    return _of_store(settings, count)
 
 
 def check_redis(settings: Settings) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 
 from store.catalogue import Exemplars, Models, Tasks
 from store.changes import Changes
-from store.connection import Database
+from store.connection import Database, parse_url
 from store.corpora import Corpora
+from store.errors import NotFound
 from store.events import Events
-from store.home import default_store_url
+from store.home import data_path, default_store_url
 from store.journal import Decisions, Jobs
 from store.keys import Keys
 from store.parts import ProfileParts
 from store.prices import Prices
 from store.profiles import Evaluations, Profiles, Selections
-from store.revision import bring_up_to_date
+from store.revision import bring_up_to_date, require_current
 from store.unmatched import UnmatchedQueries
 
 
@@ -78,6 +80,23 @@ def open_store(url: str | None = None) -> Store:
     database = Database(url or default_store_url())
     try:
         bring_up_to_date(database)
+    except BaseException:
+        database.close()
+        raise
+    return Store(database)
+
+
+def open_as_it_is(url: str | None = None) -> Store:
+    """The same, but nothing is made or migrated.
+
+    Raises NotFound where there is no store yet or one to be migrated, MismatchError where a newer moepager wrote it.
+    """
+    url = url or f"sqlite:///{data_path() / 'store.db'}"
+    database = Database(url)
+    try:
+        if database.dialect == "sqlite" and not Path(str(parse_url(url).database)).exists():
+            raise NotFound(f"There is no store at {database.name} yet: the first start or profile makes it.")
+        require_current(database)
     except BaseException:
         database.close()
         raise

@@ -9,9 +9,14 @@ from pathlib import Path
 import platformdirs
 
 
+def data_path() -> Path:
+    """Where the data folder is, or would be."""
+    return Path(os.environ.get("MOEPAGER_HOME") or platformdirs.user_data_dir("moepager"))
+
+
 def data_folder() -> Path:
     """`MOEPAGER_HOME`, or the user's data folder; made if it is missing, for its owner alone: it holds users' texts."""
-    folder = Path(os.environ.get("MOEPAGER_HOME") or platformdirs.user_data_dir("moepager"))
+    folder = data_path()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 

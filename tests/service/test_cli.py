@@ -170,6 +170,7 @@ def test_doctor_finds_a_healthy_set_up(
     invoke: Callable[..., Any], half_settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("MOEPAGER_PORT", "0")
     options = ["--model", half_settings.model, "--store", half_settings.store, "--embedder", "hash"]
     done = invoke("doctor", *options, "--index", tmp_path / "index", "--json")
     checks = {check["name"]: check for check in json.loads(done.output.splitlines()[-1])["checks"]}
@@ -184,12 +185,15 @@ def test_doctor_goes_on_after_a_failing_check_and_exits_with_2(
     invoke: Callable[..., Any], half_settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("MOEPAGER_PORT", "0")
     (tmp_path / "bad.db").write_bytes(b"rubbish" * 1000)
     options = ["--model", half_settings.model, "--store", f"sqlite:///{tmp_path / 'bad.db'}", "--embedder", "hash"]
     done = invoke("doctor", *options, "--memory", "1MiB", "--json")
     checks = {check["name"]: check["ok"] for check in json.loads(done.output.splitlines()[-1])["checks"]}
     assert done.exit_code == 2
-    assert [name for name, ok in checks.items() if ok] == ["python", "model", "kernel", "disk", "embedder", "redis"]
+    assert [name for name, ok in checks.items() if ok] == [
+        "python", "model", "kernel", "device", "disk", "space", "embedder", "redis", "traces", "address"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
