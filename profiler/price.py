@@ -139,7 +139,8 @@ def _drawn(
         report(Progress(profile.task, "evaluate", number - 1, pricing.draws))
         statistics = _statistics(engine, profile, selections, pricing, number)
         for one in selections:
-            kept = _reselect(engine, one, statistics)
+            # A draw has mean outputs of its own: under the profile's id the device would give the profile's.
+            kept = _reselect(engine, replace(one, profile=f"{one.profile}-draw{number}"), statistics)
             measured = evaluate_forced(engine, held_out.items, kept, held_out.rows)
             found[one.id].append((measured.accuracy, measured.nll))
     return found

@@ -12,7 +12,6 @@ import numpy as np
 
 from profiler.allocation import UNIFORM, uniform
 from profiler.scorers.gate import Gate
-from profiler.scorers.random import Random
 from profiler.scorers.registry import computable
 from profiler.search import reasons_of
 from profiler.stability import split_half_overlap
@@ -97,11 +96,7 @@ def gather_report(store: Store, fingerprint: str, keep: float, only: Collection[
 def _task(store: Store, profile: Profile, keep: float) -> TaskReport:
     statistics = Statistics.from_arrays(profile.statistics)
     scores = Gate().score(statistics)  # [L, E]
-    halves = {
-        scorer.name: split_half_overlap(statistics, scorer, keep)
-        for scorer in computable(statistics)
-        if scorer.name != Random().name
-    }
+    halves = {scorer.name: split_half_overlap(statistics, scorer, keep) for scorer in computable(statistics)}
     return TaskReport(
         profile=profile,
         weight=scores / scores.sum(axis=1, keepdims=True).clip(min=1e-30),

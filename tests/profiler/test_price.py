@@ -11,6 +11,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.embedder import HashEmbedder
 from engine.engine import Engine
+from engine.stand_ins import DeviceStandIns
 from engine.tiny import write_tiny
 from profiler import gather as gather_module
 from profiler import passes as passes_module
@@ -178,6 +179,25 @@ def test_a_killed_draw_is_not_added_to_one_of_another_cut_or_with_other_sums(
     assert sums.token_count == sum(len(one.tokens) for one in text)
     assert options.needs <= set(found.extras)
     assert not left.exists()
+
+
+def test_a_draw_is_measured_with_the_mean_outputs_of_its_own_text(store, tmp_path, monkeypatch):
+    folder = write_tiny("qwen3_moe", tmp_path / "m", seed=3)
+    with Engine.open(EngineConfig(folder, max_context=128, max_batch=16, stand_ins=1)) as engine:
+        served, measured = DeviceStandIns.vectors, []
+
+        def watched(self, stand_in):
+            measured.append((stand_in, served(self, stand_in)))
+            return measured[-1][1]
+
+        monkeypatch.setattr(DeviceStandIns, "vectors", watched)
+        fields = {"scorers": ["gate"], "stand_ins": ["novice"], "draws": 2, "keeps": (0.75,)}
+        options = Options(runs=tmp_path / "runs", **fields)
+        task = (TaskRecord("t"), texts(1, 8), texts(2, 6))
+        profile_task(engine, store, *task, embedder=HashEmbedder(), options=options)
+    assert len({stand_in.id for stand_in, _ in measured}) == 3  # the profile's and two draws'
+    for stand_in, vectors in measured:
+        np.testing.assert_array_equal(vectors.cpu().numpy(), stand_in.vectors)
 
 
 def test_a_draw_streams_where_the_profile_s_own_pass_does(run, store, monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from profiler.extras import EXTRAS
 from profiler.scorers.registry import SCORERS, computable
 from profiler.stability import split_half_overlap
 
@@ -13,7 +15,21 @@ def test_halves_of_the_same_text_agree_wholly(random_trace, accumulate, summed):
     both = accumulate([trace], half=0, needs=summed) + accumulate([trace], half=1, needs=summed)
     assert {"mone", "stun", "reap"} <= {scorer.name for scorer in computable(both)}
     for scorer in computable(both):
-        assert split_half_overlap(both, scorer, 0.5) == 1.0
+        assert split_half_overlap(both, scorer, 0.5) == (None if scorer.name == "random" else 1.0)
+
+
+def test_what_was_not_computed_of_halves_has_no_agreement(random_trace, accumulate):
+    """Of wholly different halves nobody may be said to agree wholly."""
+    apart = accumulate([random_trace(1)], half=0) + accumulate([random_trace(2)], half=1)
+    everyone = {name: np.random.default_rng(5).random(extra.shape(1, 8, 5)) for name, extra in EXTRAS.items()}
+    known = {"coactivations", "output_sums", "logit_products"}
+    needs = frozenset(known)
+    halved = accumulate([random_trace(1)], half=0, needs=needs) + accumulate([random_trace(2)], half=1, needs=needs)
+    full = apart.with_extras({**everyone, **halved.extras})
+    found = {scorer.name: split_half_overlap(full, scorer, 0.5) for scorer in computable(full)}
+    nothing = {"random", "naee", "naee_answers", "naee_exact", "tsep", "diep", "stun_router", "router_growth"}
+    assert {name for name, share in found.items() if share is None} == nothing
+    assert all(share < 1 for share in found.values() if share is not None), found
 
 
 def test_halves_that_use_other_experts_disagree(toy, accumulate):
