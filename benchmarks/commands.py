@@ -110,7 +110,7 @@ def quality_command(
         str, typer.Option(help="Numbers of calibration items, such as 5,10,25, each drawn as often as --draws says.")
     ] = "",
     automatic: Annotated[
-        bool, typer.Option(help="Also what `profile --search` would choose from the text as it is.")
+        bool, typer.Option(help="Also what `profile --search` would choose, from each draw of the text.")
     ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A folder that keeps what is measured: a killed run goes on from it.")

@@ -89,7 +89,7 @@ class _Bench:
         kinds = (NOTHING,) if few else self.grid.stand_ins
         candidates = self._candidates(text, scorers, allocators, self.grid.keeps, kinds)
         rows = [self._row(text, one, self._measure(self._test, one.selection)) for one in candidates]
-        if self.grid.automatic and text.draw == 0:
+        if self.grid.automatic and not few:
             rows += [self._row(text, one, self._measure(self._test, one.selection)) for one in self._chosen(text)]
         return rows
 

@@ -22,7 +22,7 @@ class Grid:
     """What is measured. `draws` bootstrap draws of the calibration text stand beside the text itself (draw 0).
 
     `few_shot` numbers of items are drawn as often, for `scorers` that need no extras, with one allocator. The automatic
-    choice is made from the text as it is.
+    choice is made from every draw and from the text as it is, never from a few items.
     """
 
     items: int = 100

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import quality
-from benchmarks.quality import bench_quality
+from benchmarks.quality import _Bench, _Text, bench_quality
 from benchmarks.quality_grid import Grid, Row, grid_of
 from benchmarks.quality_means import means
 from benchmarks.quality_runs import Runs
@@ -18,7 +18,7 @@ from profiler.corpus import Item
 from profiler.evaluate import Measured
 from profiler.progress import ignore
 from store.errors import InvalidInput
-from store.records import Selection
+from store.records import Selection, StoredSelection
 
 
 def row(task: str, scorer: str, allocator: str, keep: float, accuracy: float, draw: int = 0) -> Row:
@@ -64,6 +64,27 @@ def test_means_over_draws_leave_the_text_as_it_is_out_and_give_the_spread_betwee
     assert full.spread == pytest.approx(0.1)
     assert full.sure == pytest.approx(1.96 * (0.5 * 0.5 / 10) ** 0.5)  # over the items, which all draws share
     assert (shot.accuracy, shot.shots, shot.spread) == (pytest.approx(0.2), 5, pytest.approx(0.0))
+
+
+def test_the_automatic_choice_is_made_of_every_draw_and_is_among_the_means(monkeypatch):
+    chosen = StoredSelection("", "", "automatic", "searched", 0.5, Selection(((0, 1),)))
+    bench = object.__new__(_Bench)
+    bench.grid, bench._test = Grid(scorers=("gate",), draws=2, few_shot=(5,), automatic=True), ()
+    monkeypatch.setattr(_Bench, "_candidates", lambda *_: [replace(chosen, scorer="gate", allocator="uniform")])
+    monkeypatch.setattr(_Bench, "_chosen", lambda *_: iter([chosen]))
+    monkeypatch.setattr(_Bench, "_measure", lambda *_: Measured)
+    monkeypatch.setattr(
+        _Bench,
+        "_row",
+        lambda _, text, one, __: replace(row("a", one.scorer, one.allocator, 0.5, 0.9, text.draw), shots=text.shots),
+    )
+    texts = [*(_Text(draw, None, ()) for draw in range(3)), *(_Text(draw, 5, ()) for draw in (1, 2))]
+    found = means([each for text in texts for each in bench.rows(text)])
+    assert {(one.scorer, one.draws, one.shots) for one in found} == {
+        ("gate", 2, None),
+        ("automatic", 2, None),
+        ("gate", 2, 5),
+    }
 
 
 def test_the_picture_is_drawn(tmp_path):
@@ -126,12 +147,13 @@ def test_a_small_run_measures_every_row_and_a_second_one_measures_nothing(tmp_pa
     full = [one for one in rows if one.shots is None and one.stand_in == "nothing"]
     few, mean = [one for one in rows if one.shots == 5], [one for one in rows if one.stand_in == "novice"]
     assert [(one.keep, one.draw) for one in mean] == [(0.25, 0)] * 4 + [(0.25, 1)] * 4
-    assert len(full) == 2 * (2 * 2 * 2) + 2  # draws, scorers x allocators x sizes, and the automatic choice
+    assert len(full) == 2 * (2 * 2 * 2 + 2)  # draws, scorers x allocators x sizes, and the automatic choice
     assert {(one.scorer, one.allocator, one.draw) for one in few} == {
         ("gate", "coverage", 1),
         ("random", "coverage", 1),
     }
     assert {one.retention for one in full if one.keep == 1.0} == {1.0}
+    assert {mean.draws for mean in means(rows) if mean.scorer == "automatic"} == {1}
     at = {(one.scorer, one.allocator): one.accuracy for one in full if one.keep == 0.25 and one.draw == 0}
     assert at["gate", "uniform"] > at["random", "uniform"]
     assert at["automatic", "searched"] >= at["random", "uniform"]
