@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from profiler.statistics import Statistics
-from store.errors import BudgetError, Conflict, CorruptStore
+from store.errors import BudgetError, CorruptStore, Held
 from store.sizes import show_bytes
 
 
@@ -70,13 +70,13 @@ class Run:
 
 @contextmanager
 def hold(folder: Path, name: str) -> Iterator[None]:
-    """Only one process may hold a name. Raises Conflict at once if another does; a dead process holds nothing."""
+    """Only one process may hold a name. Raises Held at once if another does; a dead process holds nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise Conflict(
+        raise Held(
             f"Another run is profiling the same task of the same model (it holds {lock.lock_file}). Wait for it to end."
         ) from error
     try:

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from service.cli import AWAY
+from service.cli import AWAY, HELD
 from service.workshop import Workshop
-from store.errors import StoreUnreachable
+from store.errors import Held, StoreUnreachable
 from store.home import default_store_url
 from store.records import GENERALIST, Job, StoredCorpus
 
@@ -41,7 +41,8 @@ class Attempt:
         write_items(folder / "evaluation.jsonl", corpus.evaluation)
 
     def run(self, stop: threading.Event) -> str | None:
-        """None when it is done; else why not. Raises StoreUnreachable where the process lost the store."""
+        """None when it is done; else why not. Raises StoreUnreachable where the process lost the store,
+        and Held where another one is at the same task."""
         errors = self._folder / "errors.txt"
         with errors.open("wb") as sink:
             process = subprocess.Popen(  # noqa: S603 - our own module, names and numbers of our own settings
@@ -61,6 +62,8 @@ class Attempt:
             said = errors.read_text(errors="replace").strip()[-LONGEST_DETAIL:]
             if process.returncode == AWAY:
                 raise StoreUnreachable(said)
+            if process.returncode == HELD:
+                raise Held(said)
             return said or f"the profiling ended with exit code {process.returncode}"
         return None
 
@@ -73,10 +76,13 @@ class Attempt:
             self._follow()
             if time.monotonic() - noted > BEAT_SECONDS:
                 noted = time.monotonic()
-                change = self._workshop.store.jobs.change
-                if not change(self._job.id, ["running"], progress=self._progress, detail=self._detail):
-                    return False  # cancelled
+                if not self._note():
+                    return False  # cancelled, or taken up by another runner
         return True
+
+    def _note(self) -> bool:
+        change, job = self._workshop.store.jobs.change, self._job
+        return change(job.id, ["running"], attempt=job.attempt, progress=self._progress, detail=self._detail)
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None, "it is a pipe"

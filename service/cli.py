@@ -15,11 +15,12 @@ from typing import NoReturn
 import typer
 
 from engine.openmp import wait_passively
-from store.errors import MoepagerError, StoreUnreachable
+from store.errors import Held, MoepagerError, StoreUnreachable
 
 GROUP = "moepager.commands"
 REFUSED = 2  # the exit code of everything that a person can put right
 AWAY = 75  # EX_TEMPFAIL: the store can't be reached, and the same command may work later
+HELD = 69  # EX_UNAVAILABLE: another process is at the same task
 
 
 def main() -> NoReturn:
@@ -28,10 +29,16 @@ def main() -> NoReturn:
         gather(entry_points(group=GROUP))(prog_name="moepager")
     except MoepagerError as error:
         typer.echo(f"moepager: {error}", err=True)
-        sys.exit(AWAY if isinstance(error, StoreUnreachable) else REFUSED)
+        sys.exit(exit_code(error))
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def exit_code(error: MoepagerError) -> int:
+    if isinstance(error, StoreUnreachable):
+        return AWAY
+    return HELD if isinstance(error, Held) else REFUSED
 
 
 def gather(points: Iterable[EntryPoint]) -> typer.Typer:

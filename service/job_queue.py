@@ -111,7 +111,7 @@ class Worker(SimpleWorker):
 def perform(name: str) -> None:
     """What a worker does with an announcement: the row says whether there is still something to do."""
     workshop = Worker.workshop
-    work(workshop.store.jobs.get(name), workshop, Worker.stop)
+    work(name, workshop, Worker.stop)
 
 
 def run_worker(workshop: Workshop, url: str) -> None:

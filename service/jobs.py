@@ -1,7 +1,8 @@
 """Profiling jobs: claimed in the store, so that of two runners one gets a job, and run one at a time.
 
 The row in the store is the truth. A runner that dies leaves a running row behind whose time stands still; any runner of
-the same model then takes it up again, and the profiling goes on where its partial sums on disk end. A cancelled row
+the same model then takes it up again, a few times, and the profiling goes on where its partial sums on disk end. Every
+note carries the number of its attempt: a runner that stood still and wakes can change nothing. A cancelled row
 stops its process, whoever cancelled it.
 """
 
@@ -14,6 +15,7 @@ import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from service.context import Opening
 from service.lookout import Lookout
 from service.workshop import Workshop, workshop_of
 from store.database import Store
-from store.errors import Conflict, MoepagerError, NotFound, StoreUnreachable
+from store.errors import Conflict, Held, MoepagerError, NotFound, StoreUnreachable
 from store.records import GENERALIST, Exemplar, Job, JobState, StoredCorpus
 
 log = logging.getLogger("moepager.service")
 
 ACTIVE: tuple[JobState, ...] = ("queued", "running")
 STALE = timedelta(seconds=15)  # without a note: its runner is dead
+MOST_DEATHS = 3  # of a job's runners: whatever kills them would kill the next one
 
 
 def queue_job(store: Store, model: str, task: str, options: Mapping[str, Any], key: str | None = None) -> Job:
@@ -41,14 +44,15 @@ def queue_job(store: Store, model: str, task: str, options: Mapping[str, Any], k
         return known
     if task != GENERALIST:
         store.corpora.get(task)
-    refuse_active(store, task)
     job = new_job(model, task, options, key)
     try:
+        refuse_active(store, task)
         store.jobs.put(job)
-    except Conflict:  # the same request twice at once
-        if key is None or (known := _asked_before(store, key, model, task, options)) is None:
-            raise
-        return known
+    except Conflict:  # of an older job, of the same request at once, or of another that came between our look and put
+        if key is not None and (known := _asked_before(store, key, model, task, options)) is not None:
+            return known
+        refuse_active(store, task)  # in words that name the job
+        raise
     return job
 
 
@@ -91,39 +95,39 @@ def refuse_active(store: Store, task: str) -> None:
 
 def waiting(workshop: Workshop) -> Sequence[Job]:
     """The model's queued jobs, the oldest first, among them those whose runner is dead: they are queued again."""
-    mine = [job for job in reversed(workshop.store.jobs.list(ACTIVE)) if job.model == workshop.model]
-    return [job for job in mine if job.state == "queued" or _revived(job, workshop.store)]
+    workshop.store.jobs.revive(workshop.model, STALE, MOST_DEATHS)
+    queued = workshop.store.jobs.list(["queued"])
+    return [job for job in reversed(queued) if job.model == workshop.model]
 
 
-def _revived(job: Job, store: Store) -> bool:
-    """Whether a running job's runner is dead, and it was put back here, not by somebody else."""
-    dead = datetime.now(UTC) - job.updated > STALE
-    return dead and store.jobs.change(job.id, ["running"], state="queued", detail="taken up again: its runner died")
-
-
-def work(job: Job, workshop: Workshop, stop: threading.Event) -> bool:
-    """Run the job, if nobody else has it; whether it was run. Ends early, with the job put back, when `stop` is set."""
-    if not workshop.store.jobs.change(job.id, ["queued"], state="running", detail="starting"):
+def work(name: str, workshop: Workshop, stop: threading.Event) -> bool:
+    """Run the job, if nobody else has it; whether to look for more at once. It is put back when `stop` is set, and
+    where another process is at the same task. Whoever was thought dead and was not changes nothing: the attempt is
+    another's.
+    """
+    if (job := workshop.store.jobs.claim(name)) is None:
         return False
     log.info("job %s: profiling %r", job.id, job.task)
-    change = workshop.store.jobs.change
+    change = partial(workshop.store.jobs.change, job.id, ["running"], attempt=job.attempt)
     try:
         failure = _attempt(job, workshop, stop)
     except StoreUnreachable:  # no failure of the job. Where the store is still away, its row stands still and is found
-        change(job.id, ["running"], state="queued", detail="waits for the store")
+        change(state="queued", detail="waits for the store")
         raise
+    except Held as error:
+        change(state="queued", detail=f"waits: {error}"[:LONGEST_DETAIL])
+        return False
     if stop.is_set() and failure is not None:
-        change(job.id, ["running"], state="queued", detail="waits for the next start")
+        change(state="queued", detail="waits for the next start")
     elif failure is None:
-        change(job.id, ["running"], state="done", progress=1.0, detail="in service")
-    else:
+        change(state="done", progress=1.0, detail="in service")
+    elif change(state="failed", detail=failure[-LONGEST_DETAIL:]):
         log.warning("job %s failed: %s", job.id, failure)
-        change(job.id, ["running"], state="failed", detail=failure[-LONGEST_DETAIL:])
     return True
 
 
 def _attempt(job: Job, workshop: Workshop, stop: threading.Event) -> str | None:
-    """None when it is done; else why not. Raises StoreUnreachable: a store that is away is no failure."""
+    """None when it is done; else why not. Raises StoreUnreachable and Held: neither is a failure of the job."""
     try:
         corpus = (
             StoredCorpus(GENERALIST, (), (), ()) if job.task == GENERALIST else workshop.store.corpora.get(job.task)
@@ -132,7 +136,7 @@ def _attempt(job: Job, workshop: Workshop, stop: threading.Event) -> str | None:
             failure = Attempt(job, workshop, corpus, Path(folder)).run(stop)
         if failure is None and corpus.exemplars:
             put_exemplars(corpus, workshop)
-    except StoreUnreachable:
+    except (StoreUnreachable, Held):
         raise
     except (MoepagerError, OSError) as error:  # OSError: no room for the files, or for a process
         return str(error)
@@ -158,7 +162,7 @@ def run_here(opening: Opening) -> Lookout:
                 return False
             workshop = workshop_of(opening.current())
             jobs = waiting(workshop)
-            return bool(jobs) and work(jobs[0], workshop, stop)
+            return bool(jobs) and work(jobs[0].id, workshop, stop)
         except MoepagerError as error:  # the store is away: the row waits for it
             log.warning("jobs wait: %s", error)
             return False

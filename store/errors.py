@@ -7,6 +7,7 @@ MoepagerError                 shown as it is: exit code 2 at the command line, `
 ├─ NotFound                   404  a model, task, profile or job that is not there
 │  └─ PartsMissing                 parts of a task's text that nobody has profiled yet
 ├─ Conflict                   409  it exists already, or another run holds it
+│  └─ Held                         a live process is at the same task; it may be tried again later
 ├─ MismatchError              409  a profile, index or store that belongs to another model or embedder
 ├─ CheckpointError            422  a model folder that can't be served: missing, truncated, pickled, unsupported
 ├─ BudgetError                422  a memory budget that can't hold what was asked
@@ -81,6 +82,10 @@ class PartsMissing(NotFound):
 class Conflict(MoepagerError):
     status = 409
     code = "conflict"
+
+
+class Held(Conflict):
+    code = "held"
 
 
 class MismatchError(MoepagerError):

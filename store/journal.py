@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime
+from datetime import timedelta
 from typing import Any, cast
 
 from sqlalchemy import select, update
@@ -13,7 +13,12 @@ from store.connection import Database
 from store.errors import Conflict, InvalidInput, NotFound
 from store.records import Decision, Job, JobState
 from store.schema import DecisionRow, JobRow
-from store.writing import insert_once
+from store.writing import insert_once, now
+
+GIVEN_UP = (
+    "Its runner died {} times over this job, most likely killed for want of memory. Lower MOEPAGER_JOB_MEMORY or "
+    "MOEPAGER_MAX_BATCH, or give the machine more, and start it again."
+)
 
 
 class Jobs:
@@ -56,27 +61,55 @@ class Jobs:
             for name, value in changes.items():
                 if value is not None:
                     setattr(row, name, value)
-            row.updated = datetime.now(UTC)
+            row.updated = now(session)
             return _job(row)
+
+    def claim(self, id: str) -> Job | None:  # noqa: A002
+        """The queued job as a running one, with the number of this attempt; None where somebody else has it."""
+        query = update(JobRow).where(JobRow.id == id, JobRow.state == "queued").returning(JobRow)
+        with self._database.write() as session:
+            values = {"state": "running", "detail": "starting", "attempt": JobRow.attempt + 1, "updated": now(session)}
+            row = session.scalars(query.values(**values)).one_or_none()
+            return None if row is None else _job(row)
 
     def change(
         self,
         id: str,  # noqa: A002
         expected: Collection[JobState],
         *,
+        attempt: int | None = None,
         state: JobState | None = None,
         progress: float | None = None,
         detail: str | None = None,
     ) -> bool:
-        """As `update`, but only while the job is in one of the `expected` states; says whether it was. Of two that
-        want the same change one gets True."""
+        """As `update`, but only while the job is in one of the `expected` states and, for its runner, still at this
+        `attempt`; says whether it was. Of two that want the same change one gets True."""
         if progress is not None:
             _check_progress(progress)
-        values: dict[str, Any] = {"state": state, "progress": progress, "detail": detail, "updated": datetime.now(UTC)}
+        values: dict[str, Any] = {"state": state, "progress": progress, "detail": detail}
         kept = {name: value for name, value in values.items() if value is not None}
-        query = update(JobRow).where(JobRow.id == id, JobRow.state.in_(expected)).values(**kept)
+        query = update(JobRow).where(JobRow.id == id, JobRow.state.in_(expected))
+        if attempt is not None:
+            query = query.where(JobRow.attempt == attempt)
         with self._database.write() as session:
+            query = query.values(**kept, updated=now(session))
             return bool(session.execute(query.returning(JobRow.id)).all())
+
+    def revive(self, model: str, stale: timedelta, most: int) -> None:
+        """Queues the model's running jobs again of which nobody has noted anything for longer than `stale`: their
+        runner is dead. The `most`-th death of a job's runner fails it. All by the database's clock."""
+        lost = [JobRow.model == model, JobRow.state == "running"]
+        with self._database.read() as session:
+            since = now(session) - stale
+            if session.scalars(select(JobRow.id).where(*lost, JobRow.updated < since)).first() is None:
+                return  # a look each second must not write
+        with self._database.write() as session:
+            at = now(session)
+            query = select(JobRow).where(*lost, JobRow.updated < at - stale).with_for_update()
+            for row in session.scalars(query):
+                row.deaths, row.updated = row.deaths + 1, at
+                row.state = "failed" if row.deaths >= most else "queued"
+                row.detail = GIVEN_UP.format(row.deaths) if row.deaths >= most else "taken up again: its runner died"
 
 
 class Decisions:
@@ -115,9 +148,8 @@ def _check_progress(progress: float) -> None:
 
 def _job(row: JobRow) -> Job:
     state = cast("JobState", row.state)  # a check constraint holds it to these words
-    return Job(
-        row.id, row.model, row.task, state, row.progress, row.detail, row.created, row.updated, row.options or {}
-    )
+    facts = row.id, row.model, row.task, state, row.progress, row.detail, row.created, row.updated
+    return Job(*facts, row.options or {}, row.attempt, row.deaths)
 
 
 def _decision(row: DecisionRow) -> Decision:

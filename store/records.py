@@ -287,6 +287,14 @@ class StoredCorpus:
 
 
 @dataclass(frozen=True, slots=True)
+class MadeBy:
+    """A request that may be sent again: the sha256 of its caller's key for it, and of what it asked for."""
+
+    key: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
 class UnmatchedQuery:
     """A query that was near no task, kept because the operator chose to. `count` is how often it was asked."""
 
@@ -319,7 +327,8 @@ JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 @dataclass(frozen=True, slots=True)
 class Job:
     """A profiling run. `progress` between 0 and 1; `detail` says where it is, or why it failed; `options` are those of
-    the profiling that its creator chose, by name."""
+    the profiling that its creator chose, by name. `attempt` counts the runners that took it, so the newest one's notes
+    can be told from those of one that was thought dead; `deaths` of them died over it."""
 
     id: str
     model: str
@@ -330,3 +339,5 @@ class Job:
     created: datetime
     updated: datetime
     options: Mapping[str, Any] = field(default_factory=dict)
+    attempt: int = 0
+    deaths: int = 0

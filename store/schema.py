@@ -16,12 +16,14 @@ from sqlalchemy import (
     Dialect,
     Double,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -33,6 +35,9 @@ NAMES = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s",
     "pk": "pk_%(table_name)s",
 }
+
+
+ACTIVE = text("state IN ('queued', 'running')")  # of a job: it has not ended
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -208,12 +213,14 @@ class PriceRow(Row):
 
 
 class JobRow(Row):
-    """Jobs name their model and task, but outlive them: they tell what was run."""
+    """Jobs name their model and task, but outlive them: they tell what was run. A task of a model has one at a time
+    that has not ended. `attempt` counts the runners that took it, `deaths` those of them that died over it."""
 
     __tablename__ = "jobs"
     __table_args__ = (
         CheckConstraint("state IN ('queued', 'running', 'done', 'failed', 'cancelled')", name="state_is_known"),
         CheckConstraint("progress >= 0 AND progress <= 1", name="progress_is_a_share"),
+        Index("ix_jobs_active", "model", "task", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -225,6 +232,8 @@ class JobRow(Row):
     created: Mapped[datetime] = mapped_column(index=True)
     updated: Mapped[datetime]
     options: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # None: made before there were any
+    attempt: Mapped[int] = mapped_column(server_default="0")
+    deaths: Mapped[int] = mapped_column(server_default="0")
 
 
 class ChangesRow(Row):
@@ -261,6 +270,16 @@ class CorpusRow(Row):
     exemplars: Mapped[list[str]] = mapped_column(JSON)
     calibration: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     evaluation: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+
+
+class RequestRow(Row):
+    """A request that made a task, and may be sent again under its key: sha256 of the key and of the body."""
+
+    __tablename__ = "requests"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    body: Mapped[str]
+    created: Mapped[datetime]
 
 
 class UnmatchedRow(Row):

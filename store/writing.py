@@ -1,15 +1,16 @@
-"""Inserts that two writers may make at once, the same on SQLite and PostgreSQL."""
+"""Inserts that two writers may make at once, and the time they agree on, the same on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import CursorResult
+from sqlalchemy import CursorResult, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from store.schema import Row
+from store.schema import Row, UtcDateTime
 
 
 def insert_once(session: Session, row: type[Row], values: Mapping[str, Any]) -> bool:
@@ -26,6 +27,13 @@ def upsert(
     """Inserts the row; where one with the same `key` (the primary key) exists, sets its `update` columns."""
     new = {name: values[name] for name in update}
     session.execute(_insert(session, row, values).on_conflict_do_update(index_elements=key or _key(row), set_=new))
+
+
+def now(session: Session) -> datetime:
+    """By the clock that all writers share: the server's; SQLite's is that of the machine, and so ours."""
+    if session.get_bind().dialect.name == "sqlite":
+        return datetime.now(UTC)
+    return session.scalars(select(func.clock_timestamp(type_=UtcDateTime))).one()
 
 
 def _insert(session: Session, row: type[Row], values: Mapping[str, Any]) -> sqlite.Insert | postgresql.Insert:

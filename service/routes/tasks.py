@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 
 from service.context import PartsDep
 from service.guard import operators_only
-from service.idempotency import IdempotencyKey
+from service.idempotency import IdempotencyKey, made_by, scoped
 from service.jobs import refuse_active
 from service.parts import Parts
 from service.planning import judgement
@@ -20,7 +20,7 @@ from service.reloading import Reloader
 from service.schemas import TaskBody
 from service.serving import Candidate, Policy, ProfiledTask, choose_candidate
 from store.errors import Conflict, InvalidInput, MoepagerError
-from store.records import GENERALIST, StoredCorpus, TaskRecord
+from store.records import GENERALIST, MadeBy, StoredCorpus, TaskRecord
 
 router = APIRouter(tags=["tasks"])
 
@@ -42,10 +42,10 @@ async def list_tasks(parts: PartsDep) -> dict[str, Any]:
 
 
 @router.post("/v1/tasks", status_code=201, dependencies=[operators_only])
-async def create_task(body: TaskBody, parts: PartsDep, key: IdempotencyKey = None) -> dict[str, Any]:
+async def create_task(body: TaskBody, request: Request, parts: PartsDep, key: IdempotencyKey = None) -> dict[str, Any]:
     """Stores the text. `POST /v1/jobs` then profiles it, and with its profile the task is in service. With an
     Idempotency-Key the same task may be sent again."""
-    await asyncio.to_thread(store_task, body, parts, again=key is not None)
+    await asyncio.to_thread(store_task, body, parts, made_by(scoped(key, request), body))
     sizes = {"exemplars": len(body.exemplars), "calibration": len(body.calibration), "evaluation": len(body.evaluation)}
     return {"task": body.name, "description": body.description, **sizes}
 
@@ -59,19 +59,30 @@ async def delete_task(name: str, request: Request, parts: PartsDep) -> dict[str,
     return {"task": name, "deleted": True}
 
 
-def store_task(body: TaskBody, parts: Parts, again: bool) -> None:
-    """Raises Conflict where the name is taken, unless it may be sent `again` and is the same."""
+def store_task(body: TaskBody, parts: Parts, request: MadeBy | None) -> None:
+    """Does nothing where the same `request` has made the task before. Raises Conflict where its key was used for
+    another body, and where the name is taken."""
     if body.name == GENERALIST:
         raise InvalidInput(f"The name {GENERALIST!r} stands for all tasks together; choose another.", param="name")
+    if done_before(request, parts):
+        return
     items = [[item.json_item() for item in split] for split in (body.calibration, body.evaluation)]
     corpus = StoredCorpus(body.name, tuple(body.exemplars), tuple(items[0]), tuple(items[1]))
     task = TaskRecord(body.name, body.description)
     try:
-        parts.store.corpora.create(task, corpus, datetime.now(UTC))
+        parts.store.corpora.create(task, corpus, datetime.now(UTC), request=request)
     except Conflict:
-        same = again and parts.store.tasks.get(body.name) == task and parts.store.corpora.get(body.name) == corpus
-        if not same:
+        if not done_before(request, parts):  # the same request twice at once
             raise
+
+
+def done_before(request: MadeBy | None, parts: Parts) -> bool:
+    known = None if request is None else parts.store.corpora.made_by(request.key)
+    if known is not None and known != request:
+        raise Conflict(
+            "This Idempotency-Key was used for a task with another body. Send a key of its own with every new request."
+        )
+    return known is not None
 
 
 def remove_task(name: str, parts: Parts) -> None:

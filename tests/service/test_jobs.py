@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -19,8 +22,10 @@ from fastapi.testclient import TestClient
 from waiting import wait_for
 
 import service.attempt
+import service.jobs
 from service.app import create_app
 from service.attempt import Attempt, command, without_password
+from service.jobs import queue_job, work
 from service.parts import Parts, reread
 from service.workshop import workshop_of
 from store.database import open_store
@@ -133,6 +138,56 @@ def test_names_are_taken_once_and_jobs_run_once_a_task(running: TestClient, slee
     assert running.delete("/v1/tasks/garden").status_code == 200
 
 
+def at_once(count: int, ask: Callable[[int], Any]) -> list[Any]:
+    together = threading.Barrier(count)
+
+    def one(number: int) -> Any:
+        together.wait()
+        return ask(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+@pytest.fixture
+def slow_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody has looked before anybody writes."""
+    look = service.jobs.refuse_active
+    monkeypatch.setattr(service.jobs, "refuse_active", lambda store, task: (look(store, task), time.sleep(0.2)))
+
+
+@pytest.mark.usefixtures("sleeper", "slow_looks")
+def test_of_jobs_of_one_task_asked_for_at_once_one_is_made(running: TestClient) -> None:
+    running.post("/v1/tasks", json=TASK)
+    answers = at_once(6, lambda _: running.post("/v1/jobs", json={"task": "garden"}))
+    assert sorted(answer.status_code for answer in answers) == [202, *[409] * 5]
+    refused = next(answer for answer in answers if answer.status_code == 409)
+    assert "Wait for its end, or cancel it" in refused.json()["error"]["message"]
+    [job] = running.get("/v1/jobs").json()["jobs"]
+    running.delete(f"/v1/jobs/{job['id']}")
+
+
+@pytest.mark.usefixtures("sleeper", "slow_looks")
+def test_one_idempotency_key_sent_at_once_gives_one_job_to_all(running: TestClient) -> None:
+    running.post("/v1/tasks", json=TASK)
+    header = {"idempotency-key": "same"}
+    answers = at_once(6, lambda _: running.post("/v1/jobs", json={"task": "garden"}, headers=header))
+    assert {answer.status_code for answer in answers} == {202}
+    [job] = {answer.json()["id"] for answer in answers}
+    running.delete(f"/v1/jobs/{job}")
+
+
+def test_a_key_makes_one_task_and_is_refused_for_another_body(running: TestClient) -> None:
+    header = {"idempotency-key": "same"}
+    answers = at_once(4, lambda _: running.post("/v1/tasks", json=TASK, headers=header))
+    assert {answer.status_code for answer in answers} == {201}
+    for change in ({"name": "orchard"}, {"description": "trees"}):
+        other = running.post("/v1/tasks", json=TASK | change, headers=header)
+        assert (other.status_code, "Idempotency-Key" in other.text) == (409, True)
+    assert running.post("/v1/tasks", json=TASK).status_code == 409
+    assert running.post("/v1/tasks", json=TASK, headers={"idempotency-key": "new"}).status_code == 409
+
+
 def test_a_running_job_tells_its_progress_and_ends_when_it_is_cancelled(running: TestClient, sleeper: Path) -> None:
     running.post("/v1/tasks", json=TASK)
     job = running.post("/v1/jobs", json={"task": "garden"}).json()["id"]
@@ -182,6 +237,50 @@ def test_a_job_whose_runner_died_is_taken_up_again(own: Parts, sleeper: Path) ->
         assert state_of(client, "dead") == "running"
         client.delete("/v1/jobs/dead")
     assert [own.store.jobs.get(name).state for name in ("alive", "stranger")] == ["running", "running"]
+
+
+def test_a_job_whose_task_another_process_is_at_is_put_back(own: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; print('moepager: Another run is profiling the same task', file=sys.stderr); sys.exit(69)"
+    monkeypatch.setattr(service.attempt, "command", lambda job, workshop, folder: [sys.executable, "-c", code])
+    own.store.corpora.create(TaskRecord("garden"), StoredCorpus("garden", tuple(GARDEN), (), ()), datetime.now(UTC))
+    job = queue_job(own.store, own.catalogue.model, "garden", {})
+    assert not work(job.id, workshop_of(own), threading.Event())
+    found = own.store.jobs.get(job.id)
+    assert (found.state, found.deaths, "Another run" in found.detail) == ("queued", 0, True)
+
+
+RUNNER = """
+import sys, threading
+import service.attempt
+from service.jobs import work
+from service.settings import Settings
+from service.workshop import open_workshop
+
+service.attempt.BEAT_SECONDS = 0.05
+code = "import os; print('up', flush=True); os.read(0, 1)"
+service.attempt.command = lambda job, workshop, folder: [sys.executable, "-c", code]
+with open_workshop(Settings(model=sys.argv[1], store=sys.argv[2], embedder="hash")) as workshop:
+    work(sys.argv[3], workshop, threading.Event())
+"""
+
+
+@pytest.mark.slow
+def test_a_runner_that_stood_still_while_another_took_its_job_changes_nothing(own: Parts) -> None:
+    own.store.corpora.create(TaskRecord("garden"), StoredCorpus("garden", tuple(GARDEN), (), ()), datetime.now(UTC))
+    job = queue_job(own.store, own.catalogue.model, "garden", {}).id
+    words = [sys.executable, "-c", RUNNER, str(own.folder), str(own.settings.store), job]
+    with subprocess.Popen(words) as stalled:
+        try:
+            wait_for(lambda: own.store.jobs.get(job).updated > own.store.jobs.get(job).created)
+            stalled.send_signal(signal.SIGSTOP)
+            own.store.jobs.revive(own.catalogue.model, timedelta(seconds=-1), 3)
+            taken = own.store.jobs.claim(job)
+            assert taken is not None
+            stalled.send_signal(signal.SIGCONT)
+            assert stalled.wait(30) == 0  # its next note is refused, and it ends its process
+        finally:
+            stalled.kill()
+    assert own.store.jobs.get(job) == taken
 
 
 def test_the_profiling_process_ends_with_its_parent(own: Parts, tmp_path: Path, sleeper: Path) -> None:

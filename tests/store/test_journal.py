@@ -54,13 +54,13 @@ def test_an_update_changes_what_is_given_and_notes_the_time(store: Store) -> Non
 
 def test_jobs_are_listed_the_youngest_first(store: Store) -> None:
     for number in (1, 3, 2):
-        store.jobs.put(job(f"j{number}", created=START + timedelta(hours=number)))
+        store.jobs.put(job(f"j{number}", task=f"t{number}", created=START + timedelta(hours=number)))
     assert [found.id for found in store.jobs.list()] == ["j3", "j2", "j1"]
 
 
 def test_jobs_are_listed_by_their_states(store: Store) -> None:
     for number, state in enumerate(("queued", "done", "running", "queued")):
-        store.jobs.put(job(f"j{number}", state=state, created=START + timedelta(hours=number)))
+        store.jobs.put(job(f"j{number}", task=f"t{number}", state=state, created=START + timedelta(hours=number)))
     assert [found.id for found in store.jobs.list(("queued", "running"))] == ["j3", "j2", "j0"]
     assert store.jobs.list(("failed",)) == []
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from store.database import open_store
 from store.errors import Conflict, InvalidInput, NotFound
-from store.records import ApiKey, Job, StoredCorpus, TaskRecord
+from store.records import ApiKey, Job, MadeBy, StoredCorpus, TaskRecord
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 CORPUS = StoredCorpus("sql", ("select",), ({"prompt": "a", "response": "b"},), ({"prompt": "c"},))
@@ -80,11 +81,59 @@ def test_a_text_with_a_bad_name_stores_nothing(database_url: str) -> None:
 def test_of_two_that_want_a_job_one_gets_it(database_url: str) -> None:
     with open_store(database_url) as store:
         store.jobs.put(Job("j", "m", "sql", "queued", 0.0, "", NOW, NOW))
-        assert store.jobs.change("j", ["queued"], state="running", detail="mine")
-        assert not store.jobs.change("j", ["queued"], state="running", detail="no, mine")
+        claimed = store.jobs.claim("j")
+        assert store.jobs.claim("j") is None
         found = store.jobs.get("j")
-        assert (found.state, found.detail) == ("running", "mine")
+        assert claimed == found
+        assert (found.state, found.detail, found.attempt) == ("running", "starting", 1)
         assert found.updated > NOW
         assert not store.jobs.change("unknown", ["queued"], progress=0.5)
         with pytest.raises(InvalidInput):
             store.jobs.change("j", ["running"], progress=2.0)
+
+
+def test_a_runner_that_was_thought_dead_can_note_nothing_any_more(database_url: str) -> None:
+    with open_store(database_url) as store:
+        store.jobs.put(Job("j", "m", "sql", "queued", 0.0, "", NOW, NOW))
+        assert store.jobs.claim("j") is not None
+        store.jobs.revive("m", timedelta(hours=1), 3)
+        assert store.jobs.get("j").state == "running"
+        store.jobs.revive("m", timedelta(seconds=-1), 3)
+        assert (store.jobs.get("j").state, store.jobs.get("j").deaths) == ("queued", 1)
+        assert store.jobs.claim("j") is not None
+        for change in ({"progress": 0.5}, {"state": "done"}, {"state": "queued"}):
+            assert not store.jobs.change("j", ["running"], attempt=1, **change)
+        assert store.jobs.change("j", ["running"], attempt=2, progress=0.25)
+        assert (store.jobs.get("j").state, store.jobs.get("j").progress) == ("running", 0.25)
+
+
+def test_a_job_over_which_its_runners_die_is_given_up(database_url: str) -> None:
+    with open_store(database_url) as store:
+        store.jobs.put(Job("j", "m", "sql", "queued", 0.0, "", NOW, NOW))
+        for _ in range(2):
+            assert store.jobs.claim("j") is not None
+            store.jobs.revive("m", timedelta(seconds=-1), 2)
+        assert store.jobs.get("j").state == "failed"
+        assert "died 2 times over this job" in store.jobs.get("j").detail
+
+
+def test_a_task_of_a_model_has_one_job_at_a_time_that_has_not_ended(database_url: str) -> None:
+    with open_store(database_url) as store:
+        store.jobs.put(Job("a", "m", "sql", "running", 0.0, "", NOW, NOW))
+        with pytest.raises(Conflict):
+            store.jobs.put(Job("b", "m", "sql", "queued", 0.0, "", NOW, NOW))
+        store.jobs.put(Job("c", "another", "sql", "queued", 0.0, "", NOW, NOW))
+        store.jobs.put(Job("d", "m", "sql", "done", 0.0, "", NOW, NOW))
+        store.jobs.update("a", state="failed")
+        store.jobs.put(Job("b", "m", "sql", "queued", 0.0, "", NOW, NOW))
+
+
+def test_a_task_is_noted_with_the_request_that_made_it(database_url: str) -> None:
+    request = MadeBy("k" * 64, "b" * 64)
+    with open_store(database_url) as store:
+        store.corpora.create(TaskRecord("sql"), CORPUS, NOW, request=request)
+        assert store.corpora.made_by(request.key) == request
+        assert store.corpora.made_by("other") is None
+        with pytest.raises(Conflict, match="Idempotency-Key"):
+            store.corpora.create(TaskRecord("b"), replace(CORPUS, task="b"), NOW, request=request)
+        assert [task.name for task in store.tasks.list()] == ["sql"]

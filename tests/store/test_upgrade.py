@@ -201,3 +201,24 @@ def test_a_new_migration_is_written_from_what_the_tables_lack(
     assert "sa.Column('description', sa.Text(), nullable=False)" in written
     assert written.count("add_column") == written.count("drop_column") == 1
     assert f"m{NEXT}" in capsys.readouterr().out
+
+
+def test_of_several_jobs_of_a_task_that_had_not_ended_one_is_left(database_url: str, database: Database) -> None:
+    with database.write() as session:
+        upgrade(session.connection(), database.name, "0010")
+        for name, state, hour in (
+            ("old", "queued", 1),
+            ("runs", "running", 2),
+            ("new", "queued", 3),
+            ("done", "done", 0),
+        ):
+            session.execute(
+                text(
+                    "INSERT INTO jobs (id, model, task, state, progress, detail, created, updated) "
+                    "VALUES (:id, 'm', 't', :state, 0, '', :at, :at)"
+                ),
+                {"id": name, "state": state, "at": f"2025-03-01 0{hour}:00:00"},
+            )
+    with open_store(database_url) as opened:
+        states = {job.id: job.state for job in opened.jobs.list()}
+    assert states == {"old": "cancelled", "runs": "running", "new": "cancelled", "done": "done"}
