@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from threading import Event
 
 from engine.requests import FinishedEvent, GenerationRequest, Sampling
+from service.bounds import require_swap_within
 from service.callers import ANYBODY, Caller
 from service.parts import Parts
 from service.receipt import Receipt
@@ -74,6 +75,7 @@ def prepare(question: Question, parts: Parts) -> Prepared:
         restarts=serving.guard is not None and question.whole,
     )
     parts.engine.admission.check(request)
+    require_swap_within(question.wish.max_swap_ms, parts.engine.admission.predict(request))
     return Prepared(parts.model_id, question, serving, request)
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 from engine.embedder import Embedder
-from engine.requests import FinishedEvent
+from engine.requests import FinishedEvent, Served
 from service.drift import Alarm, DriftWatch
 from service.metrics import Metrics
 from service.proposals import Proposal, Proposer
@@ -61,10 +61,10 @@ class Discovery:
             log.warning("a query of no task could not be kept: %s", error)
 
     def served(self, serving: Serving, finished: FinishedEvent) -> None:
-        """Watch the coverage of what a task's own profile served."""
+        """Watch the coverage of what a task's own profile served, in modes mask and auto."""
         task = serving.retrieval.task
-        if serving.mode == "mask" and task is not None and serving.served_task == task and serving.profile_id:
-            self._drift.observe(task, serving.profile_id, finished.served.coverage)
+        if task is not None and serving.mode != "exact" and serving.served_task == task and serving.profile_id:
+            self._drift.observe(task, serving.profile_id, _inside(finished.served))
 
     def kept(self) -> Sequence[UnmatchedQuery]:
         return self._store.unmatched.list()
@@ -95,3 +95,8 @@ class Discovery:
             self._store.events.add(event)
         except MoepagerError as error:  # it is in the log and the metrics already
             log.warning("the event could not be stored: %s", error)
+
+
+def _inside(served: Served) -> float:
+    """An escalated answer is as far outside as what the guard stopped it for: the part before looked well."""
+    return served.coverage if served.escalated is None else served.escalated.coverage

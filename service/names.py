@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from service.parts import Parts
 from service.refusals import UnknownModel
 from service.serving import Wish
@@ -28,4 +30,4 @@ def wish_for(model: str, wish: Wish, parts: Parts) -> Wish:
             f"The model {model!r} pins task {task!r}, but `expert.task` names {wish.task!r}. Name one task.",
             param="expert.task",
         )
-    return Wish(task or wish.task, wish.mode, wish.keep, wish.scorer)
+    return replace(wish, task=task or wish.task)

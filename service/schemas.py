@@ -27,6 +27,8 @@ Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[Count], Field(max_length=64)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AlarmRate = Annotated[float, Field(gt=0, le=0.5, allow_inf_nan=False)]
 Keep = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Stops = Annotated[list[Text], Field(max_length=MAX_STOPS)]
@@ -68,18 +70,21 @@ class SamplingFields(BaseModel):
 
 class ExpertOptions(Body):
     """How a request chooses its experts. One of priority `background` never makes others wait for its experts;
-    requests of one `session` keep their task until their queries drift.
+    requests of one `session` keep their task until their queries drift. `max_swap_ms` refuses (503) what would wait
+    longer than that for its experts, as predicted; `alarm_rate` is that of mode auto, in the setting's place.
     """
 
     task: Text | None = None
     mode: str | None = None
     keep: Keep | None = None
     scorer: Text | None = None
+    max_swap_ms: Milliseconds | None = None
+    alarm_rate: AlarmRate | None = None
     priority: Literal["normal", "background"] | None = None
     session: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     def wish(self) -> Wish:
-        return Wish(self.task, checked_mode(self.mode), self.keep, self.scorer)
+        return Wish(self.task, checked_mode(self.mode), self.keep, self.scorer, self.alarm_rate, self.max_swap_ms)
 
 
 class QueryBody(SamplingFields, ExpertOptions):

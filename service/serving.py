@@ -123,6 +123,8 @@ class Wish:
     mode: Mode | None = None
     keep: float | None = None
     scorer: str | None = None
+    alarm_rate: float | None = None  # of mode auto
+    max_swap_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,7 @@ def choose_serving(wish: Wish, retrieval: Retrieval, catalogue: Catalogue, polic
     Mode auto leaves queries of no task to the policy as well: it promises what exact mode would say, or near it.
     """
     task = catalogue.named(retrieval.task) if retrieval.task is not None else None
+    _refuse_alarm_rate(wish, wish.mode or policy.mode)
     if wish.mode == "exact":
         return _exact(wish, retrieval)
     if task is not None:
@@ -188,6 +191,15 @@ def choose_serving(wish: Wish, retrieval: Retrieval, catalogue: Catalogue, polic
     if policy.unknown_task != "exact" or wish.mode == "mask":  # a key that is limited to tasks may have no generalist
         raise InvalidInput(_no_task(retrieval), param="task", code="no_matching_task")
     return _exact(wish, retrieval)
+
+
+def _refuse_alarm_rate(wish: Wish, mode: Mode) -> None:
+    if wish.alarm_rate is not None and mode != "auto":
+        raise InvalidInput(
+            f"`alarm_rate` ({wish.alarm_rate:g}) is that of the guard, and mode {mode} has none. Leave it out, or ask "
+            "for mode auto.",
+            param="alarm_rate",
+        )
 
 
 def _exact(wish: Wish, retrieval: Retrieval) -> Serving:
@@ -205,7 +217,8 @@ def _mask(task: ProfiledTask, wish: Wish, retrieval: Retrieval, policy: Policy) 
     scorer = wish.scorer if wish.scorer is not None else policy.scorer
     candidate = choose_candidate(task, keep, scorer, policy)
     mode = wish.mode or policy.mode
-    guard = choose_guard(task, candidate, policy.alarm_rate) if mode == "auto" else None
+    alarm_rate = policy.alarm_rate if wish.alarm_rate is None else wish.alarm_rate
+    guard = choose_guard(task, candidate, alarm_rate) if mode == "auto" else None
     return Serving(retrieval, mode, task.name, task.profile_id, candidate, guard, task.doubts)
 
 
@@ -217,7 +230,8 @@ def choose_guard(task: ProfiledTask, candidate: Candidate, alarm_rate: float) ->
             f"Mode auto needs a bound, and at an alarm rate of {alarm_rate:g} that takes {items_needed(alarm_rate)} "
             f"held-out items; the evaluation of task {task.name!r} at {candidate.stored.keep:g} of the experts metered "
             f"{len(candidate.evidence.levels)}. Evaluate it on more (`moepager profile --task {task.name} "
-            "--calibration FILE --eval FILE`), raise MOEPAGER_ALARM_RATE, or ask for mode mask or exact.",
+            "--calibration FILE --eval FILE`), raise `alarm_rate` (MOEPAGER_ALARM_RATE), or ask for mode mask or "
+            "exact.",
             param="mode",
             code="no_bound",
         )

@@ -140,3 +140,31 @@ def test_openais_routes_take_mode_auto_as_well(client: TestClient) -> None:
     body = {"model": "tiny:sql", "messages": messages, "max_tokens": 4, "expert": {"mode": "auto"}}
     receipt = client.post("/v1/chat/completions", json=body).json()["usage"]["expert"]
     assert receipt["escalated"]["at_token"] == 0
+
+
+def test_drift_is_watched_in_mode_auto_by_what_the_guard_stopped(
+    client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str, float]] = []
+    monkeypatch.setattr(parts.discovery._drift, "observe", lambda *words: seen.append(words))
+    calm = _ask(client, query=EGG, mode="auto", task="cooking")["receipt"]
+    stray = _ask(client, query=ROWS, mode="auto", task="sql")["receipt"]
+    _ask(client, query=ROWS, mode="exact", task="sql")
+    assert seen == [
+        ("cooking", calm["profile_id"], pytest.approx(calm["coverage"])),
+        ("sql", stray["profile_id"], pytest.approx(stray["escalated"]["coverage"])),
+    ]
+
+
+def test_a_request_may_name_its_alarm_rate(client: TestClient) -> None:
+    guard = _ask(client, query=EGG, mode="auto", task="cooking", alarm_rate=0.25)["receipt"]["guard"]
+    assert guard["alarm_rate"] == pytest.approx(5 / 21)
+    for options, words in (
+        ({"mode": "mask", "alarm_rate": 0.1}, "mode mask has none"),
+        ({"alarm_rate": 0.1}, "mode mask has none"),
+        ({"mode": "auto", "alarm_rate": 0.01}, "held-out items"),
+        ({"mode": "auto", "alarm_rate": 0.6}, "less than or equal to 0.5"),
+    ):
+        answer = client.post("/v1/query", json={"query": EGG, "task": "cooking", **options})
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]["message"]
