@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from benchmarks.decode_commands import decode_command
 from benchmarks.model_commands import families_command, make_model_command
 from benchmarks.shown import AsJson, answer, table
 
@@ -24,6 +25,7 @@ Model = Annotated[Path | None, typer.Option("--model", help="Model folder; the b
 
 app.command("make-model")(make_model_command)
 app.command("families")(families_command)
+app.command("decode")(decode_command)
 
 
 @app.command("load")
@@ -233,42 +235,6 @@ def retrieve_command(
         },
         as_json,
     )
-
-
-@app.command("decode")
-def decode_command(
-    model: Annotated[Path, typer.Option(help="Model folder, such as one of `bench make-model`.")],
-    cap: Annotated[str | None, typer.Option(help="Hard memory cap of every arm, page cache included.")] = None,
-    arm: Annotated[
-        list[str] | None, typer.Option(help="mask, exact-lru, exact-ahead, transformers, accelerate.")
-    ] = None,
-    keep: Annotated[float, typer.Option(help="Share of the experts in the mask arm's selection.")] = 0.25,
-    prompt: Annotated[
-        int, typer.Option(min=1, help="Tokens of the prompt, whose keys and values are read again.")
-    ] = 16,
-    tokens: Annotated[int, typer.Option(min=2)] = 48,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
-    llama_peer: Annotated[
-        Path | None,
-        typer.Option(help="One more arm: llama.cpp, built once into this folder, and the checkpoint converted there."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Tokens a second of mask, exact-LRU, transformers, accelerate offload, llama.cpp: same weights, same cap."""
-    from benchmarks.decode import bench_decode
-    from benchmarks.decode_arm import ARMS
-    from benchmarks.llama_peer import open_peer
-    from store.errors import InvalidInput
-    from store.sizes import parse_bytes
-
-    if unknown := set(arm or ()) - set(ARMS):
-        raise InvalidInput(f"No arm {sorted(unknown)[0]!r}; there are {', '.join(ARMS)}.", param="arm")
-    limit = None if cap is None else parse_bytes(cap)
-    peer = None if llama_peer is None else open_peer(llama_peer, model)
-    arms, ratios = bench_decode(model, arm or list(ARMS), limit, keep, tokens, threads, rounds, peer, prompt)
-    table("decoding", [asdict(one) for one in arms])
-    answer({"arms": [asdict(one) for one in arms], "ratios": ratios}, as_json)
 
 
 @app.command("mixed")

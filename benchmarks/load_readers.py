@@ -187,4 +187,4 @@ def _pread(files: Mapping[Path, int], piece: Piece) -> None:
 
 def _copy_tensor(file: Any, piece: Piece) -> None:
     tensor = file.get_tensor(piece.tensor) if piece.rows is None else file.get_slice(piece.tensor)[piece.rows]
-    torch.from_numpy(piece.into).copy_(tensor.contiguous().view(-1).view(torch.uint8))
+    np.copyto(piece.into, tensor.contiguous().view(-1).view(torch.uint8).numpy())

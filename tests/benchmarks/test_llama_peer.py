@@ -10,13 +10,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks.decode import bench_decode
+from benchmarks import decode
+from benchmarks.decode import Terms, bench_decode
 from benchmarks.llama_convert import show
 from benchmarks.llama_peer import BINDINGS, LlamaPeer, open_peer
 from engine.tiny import write_tiny
 from store.errors import MoepagerError
 
 ANSWER = {"tok_per_s": 5.0, "ttft_s": 0.5, "read_bytes": 7}
+
+
+@pytest.fixture(autouse=True)
+def _no_plain_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "memory_gb_per_s", lambda _: 10.0)
 
 
 def _python(folder: Path, body: str) -> Path:
@@ -31,7 +37,8 @@ def test_the_peer_gets_prompt_tokens_and_threads_and_its_figures_are_its_own(tmp
     gguf.write_bytes(b"weights")
     seen = tmp_path / "seen"
     python = _python(tmp_path, f"echo \"$2\" > {seen}\necho '{json.dumps(ANSWER)}'")
-    arms, ratios = bench_decode(tmp_path, [], None, 0.25, 5, 1, 2, LlamaPeer(python, gguf))
+    model = write_tiny("olmoe", tmp_path / "model")
+    arms, ratios = bench_decode(Terms(model, tokens=5, peer=LlamaPeer(python, gguf)), [], 2)
     assert [(arm.name, arm.tok_per_s, arm.rounds) for arm in arms] == [("llama.cpp", 5.0, 2)]
     assert ratios == {}
     wish = json.loads(seen.read_text())
@@ -42,7 +49,7 @@ def test_a_peer_that_does_not_run_has_the_reason_in_place_of_figures(tmp_path: P
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"weights")
     python = _python(tmp_path, "echo No module named llama_cpp >&2\nexit 1")
-    arms, _ = bench_decode(tmp_path, [], None, 0.25, 5, 1, 2, LlamaPeer(python, gguf))
+    arms, _ = bench_decode(Terms(write_tiny("olmoe", tmp_path / "model"), peer=LlamaPeer(python, gguf)), [], 2)
     assert arms[0].tok_per_s is None
     assert arms[0].failed is not None
     assert "No module named llama_cpp" in arms[0].failed
