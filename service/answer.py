@@ -57,11 +57,13 @@ def prepare(question: Question, parts: Parts) -> Prepared:
     if retrieval.task is None:
         parts.metrics.abstained()
     mode: Mode = question.wish.mode or parts.policy.mode
+    chosen: Serving | None = None
     try:
-        serving = choose_serving(question.wish, retrieval, parts.catalogue, parts.policy)
+        chosen = serving = choose_serving(question.wish, retrieval, parts.catalogue, parts.policy)
         mode = serving.mode
     finally:  # a refusal is a decision too
-        write_down(decision(question.id, question.text, retrieval, mode), parts)
+        made = decision(question.id, question.text, retrieval, mode, parts)
+        write_down(told(made, question.caller, chosen), parts)
         if question.caller.priority == "normal":  # a client's own chores are no task
             parts.discovery.asked(question.text, retrieval)
     request = GenerationRequest(
@@ -105,7 +107,7 @@ def write_down(made: Decision, parts: Parts) -> None:
         ) from error
 
 
-def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode) -> Decision:
+def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode, parts: Parts) -> Decision:
     return Decision(
         request=request,
         query_hash=hashlib.sha256((text or "").encode()).hexdigest(),
@@ -116,7 +118,14 @@ def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode) -
         reason=retrieval.reason,
         mode=mode,
         created=datetime.now(UTC),
+        model=parts.catalogue.model,
     )
+
+
+def told(made: Decision, caller: Caller, serving: Serving | None) -> Decision:
+    """With who asked, and what was to serve it: None where it was refused."""
+    keep, profile = (serving.keep, serving.profile_id) if serving else (None, None)
+    return replace(made, key=caller.owner or None, profile=profile, keep=keep)
 
 
 def spread(questions: Sequence[Question], count: int, parts: Parts) -> list[Prepared]:

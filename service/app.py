@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 
+from service.audit import keep_audit
 from service.context import opening
 from service.described import ERRORS, mark_for_operators
 from service.desk import Desk
@@ -23,6 +24,7 @@ from service.routes import (
     chat,
     completions,
     console,
+    decisions,
     drain,
     health,
     jobs,
@@ -51,6 +53,7 @@ ROUTES = (
     plan,
     proposals,
     retrieve,
+    decisions,
     tasks,
     tokens,
     console,
@@ -78,13 +81,15 @@ def create_app(
             app.state.jobs = open_jobs(app.state.opening, redis)
             await app.state.limits.open()
             watch = app.state.watch = asyncio.create_task(app.state.reloader.watch())
+            audit = asyncio.create_task(keep_audit(app.state.opening))
             try:
                 yield
             finally:
                 watch.cancel()
                 drain.cancel()
+                audit.cancel()
                 await asyncio.to_thread(app.state.jobs.close)
-                await asyncio.wait([watch, drain])
+                await asyncio.wait([watch, drain, audit])
                 await app.state.limits.close()
                 await asyncio.to_thread(flush)
 

@@ -70,6 +70,7 @@ def serve(
     keep_unmatched: Annotated[
         int | None, typer.Option(help="Queries of no task that are kept for proposals of new ones. Default: none.")
     ] = None,
+    audit_days: Annotated[int | None, typer.Option(help="Days that retrieval decisions are kept. Default: 30.")] = None,
     redact: Annotated[str | None, typer.Option(help="A regular expression: what of their text is left out.")] = None,
     traces: Annotated[
         str | None, typer.Option(help="Where OpenTelemetry spans go: an OTLP endpoint over HTTP.")

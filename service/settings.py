@@ -80,6 +80,7 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(default=10.0, ge=0)  # for answers under way when the service is told to stop
     job_memory: Memory | None = None  # bytes for a profiling job, beside the service's own; None: the same as memory
     keep_unmatched: int = Field(default=0, ge=0, le=10_000)  # queries near no task that are kept for proposals; 0: none
+    audit_days: int = Field(default=30, ge=1, le=36_500)  # how long retrieval decisions are kept
     redact: Annotated[str, AfterValidator(_pattern)] = PRIVATE  # what of their text is left out, a regular expression
     traces: str | None = None  # an OTLP endpoint over HTTP, such as http://localhost:4318/v1/traces; None: no traces
     redis: str | None = None  # a Redis URL: for jobs of `moepager worker`s and shared rate limits; None: neither

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, cast
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from store.connection import Database
@@ -15,6 +15,7 @@ from store.records import Decision, Job, JobState
 from store.schema import DecisionRow, JobRow
 from store.writing import insert_once, now
 
+PORTION = 1000  # rows of one transaction that deletes
 GIVEN_UP = (
     "Its runner died {} times over this job, most likely killed for want of memory. Lower MOEPAGER_JOB_MEMORY or "
     "MOEPAGER_MAX_BATCH, or give the machine more, and start it again."
@@ -117,15 +118,37 @@ class Decisions:
         self._database = database
 
     def add(self, decision: Decision) -> None:
-        self._database.insert(DecisionRow, {field: getattr(decision, field) for field in Decision.__slots__})
+        values = {field: getattr(decision, field) for field in Decision.__slots__ if field != "id"}
+        self._database.insert(DecisionRow, values)
 
-    def list(self, limit: int = 100) -> Sequence[Decision]:
-        """The `limit` youngest, the youngest first."""
+    def list(
+        self, limit: int = 100, *, task: str | None = None, since: datetime | None = None, before: int | None = None
+    ) -> Sequence[Decision]:
+        """The `limit` youngest, the youngest first: of one task, `since` a time, `before` the one with this id."""
         if limit < 1:
             raise InvalidInput(f"A limit is at least 1, got {limit}.", param="limit")
+        query = select(DecisionRow).order_by(DecisionRow.id.desc()).limit(limit)
+        if task is not None:
+            query = query.where(DecisionRow.task == task)
+        if since is not None:
+            query = query.where(DecisionRow.created >= since)
+        if before is not None:
+            query = query.where(DecisionRow.id < before)
         with self._database.read() as session:
-            rows = session.scalars(select(DecisionRow).order_by(DecisionRow.id.desc()).limit(limit))
-            return [_decision(row) for row in rows]
+            return [_decision(row) for row in session.scalars(query)]
+
+    def forget(self, before: datetime) -> int:
+        """Deletes those that are older, in portions, between which queries write theirs; how many there were."""
+        old = select(DecisionRow.id).where(DecisionRow.created < before).limit(PORTION)
+        count = 0
+        while True:
+            with self._database.write() as session:
+                gone = session.scalars(
+                    delete(DecisionRow).where(DecisionRow.id.in_(old)).returning(DecisionRow.id)
+                ).all()
+            count += len(gone)
+            if len(gone) < PORTION:
+                return count
 
 
 def insert_job(session: Session, job: Job) -> None:

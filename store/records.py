@@ -244,7 +244,11 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What retrieval decided for one request, kept for audit. `task` is None where nothing was near enough."""
+    """What retrieval decided for one request, kept for audit. `task` is None where nothing was near enough.
+
+    `key` is the id of the API key that asked, `model` a fingerprint; `profile` and `keep` are what was to serve it,
+    None where it was refused. `id` is the store's: 0 before it is there.
+    """
 
     request: str
     query_hash: str
@@ -255,6 +259,11 @@ class Decision:
     reason: Literal["pinned", "retrieved", "session", "below-threshold", "no-tasks"]
     mode: Mode
     created: datetime
+    key: str | None = None
+    model: str | None = None
+    profile: str | None = None
+    keep: float | None = None
+    id: int = field(default=0, compare=False)
 
 
 Role = Literal["query", "operator"]

@@ -325,3 +325,7 @@ class DecisionRow(Row):
     reason: Mapped[str]
     mode: Mapped[str]
     created: Mapped[datetime] = mapped_column(index=True)
+    key: Mapped[str | None]
+    model: Mapped[str | None]
+    profile: Mapped[str | None]
+    keep: Mapped[float | None]

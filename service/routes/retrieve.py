@@ -8,7 +8,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from service.answer import decision
+from service.answer import decision, told
+from service.callers import Caller, CallerDep
 from service.context import PartsDep, RequestId
 from service.parts import Parts
 from service.retrieval import Retrieval
@@ -18,9 +19,9 @@ router = APIRouter(tags=["query"])
 
 
 @router.post("/v1/retrieve")
-async def retrieve(body: RetrieveBody, name: RequestId, parts: PartsDep) -> dict[str, Any]:
+async def retrieve(body: RetrieveBody, name: RequestId, caller: CallerDep, parts: PartsDep) -> dict[str, Any]:
     """Which task a query belongs to: null where none is near enough. Nothing is generated."""
-    found = await asyncio.to_thread(retrieve_and_store, body.query, name, parts)
+    found = await asyncio.to_thread(retrieve_and_store, body.query, name, caller, parts)
     return {
         "id": name,
         "task": found.task,
@@ -32,8 +33,8 @@ async def retrieve(body: RetrieveBody, name: RequestId, parts: PartsDep) -> dict
     }
 
 
-def retrieve_and_store(query: str, name: str, parts: Parts) -> Retrieval:
+def retrieve_and_store(query: str, name: str, caller: Caller, parts: Parts) -> Retrieval:
     """The decision is stored as a request in mask mode would store it."""
     found = parts.retriever.decide(query)
-    parts.store.decisions.add(decision(name, query, found, "mask"))
+    parts.store.decisions.add(told(decision(name, query, found, "mask", parts), caller, None))
     return found

@@ -134,3 +134,24 @@ def test_the_audit_log_survives_its_task(stocked: Store, run_sql: Callable[[str]
     stocked.decisions.add(decision())
     stocked.tasks.delete("sql")
     assert stocked.decisions.list() == [decision()]
+
+
+def test_decisions_are_read_by_task_since_a_time_and_page_by_page(store: Store) -> None:
+    for n in range(6):
+        task = "sql" if n % 2 else "cooking"
+        store.decisions.add(decision(n, task=task, created=START + timedelta(days=n), key="k", model="m", keep=0.5))
+    assert [one.request for one in store.decisions.list(task="sql")] == ["r5", "r3", "r1"]
+    assert [one.request for one in store.decisions.list(since=START + timedelta(days=4))] == ["r5", "r4"]
+    first = store.decisions.list(2)
+    second = store.decisions.list(2, before=first[-1].id)
+    assert [one.request for one in (*first, *second)] == ["r5", "r4", "r3", "r2"]
+    assert (first[0].key, first[0].model, first[0].profile, first[0].keep) == ("k", "m", None, 0.5)
+
+
+def test_old_decisions_are_forgotten_in_portions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("store.journal.PORTION", 2)
+    for n in range(6):
+        store.decisions.add(decision(n, created=START + timedelta(days=n)))
+    assert store.decisions.forget(START + timedelta(days=4)) == 4
+    assert [one.request for one in store.decisions.list()] == ["r5", "r4"]
+    assert store.decisions.forget(START) == 0
