@@ -18,7 +18,8 @@ from profiler.extras import NOTHING
 from store.errors import BudgetError
 from store.records import F64, Selection
 
-WEAK = 0.8  # of the mean share of those alive: who collects less goes (the source's beta)
+# Of the mean share of those alive: who collects less goes. The source calls it beta and names no value; this is ours.
+WEAK = 0.8
 LEAST, MOST = 1 / 16, 1 / 4  # of those alive that go at the end of a window, whatever they collect
 
 
@@ -41,7 +42,7 @@ def droppings(engine: Engine, text: Sequence[Encoded], rows: int) -> F64:
 
 
 def check_dropping(engine: Engine) -> None:
-    """Raises BudgetError where not even the first window's experts, three quarters of all, fit at once."""
+    """Raises BudgetError where not all experts fit at once: the windows begin with all of them alive."""
     card, plan = engine.card, engine.plan
     if plan.slots < card.layers * card.experts:
         raise BudgetError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.engine import Engine
 from profiler.batches import Encoded
+from profiler.finite import require_finite_outputs
 from profiler.sample import Route, combine, on_layers
 from profiler.statistics import RESPONSE
 from store.records import F64
@@ -33,7 +34,9 @@ def order(outputs: Tensor, weights: Tensor, index: Tensor, route: Route) -> F64:
 
     `outputs` [m, E, H]; `weights`, `index` [m, K] as the whole layer routes. The value of an expert is the squared
     error of the layer's output, as a share of the output, once it and all before it are gone (and a hair more a step).
+    Raises CheckpointError for outputs that are not finite.
     """
+    require_finite_outputs(outputs)
     experts, top_k = outputs.shape[1], index.shape[1]
     target = combine(outputs, weights, index)  # [m, H]
     scale = float(target.square().sum()) or 1.0

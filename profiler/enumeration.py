@@ -13,6 +13,7 @@ import torch
 
 from engine.engine import Engine
 from profiler.batches import Encoded
+from profiler.finite import require_finite_outputs
 from profiler.sample import LayerSample, combine, on_layers
 from store.errors import InvalidInput
 from store.records import F64
@@ -38,8 +39,10 @@ def check_enumeration(experts: int) -> None:
 def losses(layer: LayerSample) -> F64:
     """|F(X) - F'(X; kept)| for each set, f64 `[2^E]`, over the sample as one batch; bit e of the place: e is kept.
 
-    The router chooses again inside the set. Infinite for sets too small for one token.
+    The router chooses again inside the set. Infinite for sets too small for one token. Raises CheckpointError for
+    outputs that are not finite.
     """
+    require_finite_outputs(layer.outputs)
     experts, top_k = layer.outputs.shape[1], layer.chosen.shape[1]
     target = combine(layer.outputs, layer.weights, layer.chosen)  # [m, H]
     everyone = torch.arange(len(target), device=target.device)  # [m]

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from engine.engine import Engine
 from profiler.batches import Batch, Encoded, cut, pad
-from store.errors import BudgetError, CheckpointError
+from profiler.second_copy import announce_copy
+from store.errors import CheckpointError
 from store.records import F64
-from store.sizes import show_bytes
 
 EPOCHS, RATE, MOVED = 10, 5e-3, 0.01  # of the source: passes over the text, learning rate, weight of moved logits
 TURNS = 4  # of four steps three move alpha, the fourth beta
@@ -53,16 +53,8 @@ class Relaxed:
 
 
 def check_relaxation(engine: Engine) -> str:
-    """What will be loaded, to be said before it is. Raises BudgetError where a budget forbids it."""
-    plan = engine.plan
-    size = plan.dense_bytes + plan.layers * plan.experts * plan.slot_bytes
-    if plan.budget is not None and size + plan.total_bytes > plan.budget:
-        raise BudgetError(
-            f"diep takes gradients through a second copy of the whole model, {show_bytes(size)} and activations, "
-            f"beside the engine's {show_bytes(plan.total_bytes)}; the budget is {show_bytes(plan.budget)}. Raise "
-            "--memory or give none, or choose another scorer and allocator."
-        )
-    return f"diep takes gradients: a second copy of the model ({show_bytes(size)}) is loaded whole, beside the engine."
+    """What will be loaded, to be said before it is. Raises as announce_copy does."""
+    return announce_copy(engine, "DiEP", "another scorer and allocator")
 
 
 def relaxations(engine: Engine, text: Sequence[Encoded]) -> F64:

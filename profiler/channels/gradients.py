@@ -21,11 +21,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from engine.engine import Engine
 from profiler.batches import Encoded, cut, pad
 from profiler.extras import Needs
+from profiler.second_copy import announce_copy
 from profiler.statistics import RESPONSE
-from store.checkpoint import CheckpointMap
-from store.errors import BudgetError, CheckpointError, UnsupportedFamily
+from store.errors import CheckpointError
 from store.records import F64
-from store.sizes import show_bytes
 
 IMPLEMENTATION = "moepager_gradients"
 
@@ -48,31 +47,11 @@ OF_ANSWERS: Mapping[str, Term] = {"channel_directions": _along}
 NAMES = frozenset(OF_ALL) | frozenset(OF_ANSWERS)
 
 
-def needed_bytes(engine: Engine) -> int:
-    """What the second copy of the model takes, without activations."""
-    return engine.plan.dense_bytes + engine.plan.layers * engine.plan.experts * engine.plan.slot_bytes
-
-
 def announce(engine: Engine, needs: Needs) -> str | None:
-    """What will be loaded, to be said before it is. Raises BudgetError where a budget forbids it, UnsupportedFamily for
-
-    a quantised checkpoint.
-    """
+    """What will be loaded, to be said before it is, if `needs` are gradients. Raises as announce_copy does."""
     if not NAMES & needs:
         return None
-    if CheckpointMap.open(engine.card.folder).config.get("quantization_config"):
-        raise UnsupportedFamily(
-            "Gradients need the weights as plain numbers, and this checkpoint is quantised. Use its bfloat16 version, "
-            "or scorers that need no gradients: camera, wifv, router_wanda, coverage."
-        )
-    size, budget = needed_bytes(engine), engine.plan.budget
-    if budget is not None and size > budget:
-        raise BudgetError(
-            f"Gradients need the whole model in memory, {show_bytes(size)} and activations, beside the engine; the "
-            f"budget is {show_bytes(budget)}. Give --memory of that much or more, or choose scorers that need no "
-            "gradients: camera, wifv, router_wanda, coverage."
-        )
-    return f"Gradients are taken: a second copy of the model ({show_bytes(size)}) is loaded whole, beside the engine."
+    return announce_copy(engine, "HEAPr", "scorers that need none: camera, wifv, router_wanda, coverage")
 
 
 def means(engine: Engine, text: Sequence[Encoded], rows: int, needs: Needs) -> dict[str, F64]:

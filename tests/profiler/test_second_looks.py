@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from engine.card import ModelCard
 from engine.config import EngineConfig
 from engine.embedder import HashEmbedder
 from engine.engine import Engine
 from engine.plan import plan_memory
 from engine.tiny import write_tiny
+from engine.tiny_fp8 import write_fp8
 from profiler import relaxation
 from profiler.allocation import select
 from profiler.batches import encode_corpus, pad
@@ -28,7 +31,7 @@ from profiler.scorers.registry import SCORERS
 from profiler.second_looks import announce
 from profiler.statistics import Statistics
 from store.database import open_store
-from store.errors import BudgetError, InvalidInput
+from store.errors import BudgetError, CheckpointError, InvalidInput, UnsupportedFamily
 from store.records import Selection, TaskRecord
 
 CORPUS = gather([Item(f"number {n} " + "and more " * (n % 4), "yes") for n in range(9)])
@@ -111,6 +114,20 @@ def test_more_than_eight_experts_are_refused_before_anything_runs(engine):
     many = type("Engine", (), {"card": replace(engine.card, experts=64), "plan": engine.plan})()
     with pytest.raises(InvalidInput, match="at most 8 of them; this model has 64"):
         announce(many, frozenset({"subset_losses"}))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_outputs_that_are_no_numbers_are_refused_and_not_ranked(wrong, toy):
+    """An expert that the text never reached is tried all the same."""
+    from profiler.elimination import order
+
+    outputs = toy.o.clone()
+    outputs[:, 3, 1] = wrong
+    layer = LayerSample(outputs, toy.weights, toy.index, router(toy.z, 2))
+    with pytest.raises(CheckpointError, match="expert 3 are not finite"):
+        losses(layer)
+    with pytest.raises(CheckpointError, match="expert 3 are not finite"):
+        order(*layer)
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
@@ -263,3 +280,25 @@ def _statistics(engine, text):
     accumulator.begin(batch.roles, batch.halves)
     engine.forward(batch.ids, batch.mask, [None] * len(text), accumulator)
     return accumulator.statistics()
+
+
+@pytest.mark.parametrize("need", ["relaxation", "channel_gradients"])
+def test_a_quantised_checkpoint_has_no_gradients_and_is_refused_before_the_pass(need, tmp_path):
+    folder = write_fp8(write_tiny("deepseek_v3", tmp_path / "m", seed=3))
+    with (
+        Engine.open(EngineConfig(folder, max_context=128, max_batch=8)) as engine,
+        pytest.raises(UnsupportedFamily, match="this checkpoint is quantised"),
+    ):
+        announce(engine, frozenset({need}))
+
+
+@pytest.mark.parametrize("need", ["relaxation", "channel_gradients"])
+def test_the_second_copy_has_to_fit_beside_the_engine(need, model):
+    config = EngineConfig(model, memory=1 << 40, max_context=128, max_batch=8)
+    plan = plan_memory(ModelCard.read(model), config)
+    copy = plan.dense_bytes + plan.layers * plan.experts * plan.slot_bytes
+    for spare, refused in ((-1, True), (0, False)):
+        budget = replace(plan, budget=plan.total_bytes + copy + spare)
+        engine = type("Engine", (), {"card": ModelCard.read(model), "plan": budget})()
+        with pytest.raises(BudgetError, match="beside the engine's") if refused else nullcontext():
+            announce(engine, frozenset({need}))
