@@ -88,6 +88,10 @@ class Scheduler(Generic[T]):
     def __len__(self) -> int:
         return len(self._queue)
 
+    def jobs(self) -> list[T]:
+        """All that wait; one look at the list, so callable from any thread."""
+        return [waiting.job for waiting in tuple(self._queue)]
+
     def add(self, waiting: Waiting[T]) -> None:
         self._queue.append(waiting)
 

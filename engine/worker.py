@@ -90,6 +90,10 @@ class EngineWorker:
         """Requests and calls that have not begun."""
         return len(self._scheduler) + len(self._calls)
 
+    def queued(self) -> list[TokenStream]:
+        """The requests that have not begun, as they are at this moment."""
+        return self._scheduler.jobs()
+
     @property
     def running(self) -> int:
         """Requests of the batch that is being generated."""

@@ -1,4 +1,4 @@
-"""What a service counts, in Prometheus's form. The only file that imports prometheus_client.
+"""What a service counts, in Prometheus's form. Only this file and `live_metrics` import prometheus_client.
 
 A registry a service, not the library's global one, so that two services in a process do not add up. Tasks are labels:
 there are as many as are profiled, since a request can't name another.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from engine.engine import Engine
 from engine.requests import FinishedEvent
-from engine.worker import EngineWorker
+from engine.worker import EngineWorker, TokenStream
+from service.live_metrics import NO_TASK, LiveMetrics
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-NO_TASK = "none"
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds to the first token
 EACH = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)  # seconds a further token
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -59,7 +59,6 @@ class Metrics:
     def _gauges(self) -> None:
         """Read when they are asked for."""
         read: dict[str, tuple[str, Callable[[], float]]] = {
-            "queue_length": ("Queries that wait.", lambda: self._worker.waiting),
             "running": ("Queries that are decoded now.", lambda: self._worker.running),
             "slots": ("Slots for experts on the device.", lambda: self._engine.residency().slots),
             "slots_resident": ("Slots that hold an expert.", lambda: self._engine.residency().resident),
@@ -68,11 +67,17 @@ class Metrics:
         }
         for name, (text, function) in read.items():
             Gauge(f"moepager_{name}", text, registry=self.registry).set_function(function)
+        self._live = LiveMetrics(self._engine, self._worker)
+        self.registry.register(self._live)
+        ProcessCollector(registry=self.registry)  # memory, processor time, open files
 
     def hit_rate(self) -> float:
         """NaN until a selection was leased."""
         hits, misses = _sum(self._hits), _sum(self._misses)
         return hits / (hits + misses) if hits + misses else float("nan")
+
+    def submitted(self, stream: TokenStream, task: str | None) -> None:
+        self._live.submitted(stream, task)
 
     def abstained(self) -> None:
         self._abstentions.inc()

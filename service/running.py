@@ -146,6 +146,7 @@ def submit(prepared: Sequence[Prepared], parts: Parts) -> list[Running]:
     running: list[Running] = []
     for one, stream in zip(prepared, parts.worker.submit_all([one.request for one in prepared]), strict=True):
         parts.streams.add(stream)
+        parts.metrics.submitted(stream, one.serving.retrieval.task)
         here = partial(_in_memory, parts, one.request.selection)
         timeout = parts.settings.request_timeout
         running.append(Running(one, stream, parts.metrics, parts.discovery, timeout, here))

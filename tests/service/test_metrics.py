@@ -16,6 +16,8 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.requests import GenerationRequest
+from engine.worker import TokenStream
 from service.app import create_app
 from service.metrics import CONTENT_TYPE, Metrics
 from service.parts import Parts
@@ -73,7 +75,7 @@ def test_a_query_is_counted_with_what_it_cost(counted: TestClient, parts: Parts)
     assert found["moepager_hit_rate", ""] == 0.5
     assert found["moepager_expert_hits_total", "task=cooking"] == receipt["experts"]
     assert found["moepager_swaps_total", of_task] == 1
-    assert (found["moepager_queue_length", ""], found["moepager_running", ""]) == (0, 0)
+    assert (found["moepager_queue_length", "task=cooking"], found["moepager_running", ""]) == (0, 0)
 
 
 def test_queries_of_no_task_and_refusals_are_counted(counted: TestClient) -> None:
@@ -131,7 +133,7 @@ def test_every_metric_that_the_dashboard_names_exists(counted: TestClient) -> No
     named = {n for p in board["panels"] for t in p["targets"] for n in re.findall(r"moepager_\w+", t["expr"])}
     assert len(named) > 12
     assert named <= there, named - there
-    families = {re.sub(r"_(total|bucket|sum|count|created)$", "", name) for name in there}
+    families = {re.sub(r"_(total|bucket|sum|count|created)$", "", name) for name in there if name.startswith("moe")}
     shown = {re.sub(r"_(total|bucket)$", "", name) for name in named}
     assert families == shown, families ^ shown
 
@@ -141,3 +143,29 @@ def test_metrics_of_two_services_do_not_add_up(parts: Parts) -> None:
     first.abstained()
     counts = [one.registry.get_sample_value("moepager_abstentions_total") for one in (first, second)]
     assert counts == [1, 0]
+
+
+def test_the_queue_is_counted_by_task(parts: Parts, counted: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics(parts.engine, parts.worker)
+    streams = [TokenStream(GenerationRequest((1,), None, "exact")) for _ in range(3)]
+    for stream, task in zip(streams, ("sql", "sql", None), strict=True):
+        metrics.submitted(stream, task)
+    monkeypatch.setattr(type(parts.worker), "queued", lambda _: streams)
+    waiting = {
+        task: metrics.registry.get_sample_value("moepager_queue_length", {"task": task}) for task in ("sql", "none")
+    }
+    assert waiting == {"sql": 2, "none": 1}
+    monkeypatch.setattr(type(parts.worker), "queued", lambda _: [])
+    assert metrics.registry.get_sample_value("moepager_queue_length", {"task": "sql"}) == 0
+
+
+def test_what_exact_mode_reads_is_counted_and_so_is_the_process(counted: TestClient) -> None:
+    counted.delete("/v1/residency")
+    before = samples(counted)
+    receipt = counted.post("/v1/query", json={**EGG, "mode": "exact"}).json()["receipt"]
+    after = samples(counted)
+    experts = after["moepager_experts_paged_total", ""] - before["moepager_experts_paged_total", ""]
+    read = after["moepager_read_bytes_total", ""] - before["moepager_read_bytes_total", ""]
+    assert experts == receipt["experts_paged"] > 0
+    assert read >= receipt["bytes_paged"] > 0  # what lies between experts, too
+    assert after["process_resident_memory_bytes", ""] > 0
