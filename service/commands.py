@@ -65,6 +65,9 @@ def serve(
     grace_seconds: Annotated[
         float | None, typer.Option(help="For answers under way when the service is told to stop. Default: 10.")
     ] = None,
+    allowed_hosts: Annotated[
+        str | None, typer.Option(help="More names, with commas, that a service without keys answers to. *: any.")
+    ] = None,
     index: Annotated[Path | None, typer.Option(help="Folder of the vector index. Default: in memory.")] = None,
     job_memory: Annotated[str | None, typer.Option(help="Bytes for a profiling job. Default: as --memory.")] = None,
     keep_unmatched: Annotated[

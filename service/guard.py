@@ -6,6 +6,7 @@ from fastapi import Depends, Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.browsers import refuse_pages
 from service.context import Opening
 from service.rate_limits import RateLimits
 from service.refusals import refusal
@@ -68,6 +69,7 @@ class Guard:
         opening: Opening = scope["app"].state.opening
         parts = opening.current()  # while it loads, nobody knows whether keys are needed
         if not len(parts.keys):
+            refuse_pages(scope["method"], Headers(scope=scope), parts.settings)
             return None
         kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not secret.strip():

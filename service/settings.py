@@ -61,6 +61,7 @@ class Settings(BaseSettings):
     memory: Memory | None = None  # bytes for everything on the device; None: as much as the whole model wants
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)  # 0: any free port
+    allowed_hosts: str | None = None  # more names, with commas, that a service without keys answers to; *: any
     embedder: str = "minilm"
     index: Path | None = None  # folder of the vector index; None: kept in memory only
     unknown_task: UnknownTask = "exact"

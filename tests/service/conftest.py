@@ -141,7 +141,13 @@ def store_url(stock: Callable[[str], None], tmp_path_factory: pytest.TempPathFac
 def half_settings(model_folder: Path, store_url: str) -> Settings:
     """A budget that holds half of the experts."""
     settings = Settings(
-        model=str(model_folder), store=store_url, embedder="hash", max_context=256, max_batch=4, threads=1
+        model=str(model_folder),
+        store=store_url,
+        embedder="hash",
+        max_context=256,
+        max_batch=4,
+        threads=1,
+        allowed_hosts="testserver",
     )
     config = engine_config(settings)
     # The floor of the budget depends on whether there is one, so ask for a plan under a generous one.

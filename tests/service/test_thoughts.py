@@ -115,7 +115,15 @@ def thinking_parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
     folder = write_tiny("qwen3_moe", tmp_path_factory.mktemp("thinking") / "tiny", max_position_embeddings=512)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     store = f"sqlite:///{tmp_path_factory.mktemp('store') / 'store.db'}"
-    settings = Settings(model=str(folder), store=store, embedder="hash", max_context=512, threads=1, threshold=0.9)
+    settings = Settings(
+        model=str(folder),
+        store=store,
+        embedder="hash",
+        max_context=512,
+        threads=1,
+        threshold=0.9,
+        allowed_hosts="testserver",
+    )
     with open_parts(settings) as parts:
         yield parts
 
