@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-
 import typer
 
 from service.settings import Settings
@@ -19,10 +16,11 @@ def serve_jobs(settings: Settings) -> None:
             "for the service. Without Redis the service runs its jobs itself.",
             param="redis",
         )
+    from service.access_log import write_lines  # noqa: PLC0415
     from service.job_queue import connect, run_worker  # noqa: PLC0415 - torch comes along, after what is wrong is said
     from service.workshop import open_workshop  # noqa: PLC0415
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    write_lines()
     connect(settings.redis)  # refused now, if it is no URL
     with open_workshop(settings) as workshop:
         typer.echo(f"Waiting for jobs of {workshop.folder}.")

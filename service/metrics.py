@@ -17,6 +17,7 @@ from engine.worker import EngineWorker, TokenStream
 from service.live_metrics import NO_TASK, LiveMetrics
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+NO_MODE = "none"  # of queries that were refused before one was chosen
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds to the first token
 EACH = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)  # seconds a further token
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)

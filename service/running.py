@@ -37,6 +37,7 @@ class Running:
         discovery: Discovery,
         timeout: float,
         here: Callable[[], int],
+        began: float,
     ) -> None:
         self.prepared = prepared
         self._here = here  # how many of the experts that it will use are in memory
@@ -46,6 +47,7 @@ class Running:
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
         self._submitted = time.monotonic()
+        self._asked = began  # when its body was read, of the monotonic clock
         self._begun = False
         self._told = False
         self._trail = Trail()
@@ -129,7 +131,7 @@ class Running:
             self._metrics.finished(task, finished, self._each(finished))
             self._discovery.served(self.prepared.serving, finished)
         self._trail.ended(self.prepared, outcome, finished)
-        log_query(self.prepared, outcome, finished)
+        log_query(self.prepared, outcome, finished, time.monotonic() - self._asked)
 
     def _each(self, finished: FinishedEvent) -> float | None:
         """Seconds a token, of those after the first."""
@@ -141,7 +143,7 @@ class Running:
         return make_receipt(self.prepared, finished)
 
 
-def submit(prepared: Sequence[Prepared], parts: Parts) -> list[Running]:
+def submit(prepared: Sequence[Prepared], parts: Parts, began: float) -> list[Running]:
     """Submit all at once, or none: Busy where the queue has no room for all."""
     running: list[Running] = []
     for one, stream in zip(prepared, parts.worker.submit_all([one.request for one in prepared]), strict=True):
@@ -149,7 +151,7 @@ def submit(prepared: Sequence[Prepared], parts: Parts) -> list[Running]:
         parts.metrics.submitted(stream, one.serving.retrieval.task)
         here = partial(_in_memory, parts, one.request.selection)
         timeout = parts.settings.request_timeout
-        running.append(Running(one, stream, parts.metrics, parts.discovery, timeout, here))
+        running.append(Running(one, stream, parts.metrics, parts.discovery, timeout, here, began))
     return running
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import socket
 import subprocess
@@ -45,7 +44,6 @@ def serve(settings: Settings, bound: socket.socket) -> None:
     from service.draining import LAST_WORDS_SECONDS, Draining, Server  # noqa: PLC0415
     from service.parts import open_parts  # noqa: PLC0415
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     write_lines()
 
     def stop() -> None:
@@ -57,6 +55,7 @@ def serve(settings: Settings, bound: socket.socket) -> None:
         app,
         http=connections_of(settings.connections),
         access_log=False,
+        log_config=None,  # its words go where ours go
         timeout_graceful_shutdown=round(LAST_WORDS_SECONDS),
     )
     server = Server(config, draining)

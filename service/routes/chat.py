@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from engine.requests import FinishedEvent
 from service.answer import Prepared, Question, spread
 from service.answer_reader import Forms, message_of
+from service.asking import asking
 from service.bodies import ChatBody
 from service.callers import Caller, CallerDep, chat_caller, text_to_retrieve
 from service.chunks import ChatChoices, finish_reason, stream_frames
@@ -47,8 +48,9 @@ class Conversation:
 async def chat(body: ChatBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep) -> Response:
     """Answer a conversation, in OpenAI's form. `model` or `expert` may name a task, else the user's last message tells
     it; the receipt is in `usage.expert`. With `stream` as chunks."""
-    asked = await asyncio.to_thread(prepare_chat, body, name, parts, chat_caller(caller, body))
-    running = submit(asked.rows, parts)
+    with asking(name, caller, parts) as began:
+        asked = await asyncio.to_thread(prepare_chat, body, name, parts, chat_caller(caller, body))
+        running = submit(asked.rows, parts, began)
     reply = Reply.to_chat(body.model, parts)
     if body.stream:
         named, tokenizer = isinstance(body.tool_choice, NamedTool), parts.engine.tokenizer

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from engine.requests import FinishedEvent
 from service.answer import Prepared, Question, spread
+from service.asking import asking
 from service.bodies import CompletionBody
 from service.callers import Caller, CallerDep, openai_caller
 from service.chunks import CompletionChoices, stream_frames
@@ -41,8 +42,9 @@ async def complete(
 ) -> Response:
     """Continue a text, or several, in OpenAI's form. `model` or `expert` may name a task; the receipt is in
     `usage.expert`. With `stream` as chunks."""
-    prepared = await asyncio.to_thread(prepare_completions, body, name, parts, openai_caller(caller, body))
-    running = submit(prepared, parts)
+    with asking(name, caller, parts) as began:
+        prepared = await asyncio.to_thread(prepare_completions, body, name, parts, openai_caller(caller, body))
+        running = submit(prepared, parts, began)
     reply = Reply.to_completion(body.model, parts)
     if body.stream:
         tokenizer = parts.engine.tokenizer

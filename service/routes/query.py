@@ -14,6 +14,7 @@ from engine.requests import FinishedEvent
 from engine.text import Tokenizer
 from service.answer import Prepared, Question, prepare
 from service.answer_reader import AnswerReader, Forms, Thought, message_of
+from service.asking import asking
 from service.callers import Caller, CallerDep
 from service.context import PartsDep, RequestId
 from service.described import EVENTS
@@ -34,8 +35,9 @@ router = APIRouter(tags=["query"])
 async def query(body: QueryBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep) -> Response:
     """Ask. The task is retrieved by the query's words unless `task` names one; `receipt` says what the answer was
     served from. With `stream` the events `task`, `token` and `done`."""
-    prepared = await asyncio.to_thread(prepare_query, body, name, parts, caller.saying(body))
-    running = submit([prepared], parts)
+    with asking(name, caller, parts) as began:
+        prepared = await asyncio.to_thread(prepare_query, body, name, parts, caller.saying(body))
+        running = submit([prepared], parts, began)
     if body.stream:
         frames = with_error_frame(name, query_frames(running[0], parts.engine.tokenizer), partial(named_frame, "error"))
         return EventStream(frames, expert_headers([prepared]), partial(cancel_all, running))

@@ -106,7 +106,7 @@ def test_tokens_that_came_with_a_broken_end_are_passed_on_before_it_is_told(monk
     passed: list[Any] = []
 
     async def read() -> None:
-        running = Running(Mock(), stream, Mock(), Mock(), 60.0, lambda: 0)
+        running = Running(Mock(), stream, Mock(), Mock(), 60.0, lambda: 0, 0.0)
         async for found in merged([running]):
             passed.append(found)  # noqa: PERF401 - what came before the error counts
 

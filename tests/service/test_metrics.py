@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,12 +19,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.requests import GenerationRequest
 from engine.worker import TokenStream
+from service.access_log import JsonLines
 from service.app import create_app
 from service.metrics import CONTENT_TYPE, Metrics
 from service.parts import Parts
 
 EGG = {"query": "how long do I boil an egg", "max_tokens": 4}
-FIELDS = "query_id task similarity mode experts_paged bytes_paged swap_ms ttft_ms tokens outcome"
+FIELDS = (
+    "time key duration_ms queue_ms code query_id task similarity mode experts_paged bytes_paged swap_ms ttft_ms "
+    "tokens outcome"
+)
 
 
 @pytest.fixture
@@ -121,6 +126,50 @@ def test_a_query_whose_engine_fails_is_counted_and_logged_once(
             pass
         assert client.post("/v1/query", json=EGG).status_code == 500
     assert [line["outcome"] for line in lines(caplog)] == ["error"]
+
+
+def test_a_query_that_is_refused_is_counted_and_logged_once(
+    counted: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "moepager.access")
+    long = {"query": "boil " * 1000}
+    assert counted.post("/v1/query", json=long, headers={"x-request-id": "q-2"}).status_code == 400
+    [line] = lines(caplog)
+    assert set(FIELDS.split()) <= set(line)
+    assert (line["query_id"], line["outcome"], line["code"]) == ("q-2", "refused", "context_length_exceeded")
+    assert line["duration_ms"] > 0
+    assert samples(counted)["moepager_requests_total", "mode=none outcome=refused task=none"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/query", EGG),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 2}),
+        ("/v1/completions", {"model": "tiny", "prompt": ["x", "y"]}),
+    ],
+)
+def test_a_query_that_finds_the_queue_full_is_counted_and_logged_once(
+    scripted: TestClient, worker: Any, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any]
+) -> None:
+    caplog.set_level(logging.INFO, "moepager.access")
+    worker.room = 0
+    before = samples(scripted).get(("moepager_requests_total", "mode=none outcome=busy task=none"), 0)
+    assert scripted.post(path, json=body).status_code == 503
+    assert [(line["outcome"], line["code"]) for line in lines(caplog)] == [("busy", "busy")]
+    assert samples(scripted)["moepager_requests_total", "mode=none outcome=busy task=none"] == before + 1
+
+
+def test_whatever_is_logged_is_a_line_of_json() -> None:
+    try:
+        raise ValueError("odd\nthing")
+    except ValueError:
+        record = logging.LogRecord("uvicorn.error", logging.WARNING, "", 1, "it %s", ("broke\noff",), sys.exc_info())
+    [text] = JsonLines().format(record).splitlines()
+    line = json.loads(text)
+    assert (line["level"], line["logger"], line["message"]) == ("warning", "uvicorn.error", "it broke\noff")
+    assert "ValueError: odd" in line["exception"]
+    assert line["time"].endswith("+00:00")
 
 
 def test_every_metric_that_the_dashboard_names_exists(counted: TestClient) -> None:
