@@ -17,7 +17,7 @@ from service.bounds import require_swap_within
 from service.callers import ANYBODY, Caller
 from service.parts import Parts
 from service.receipt import Receipt
-from service.retrieval import Retrieval, pinned
+from service.retrieval import Retrieval, pinned, untold
 from service.sampling import seed_of
 from service.serving import Serving, Wish, choose_serving
 from service.tracing import tracer
@@ -54,7 +54,7 @@ class Prepared:
 def prepare(question: Question, parts: Parts) -> Prepared:
     with tracer.start_as_current_span("retrieve"):
         retrieval = retrieve(question, parts)
-    if retrieval.task is None:
+    if retrieval.task is None and retrieval.reason != "no-text":
         parts.metrics.abstained()
     mode: Mode = question.wish.mode or parts.policy.mode
     chosen: Serving | None = None
@@ -87,9 +87,11 @@ def retrieve(question: Question, parts: Parts) -> Retrieval:
         parts.sessions.note(question.caller, parts.catalogue.named(task).name)
         return pinned(task, parts.retriever.threshold)
     if question.text is None or not question.text.strip():
+        if question.wish.mode == "exact":
+            return untold(parts.retriever.threshold)
         raise InvalidInput(
             f"The task is retrieved by the text of `{question.field}` (of messages, the last one by the user), "
-            "and there is none. Write one, or name the task.",
+            "and there is none. Write one, name the task, or ask for mode exact.",
             param=question.field,
         )
     found = parts.retriever.decide(question.text)

@@ -20,8 +20,8 @@ Prompts = str | list[str] | list[int] | list[list[int]]
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class StructuredOutputs(BaseModel):
@@ -82,7 +82,8 @@ class OpenAIBody(SamplingFields):
                     code="unsupported_parameter",
                 )
         known = self.NEUTRAL.keys() | self.HARMLESS
-        return tuple(sorted(name for name in extra if name not in known))
+        unread = [] if self.stream_options is None or self.stream else ["stream_options"]
+        return tuple(sorted([*unread, *(name for name in extra if name not in known)]))
 
 
 class ChatBody(OpenAIBody, Tools):

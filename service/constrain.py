@@ -18,7 +18,7 @@ from engine.constraints import (
 )
 from engine.text import Tokenizer
 from service.bodies import OpenAIBody, StructuredOutputs
-from store.errors import InvalidInput
+from store.errors import Busy, InvalidInput
 
 SECONDS = 5.0  # for one grammar; the library's own limits mostly come first
 _compilers = ThreadPoolExecutor(2, "moepager-compile")
@@ -51,13 +51,17 @@ def wanted_of(body: OpenAIBody) -> Wanted | None:
 
 
 def compiled(wanted: Wanted, tokenizer: Tokenizer) -> Constraint:
-    """Raises InvalidInput that names the field and why it can't be enforced."""
+    """Raises InvalidInput that names the field and why it can't be enforced; Busy where others' are compiled so long
+    that its turn did not come."""
     words = tokenizer.words
     work = _compilers.submit(words.compile, wanted.grammar, wanted.param, is_json=wanted.is_json)
     try:
         return work.result(SECONDS)
     except TimeoutError:
-        work.cancel()
+        if work.cancel():  # it never began
+            raise Busy(
+                f"`{wanted.param}` waited {SECONDS:g} s to be compiled, behind others' grammars. Try again shortly."
+            ) from None
         raise InvalidInput(
             f"`{wanted.param}` could not be compiled within {SECONDS:g} s. Use a simpler one.", param=wanted.param
         ) from None

@@ -120,10 +120,19 @@ def work(name: str, workshop: Workshop, stop: threading.Event) -> bool:
     if stop.is_set() and failure is not None:
         change(state="queued", detail="waits for the next start")
     elif failure is None:
-        change(state="done", progress=1.0, detail="in service")
+        change(state="done", progress=1.0, detail=_ending(job, workshop.store))
     elif change(state="failed", detail=failure[-LONGEST_DETAIL:]):
         log.warning("job %s failed: %s", job.id, failure)
     return True
+
+
+def _ending(job: Job, store: Store) -> str:
+    """What the profile is good for: without evaluation text nothing was measured, so nothing may be left out."""
+    if job.task == GENERALIST or store.corpora.get(job.task).evaluation:
+        return "in service"
+    return (
+        "in service; the task has no evaluation text, so no size has evidence and exact mode alone serves this profile"
+    )
 
 
 def _attempt(job: Job, workshop: Workshop, stop: threading.Event) -> str | None:

@@ -10,7 +10,7 @@ from engine.guard import Escalated, Guard
 from engine.requests import Priority
 from store.records import Mode
 
-Reason = Literal["pinned", "retrieved", "session", "below-threshold", "no-tasks"]
+Reason = Literal["pinned", "retrieved", "session", "below-threshold", "no-tasks", "no-text"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,11 @@ def pinned(task: str, threshold: float) -> Retrieval:
     return Retrieval(task, None, None, threshold, "pinned", ())
 
 
+def untold(threshold: float) -> Retrieval:
+    """There is no text to search by, and none is needed: exact mode serves whatever the task is."""
+    return Retrieval(None, None, None, threshold, "no-text", ())
+
+
 def calibrate_threshold(exemplars: Sequence[Exemplar]) -> Calibration:
     """The threshold that best parts queries of known tasks from queries of unknown ones.
 

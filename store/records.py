@@ -256,7 +256,7 @@ class Decision:
     nearest: str | None
     similarity: float | None
     threshold: float
-    reason: Literal["pinned", "retrieved", "session", "below-threshold", "no-tasks"]
+    reason: Literal["pinned", "retrieved", "session", "below-threshold", "no-tasks", "no-text"]
     mode: Mode
     created: datetime
     key: str | None = None

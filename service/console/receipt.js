@@ -9,6 +9,7 @@ const REASONS = {
   session: "kept from the conversation",
   "below-threshold": "no task was near enough",
   "no-tasks": "no task has a profile yet",
+  "no-text": "exact, and no text of the user's to retrieve by",
 };
 
 const ROWS = [

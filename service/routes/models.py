@@ -32,7 +32,7 @@ def model_object(parts: Parts, task: str | None) -> dict[str, Any]:
         "object": "model",
         "created": parts.started,
         "owned_by": "moepager",
-        "root": str(parts.folder),
+        "root": parts.model_id,
         "parent": None if task is None else parts.model_id,
         "max_model_len": parts.max_context,
     }

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+import service.constrain
+from engine.constraints import Words
 from engine.requests import FinishedEvent
 from service.bodies import ChatBody, CompletionBody
 from service.parts import Parts
@@ -324,3 +328,45 @@ def test_echo_without_scores_gives_the_text_alone(client: TestClient) -> None:
     found = complete(client, echo=True, max_tokens=0)
     assert (found["choices"][0]["text"], found["choices"][0]["logprobs"]) == (EGG, None)
     assert found["usage"]["completion_tokens"] == 0
+
+
+def test_options_of_a_stream_without_one_are_named_as_ignored(client: TestClient) -> None:
+    found = chat(client, stream_options={"include_usage": True})
+    assert found["usage"]["expert"]["ignored"] == ["stream_options"]
+
+
+def test_options_of_a_stream_may_be_null(client: TestClient) -> None:
+    body = {"model": "tiny", "prompt": EGG, "max_tokens": 2, "stream": True}
+    answer = client.post(COMPLETE, json={**body, "stream_options": {"include_usage": None}})
+    assert answer.status_code == 200
+    assert '"choices": []' not in answer.text
+    assert '"ignored": []' in answer.text
+
+
+def test_exact_mode_needs_no_text_to_retrieve_by(client: TestClient) -> None:
+    messages = [{"role": "system", "content": "Say hello."}]
+    receipt = chat(client, messages=messages, expert={"mode": "exact"})["usage"]["expert"]
+    assert (receipt["mode"], receipt["task"], receipt["reason"]) == ("exact", None, "no-text")
+    refused = client.post(CHAT, json={"model": "tiny", "messages": messages})
+    assert (refused.status_code, "mode exact" in refused.json()["error"]["message"]) == (400, True)
+
+
+def test_a_grammar_that_waits_behind_others_is_busy_and_one_that_takes_long_is_wrong(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = threading.Event()
+
+    def wait(*_args: object, **_options: object) -> None:
+        stuck.wait(20)
+
+    monkeypatch.setattr(service.constrain, "SECONDS", 0.2)
+    monkeypatch.setattr(Words, "compile", wait)
+    monkeypatch.setattr(service.constrain, "_compilers", ThreadPoolExecutor(1))
+    body = {"model": "tiny", "prompt": EGG, "guided_regex": "a+"}
+    try:
+        first, second = client.post(COMPLETE, json=body), client.post(COMPLETE, json=body)
+    finally:
+        stuck.set()
+    assert (first.status_code, "Use a simpler one" in first.json()["error"]["message"]) == (400, True)
+    assert (second.status_code, second.headers["retry-after"]) == (503, "1")
+    assert "behind others" in second.json()["error"]["message"]

@@ -317,3 +317,15 @@ def test_an_unknown_job_is_not_found(running: TestClient, own: Parts) -> None:
         assert running.request(method, path).status_code == 404
     with pytest.raises(NotFound):
         own.store.jobs.get("no")
+
+
+@pytest.mark.parametrize("evaluation", [(), ({"prompt": "when do I plant beans"},)])
+def test_a_job_without_evaluation_text_says_that_exact_mode_alone_serves_it(
+    own: Parts, evaluation: tuple[Any, ...]
+) -> None:
+    corpus = StoredCorpus("garden", tuple(GARDEN), (), evaluation)
+    own.store.corpora.create(TaskRecord("garden", ""), corpus, datetime.now(UTC))
+    job = service.jobs.new_job(own.catalogue.model, "garden", {}, None)
+    said = service.jobs._ending(job, own.store)
+    assert (said == "in service") == bool(evaluation)
+    assert ("exact mode alone" in said) == (not evaluation)
