@@ -28,10 +28,11 @@ BASELINES = frozenset({"random", "frequency"})  # scorers kept for comparison; t
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A selection that may serve, with its evidence."""
+    """A selection that may serve, with its evidence: `newest` where that is of the text that was used last."""
 
     stored: StoredSelection
     evidence: Evaluation
+    newest: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +107,17 @@ class Catalogue:
 
 
 def read_candidates(store: Store, profile: Profile) -> tuple[Candidate, ...]:
-    """One for each selection: of several evaluations the one made last counts, not the one that flatters.
+    """One for each selection: of several evaluations that on the newest text counts, or else the one made last, not the
+    one that flatters.
 
     What stands in for experts comes from the profile's statistics, once for all of its selections.
     """
-    found = {stored.id: (stored, evidence) for stored, evidence in store.evaluations.list(profile.id)}
+    newest = store.evaluations.newest_text(profile.id)
+    pairs = sorted(store.evaluations.list(profile.id), key=lambda pair: pair[1].evaluation_hash == newest)
+    found = {stored.id: (stored, evidence) for stored, evidence in pairs}
     shared = attach_all([stored for stored, _ in found.values()], profile.statistics)
-    return tuple(Candidate(stored, found[stored.id][1]) for stored in shared)
+    made = [(stored, found[stored.id][1]) for stored in shared]
+    return tuple(Candidate(stored, evidence, evidence.evaluation_hash == newest) for stored, evidence in made)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,11 +282,14 @@ def _allowed(candidate: Candidate, scorer: str | None) -> bool:
     return candidate.stored.scorer == scorer if scorer else candidate.stored.scorer not in BASELINES
 
 
-def _worse(candidate: Candidate) -> tuple[float, float, str, str]:
-    """Sorts better evidence first: higher accuracy, then lower NLL; names make ties the same everywhere."""
+def _worse(candidate: Candidate) -> tuple[bool, float, float, str, str]:
+    """Sorts better evidence first: higher accuracy, then lower NLL; names make ties the same everywhere.
+
+    Figures of other items are no better or worse: what was measured on the newest text goes before what was not.
+    """
     evidence = candidate.evidence
     accuracy = evidence.accuracy if evidence.accuracy is not None else -math.inf
-    return -accuracy, evidence.nll, candidate.stored.scorer, candidate.stored.id
+    return not candidate.newest, -accuracy, evidence.nll, candidate.stored.scorer, candidate.stored.id
 
 
 def _of_scorer(candidates: Sequence[Candidate], scorer: str | None, task: str) -> Sequence[Candidate]:

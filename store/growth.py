@@ -17,14 +17,16 @@ def inherit(session: Session, old: str, new: str) -> None:
     Only for profiles of one text whose shared statistics are equal: else the new one would not choose those experts.
     A selection's id begins with its profile's.
     """
+    names: dict[str, str] = {}
     for row in session.scalars(select(SelectionRow).where(SelectionRow.profile == old)).all():
-        id = new + row.id.removeprefix(old)  # noqa: A001
-        if not insert_once(session, SelectionRow, _values(row) | {"id": id, "profile": new}):
-            continue
-        for kind in (EvaluationRow, PriceRow):
-            made = session.scalars(select(kind).where(kind.selection == row.id).order_by(kind.id)).all()
-            session.add_all(kind(**_values(one, but="id") | {"selection": id}) for one in made)
-            session.flush()
+        name = new + row.id.removeprefix(old)
+        if insert_once(session, SelectionRow, _values(row) | {"id": name, "profile": new}):
+            names[row.id] = name
+    for kind in (EvaluationRow, PriceRow):  # in the order they were made: the last one says which text is the newest
+        made = session.scalars(select(kind).where(kind.selection.in_(names)).order_by(kind.id)).all()
+        for values in (_values(one, but="id") for one in made):
+            session.add(kind(**values | {"selection": names[values["selection"]]}))
+        session.flush()
 
 
 def _values(row: Row, but: str = "") -> dict[str, Any]:

@@ -122,6 +122,13 @@ class Evaluations:
             row = session.scalars(query.limit(1)).first()
             return None if row is None else _evaluation(row)
 
+    def newest_text(self, profile: str) -> str | None:
+        """The hash of the items of the evaluation that was added last; None where there is no evaluation."""
+        query = select(EvaluationRow.evaluation_hash).join(SelectionRow, SelectionRow.id == EvaluationRow.selection)
+        query = query.where(SelectionRow.profile == profile).order_by(EvaluationRow.id.desc())
+        with self._database.read() as session:
+            return session.scalars(query.limit(1)).first()
+
     def list(self, profile: str) -> Sequence[tuple[StoredSelection, Evaluation]]:
         """Every evaluation of a profile's selections, by scorer, the largest selection first."""
         query = select(SelectionRow, EvaluationRow).join(EvaluationRow, EvaluationRow.selection == SelectionRow.id)

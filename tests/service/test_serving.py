@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 
 from engine.plan import MemoryPlan
@@ -19,9 +21,11 @@ from service.serving import (
     best_by_size,
     choose_candidate,
     choose_serving,
+    read_candidates,
 )
+from store.database import open_store
 from store.errors import BudgetError, InvalidInput, MismatchError, MoepagerError, NotFound
-from store.records import GENERALIST, Evaluation, Selection, StoredSelection
+from store.records import GENERALIST, Evaluation, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
@@ -77,6 +81,23 @@ def test_at_a_size_the_best_evidence_serves() -> None:
         candidate("tcess", 0.5, 0.8, nll=0.1), candidate("reap", 0.5, 0.9, nll=2), candidate("peu", 0.5, 0.9, nll=3)
     )
     assert choose_candidate(found, None, None, Policy(ALL)).stored.scorer == "reap"
+
+
+def test_evidence_on_the_newest_text_goes_before_better_figures_of_other_items(tmp_path) -> None:
+    made = datetime(2026, 1, 1, tzinfo=UTC)
+    profile = Profile("p", "m" * 64, "t", {"x": np.zeros(1)}, 1, "c", frozenset(), {}, made)
+    with open_store(f"sqlite:///{tmp_path}/s.db") as store:
+        store.models.put(ModelRecord("m" * 64, "m", "f", 1, 4, 2, "c", "w", "t"))
+        store.tasks.put(TaskRecord("t"))
+        store.profiles.put(profile)
+        for name in ("easy", "hard"):
+            store.selections.put(StoredSelection(name, "p", name, "uniform", 0.5, Selection(((0, 1),))))
+        for name, text, accuracy in (("hard", "old", 0.99), ("easy", "old", 0.95), ("hard", "new", 0.6)):
+            store.evaluations.put(Evaluation(name, text, 10, accuracy, 1.0, 1.0, 0.9))
+        found = read_candidates(store, profile)
+    assert {(c.stored.id, c.evidence.accuracy, c.newest) for c in found} == {("easy", 0.95, False), ("hard", 0.6, True)}
+    assert [c.stored.id for c in best_by_size(task(*found), None)] == ["hard"]
+    assert [c.stored.id for c in best_by_size(task(*found), "easy")] == ["easy"]  # older evidence serves who asks
 
 
 def test_without_accuracies_the_lowest_nll_serves_and_any_accuracy_beats_none() -> None:
