@@ -76,7 +76,12 @@ class Bank:
     @property
     def reaches_all(self) -> bool:
         """Whether any expert can be visited now: all are here, or there is a slot to page through."""
-        return self.residency.available > 0 or self.residency.resident == self._total
+        return self.residency.available > 0 or self.whole
+
+    @property
+    def whole(self) -> bool:
+        """Whether every expert of the model is resident."""
+        return self.residency.resident == self._total
 
     @contextmanager
     def lease(self, selection: Selection, *, ahead: bool = False) -> Iterator[Lease]:

@@ -54,7 +54,10 @@ class Group:
         for place, best in enumerate(logits.argmax(-1).tolist()):
             row = self.rows[place]
             if coverage and place in strayed:
-                row.escalate(coverage[place])
+                if row.may_read:
+                    row.escalate(coverage[place])
+                else:
+                    events.append(FailedEvent(row.number, row.refusal))
                 continue
             reason: Reason | None = "length"
             if row.request.sampling.max_tokens:  # else the prompt was only to be scored

@@ -21,7 +21,7 @@ from types import TracebackType
 import numpy as np
 
 from engine.transfer import Bytes, Extent, Fetched, Pulse, Run, Transfer
-from store.errors import CheckpointError
+from store.errors import CheckpointError, DiskError
 
 ALIGN = 4096  # offset, length and address of a direct read
 GAP = 64 * 1024  # reading over a hole this small is cheaper than a second request
@@ -108,8 +108,9 @@ class Reader:
             self._work.notify_all()
         for transfer in transfers:
             transfer.cancel()
+        until = time.monotonic() + JOIN_SECONDS
         for thread in self._threads:
-            thread.join(JOIN_SECONDS)
+            thread.join(max(0.0, until - time.monotonic()))
         if not any(thread.is_alive() for thread in self._threads):
             for file in self._files.values():
                 file.close()
@@ -285,8 +286,8 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"Can't open {path}: {error.strerror}. Put the file back, or open the model again.")
 
 
-def _failed(run: Run, error: OSError) -> CheckpointError:
-    return CheckpointError(
+def _failed(run: Run, error: OSError) -> DiskError:
+    return DiskError(
         f"Reading {run.end - run.start} bytes of {run.file} at offset {run.start} failed: {error.strerror}. "
         "Check the disk, then the file."
     )

@@ -206,11 +206,13 @@ class Routing:
         if not self._unmetered:
             return
         passes = len(self._unmetered) // self._board.layers
-        seen = [torch.stack(each).unflatten(0, (passes, -1)) for each in zip(*self._unmetered, strict=True)]
+        stacked = (torch.stack(each) for each in zip(*self._unmetered, strict=True))  # [P*L, T, k] each
+        seen = [each.view(passes, -1, *each.shape[1:]) for each in stacked]
         self._unmetered.clear()
         weights, index = (each.transpose(0, 1).flatten(1, 2) for each in seen)  # [L, P*T, k]
         inside = self._inside_of(index, passes)  # [L, P*T, k]
         share = (weights * inside).sum(-1) / weights.sum(-1)  # [L, P*T]
+        share = share.nan_to_num(nan=0.0)  # a router that says no number is not inside: the guard has to hear of it
         kept = share.mean(0).double().view(passes, self._rows, -1).transpose(0, 1).flatten(1)  # [B, P*S]
         valid = None if self._valid is None else self._valid.view(self._rows, -1)
         self._move_levels(kept, valid)

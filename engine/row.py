@@ -12,6 +12,7 @@ from engine.guard import Escalated
 from engine.requests import FinishedEvent, GenerationRequest, Reason, Score, Served, Submission, TokenEvent
 from engine.sampling import Sampler
 from engine.text import Detokenizer, StopFilter
+from store.errors import Busy
 
 if TYPE_CHECKING:
     from engine.bank import Lease
@@ -66,6 +67,20 @@ class Row:
             return False
         self._level = min(self._level, level)
         return level < self.request.guard.bound
+
+    @property
+    def may_read(self) -> bool:
+        """Whether it may be finished exactly: in the background only where every expert is in memory already."""
+        return self.request.priority != "background" or self._engine.bank.whole
+
+    @property
+    def refusal(self) -> Busy:
+        """What a background request is told that its guard stops."""
+        return Busy(
+            f"This background request left its task's experts (coverage {self._level:.3g} after {self.tokens} tokens). "
+            "To finish it exactly, others would be read, and background requests cause no swap. Send it in mode mask, "
+            "or without the background priority."
+        )
 
     def escalate(self, coverage: float) -> None:
         """From now on it is an exact request: its text so far is read anew by free routing. Its lease is given back."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from store.errors import CheckpointError
+from store.errors import CheckpointError, DiskError
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -190,8 +190,8 @@ class Transfer:
         return None
 
 
-def _stall(run: Run, seconds: float) -> CheckpointError:
-    return CheckpointError(
+def _stall(run: Run, seconds: float) -> DiskError:
+    return DiskError(
         f"The disk stalls: {run.end - run.start} bytes of {run.file} at offset {run.start} have not come for "
         f"{seconds:.3g} seconds. Check the disk, then send the request again; what is in memory is still served."
     )

@@ -231,13 +231,13 @@ class EngineWorker:
         admitted = False
         while (waiting := self._next(batch)) is not None:
             number = waiting.order
+            self._running[number] = waiting.job  # first, so that whatever happens to it is told
             try:
                 submission = Submission(waiting.submitted, waiting.job.predicted)
                 batch.admit(number, waiting.job.request, submission)
             except MoepagerError as error:  # its experts could not be paged in; the others go on
-                waiting.job.put(error)
+                self._running.pop(number).put(error)
                 continue
-            self._running[number] = waiting.job
             admitted = True
         return admitted
 

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from store.errors import Busy, MoepagerError, NotFound, StoreUnreachable, TooMany, Unauthorized
+from store.errors import Busy, DiskError, MoepagerError, NotFound, StoreUnreachable, TooMany, Unauthorized
 
 log = logging.getLogger("moepager.service")
 
@@ -63,7 +63,7 @@ def _headers(error: MoepagerError) -> dict[str, str]:
         return {"retry-after": str(error.seconds), "x-should-retry": "true"}
     if isinstance(error, Unauthorized):
         return {"www-authenticate": "Bearer"}
-    if isinstance(error, Busy | StoreUnreachable):
+    if isinstance(error, Busy | DiskError | StoreUnreachable):
         return {"retry-after": RETRY_AFTER, "x-should-retry": "true"}
     return {"x-should-retry": "false"} if error.status in NO_RETRY else {}
 

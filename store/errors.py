@@ -10,6 +10,7 @@ MoepagerError                 shown as it is: exit code 2 at the command line, `
 │  └─ Held                         a live process is at the same task; it may be tried again later
 ├─ MismatchError              409  a profile, index or store that belongs to another model or embedder
 ├─ CheckpointError            422  a model folder that can't be served: missing, truncated, pickled, unsupported
+│  └─ DiskError               503  the disk stalls or returns an error: what is in memory is served on
 ├─ BudgetError                422  a memory budget that can't hold what was asked
 ├─ TooMany                    429  a key has used up its requests of this minute
 ├─ Busy                       503  a bounded queue is full, or something is still loading
@@ -96,6 +97,11 @@ class MismatchError(MoepagerError):
 class CheckpointError(MoepagerError):
     status = 422
     code = "bad_checkpoint"
+
+
+class DiskError(CheckpointError):
+    status = 503
+    code = "disk_error"
 
 
 class UnsupportedFamily(CheckpointError):

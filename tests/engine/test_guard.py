@@ -21,7 +21,8 @@ from engine.generate import Batch
 from engine.guard import NEWEST, WATCH, Guard, draw_guard, items_needed
 from engine.plan import plan_memory
 from engine.requests import Event, FailedEvent, FinishedEvent, GenerationRequest, Sampling, TokenEvent
-from store.errors import InvalidInput
+from engine.routing import Routing
+from store.errors import Busy, InvalidInput
 from store.records import Selection
 
 Checkpoint = Callable[..., Path]
@@ -231,6 +232,31 @@ def test_at_the_budgets_floor_an_escalated_row_waits_for_slots_and_no_newcomer_o
     assert made[1] == _ids(_run(free, _exact(PROMPT, 5))[0][0])
     assert made[0] == _ids(_run(free, mask)[0][0])
     assert engine.residency().leased == 0
+
+
+def test_a_background_request_is_finished_exactly_only_where_nothing_needs_to_be_read(engine: Engine) -> None:
+    request = _auto(_half(engine), ALWAYS, priority="background")
+    engine.evict()
+    with pytest.raises(Busy, match="background requests cause no swap"):
+        _run(engine, request)
+    assert engine.residency().leased == 0
+    everything = Selection.of([range(engine.card.experts)] * engine.card.layers)
+    with engine.lease(everything):
+        paged = engine.bank.paged.experts
+    [_], [end] = _run(engine, request)
+    assert end.served.escalated is not None
+    assert engine.bank.paged.experts == paged
+
+
+def test_a_router_that_says_no_number_alarms_the_guard(engine: Engine) -> None:
+    """0 / 0 and NaN are below no bound, so a comparison alone would let them pass."""
+    routing = Routing(engine.board, [_half(engine)], engine.device)
+    layers, top_k = engine.card.layers, engine.card.top_k
+    routing.begin(1)
+    nothing = torch.zeros(1, top_k), torch.arange(top_k).unsqueeze(0)
+    routing._seen.extend([nothing] * layers)
+    routing.finish()
+    assert routing.levels() == routing.coverage() == [0.0]
 
 
 def test_a_request_cancelled_while_it_is_escalated_leaves_nothing_behind(engine: Engine) -> None:

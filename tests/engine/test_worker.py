@@ -277,6 +277,20 @@ def test_an_error_reaches_every_reader_of_the_batch_and_the_worker_lives_on(
     assert len(list(worker.submit(ask((1,), HALF, max_tokens=2)))) == 3
 
 
+def test_a_request_whose_admission_breaks_is_told_and_the_worker_lives_on(
+    worker: EngineWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr("engine.row.Sampler", broken)
+    stream = worker.submit(ask((1,), HALF, max_tokens=2))
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        list(stream)
+    monkeypatch.undo()
+    assert len(list(worker.submit(ask((1,), HALF, max_tokens=2)))) == 3
+
+
 def test_experts_that_cannot_be_read_fail_their_own_request_alone(
     engine: Engine, worker: EngineWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,8 @@ def test_a_failed_read_is_told_in_either_form_and_the_next_request_is_right(
     plain = client.post("/v1/query", json=body)
     streamed = events_of(client.post("/v1/query", json={**body, "stream": True}).text)[-1][1]
     monkeypatch.undo()
-    assert (plain.status_code, plain.json()["error"]["code"]) == (422, "bad_checkpoint")
+    assert (plain.status_code, plain.json()["error"]["code"]) == (503, "disk_error")
+    assert plain.headers["retry-after"], "clients try it again by themselves"
     for error in (plain.json()["error"], streamed["error"]):
         assert "Input/output error" in error["message"]
     assert client.post("/v1/query", json=body).json()["answer"] == right
