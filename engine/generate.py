@@ -1,8 +1,9 @@
 """Continuous batching: requests join a running batch at a token boundary and leave on their own.
 
-Prompts go through in chunks, in rows of the cache of their own, with a token of every running row between two chunks;
-then they are aligned with the running rows. Nobody who runs waits for another's experts: while they are read, a prompt
-waits beside the rows that run, and where none runs it goes through layer by layer as they come.
+Prompts go through in chunks, in rows of the cache of their own, with a token of every running row between two chunks,
+or between two layers where each chunk would page all experts again; then they are aligned with the running rows. Nobody
+who runs waits for another's selection: while it is read, a prompt waits beside the rows that run, and where none runs
+it goes through layer by layer as its experts come.
 Knows rows and boundaries, not who asked nor what should run next.
 """
 
@@ -103,7 +104,7 @@ class Batch:
         self._arrived.append(row)
 
     def step(self) -> Iterator[Event | FailedEvent]:
-        """One token boundary: a chunk of the prompts that join, and a token of every row that runs."""
+        """One token boundary: a chunk or a layer of the prompts that join, and a token of every row that runs."""
         yield from self._drop_cancelled()
         yield from self._prefill()
         yield from self._look_after()
@@ -146,7 +147,7 @@ class Batch:
         if not all(row.there for row in group.rows):
             bank.arrivals.interrupted = partial(self._gives_way, group)
         try:
-            group.advance(self._chunk(group))
+            self._advance(group)
         except Interrupted:
             self._joining = None
             self._arrived = [*group.rows, *self._arrived]
@@ -233,11 +234,17 @@ class Batch:
         """Whether its experts can be paged in, if it is exact: one that was escalated may find all slots leased."""
         return row.request.selection is not None or self._engine.bank.reaches_all
 
-    def _chunk(self, group: Group) -> int:
-        """Tokens of prompts in one pass. Few while others wait for it, unless each pass would page everything again."""
-        whole = self._engine.plan.chunk_tokens
-        pages = group.rows[0].request.mode == "exact" and not self._engine.admission.holds_all
-        return whole if pages or not self._running.rows else min(whole, JOIN_TOKENS)
+    def _advance(self, group: Prompts) -> None:
+        """Few tokens while others wait for them, unless each pass would page everything again: then all, for one layer.
+
+        What is read on a guess is for the next layer of the same pass, so there prompts stay with whole passes.
+        """
+        engine, whole = self._engine, self._engine.plan.chunk_tokens
+        pages = group.rows[0].request.mode == "exact" and not engine.admission.holds_all
+        if pages and engine.passes.decoders and engine.board.lookahead is None:
+            group.advance_layer(whole, engine.plan.carried_tokens)
+        else:
+            group.advance(whole if pages or not self._running.rows else min(whole, JOIN_TOKENS))
 
 
 def _near(row: Row, first: Row) -> bool:

@@ -174,6 +174,11 @@ class KvCache(Cache):  # type: ignore[misc]
         grown: tuple[Tensor, Tensor] = self.layers[layer].extend(columns)
         return grown
 
+    def leave(self, layers: int, reached: int, rest: int) -> None:
+        """Prompts went through the first `layers` alone, which end at column `reached` and the others at `rest`."""
+        for number, layer in enumerate(self.layers):
+            layer.length = reached if number < layers else rest
+
     def rewind(self, length: int) -> None:
         """Forget the columns from `length` on: a pass failed half-way."""
         for layer in self.layers:

@@ -39,7 +39,18 @@ def decoder_layers(model: Any, parts: Sequence[Any]) -> tuple[list[nn.Module], l
 
 @contextmanager
 def only(layers: Sequence[nn.Module], wanted: int, hidden: Tensor | None) -> Iterator[None]:
-    """While this is open, a pass of the model raises Reached with the output of layer `wanted`.
+    """While this is open, a pass of the model raises Reached with the output of layer `wanted`, begun as by `since`."""
+    with since(layers, wanted, hidden):
+        handle = layers[wanted].register_forward_hook(_reach)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def since(layers: Sequence[nn.Module], wanted: int, hidden: Tensor | None) -> Iterator[None]:
+    """While this is open, a pass of the model begins at layer `wanted`.
 
     `hidden` [B, S, H] is what the layer before it gave; None for the first layer, which takes the model's embeddings.
     """
@@ -49,7 +60,6 @@ def only(layers: Sequence[nn.Module], wanted: int, hidden: Tensor | None) -> Ite
         if hidden is not None:
             handed = layers[wanted].register_forward_pre_hook(_hand_over(hidden), with_kwargs=True)
             stack.callback(handed.remove)
-        stack.callback(layers[wanted].register_forward_hook(_reach).remove)
         yield
 
 

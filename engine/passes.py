@@ -1,6 +1,6 @@
 """Passes through the model: its own forward, with what routing has to know before it and what must follow it.
 
-B rows, S positions, V vocabulary.
+B rows, S positions, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.experts import PagedExperts
 from engine.kvcache import KvCache
+from engine.layerwise import Reached, decoder_layers, only, since
 from engine.observer import Observer
 from engine.routing import Routing
 from engine.skeleton import Skeleton
+from store.errors import UnsupportedFamily
 
 
 class Passes:
@@ -24,6 +26,7 @@ class Passes:
 
     def __init__(self, skeleton: Skeleton, experts: Sequence[PagedExperts]) -> None:
         self._model, self._joints, self._experts = skeleton.model, skeleton.joints, experts
+        self.decoders = _decoders(skeleton)  # none where the model can't be run layer by layer
 
     def whole(self, ids: Tensor, mask: Tensor, routing: Routing) -> Tensor:
         """`ids`, `mask` i64 [B, S] -> logits f32 [B, S, V], nothing remembered."""
@@ -50,6 +53,27 @@ class Passes:
         logits: Tensor = out.logits
         return logits[:, -1]
 
+    @torch.inference_mode()
+    def layer(
+        self, layer: int, hidden: Tensor | None, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing
+    ) -> Tensor:
+        """Of `step` decoder layer `layer` alone: `hidden` [B, new, H], what the layer before gave, -> [B, new, H].
+
+        Only that layer of `cache` grows, all of which must end where `ids` begins. For rows that are routed freely:
+        nothing is metered.
+        """
+        with only(self.decoders, layer, hidden):
+            try:
+                self.step(ids, mask, cache, routing)
+            except Reached as end:
+                return end.hidden
+        raise AssertionError("the pass went past its layer")
+
+    def last(self, hidden: Tensor | None, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing) -> Tensor:
+        """As `layer` for the last one, and all that follows it: logits of the last column, [B, V]."""
+        with since(self.decoders, len(self.decoders) - 1, hidden):
+            return self.step(ids, mask, cache, routing)
+
     @contextmanager
     def observed(self, observer: Observer, routing: Routing) -> Iterator[None]:
         """Everything of one pass is shown to `observer`."""
@@ -65,6 +89,15 @@ class Passes:
                 handle.remove()
             for paged in self._experts:
                 paged.observer = None
+
+
+def _decoders(skeleton: Skeleton) -> Sequence[nn.Module]:
+    """The decoder layers, if each keeps its own keys and values."""
+    try:
+        layers = decoder_layers(skeleton.model, [joint.experts for joint in skeleton.joints])[0]
+    except UnsupportedFamily:
+        return ()
+    return layers if len(layers) == len(skeleton.kv_shapes) else ()
 
 
 @contextmanager

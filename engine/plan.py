@@ -47,6 +47,7 @@ class MemoryPlan:
     chunk_tokens: int
     dtype: str
     stand_ins: int
+    carried_tokens: int = 0  # whose hidden states the workspace holds beside half a chunk
 
     @property
     def fixed_bytes(self) -> int:
@@ -131,6 +132,7 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
         chunk_tokens=chunk,
         dtype=dtype,
         stand_ins=config.stand_ins,
+        carried_tokens=(chunk - chunk // 2) * _columns(card) // card.hidden,
     )
     return plan if config.memory is None else _within(plan, config.memory)
 
@@ -167,12 +169,21 @@ def _workspace(card: ModelCard, chunk: int, context: int, batch: int, size: int)
     k experts (12 L k). Logits of one position a row, three times in f32 (sampling sorts them).
     """
     geometry = card.geometry
-    columns = 8 * card.hidden + 6 * geometry.attention_width + 2 * card.top_k * card.hidden
-    columns += 3 * geometry.expert_width + 3 * geometry.dense_width
     routing = 6 * card.experts * 4 + 12 * card.layers * card.top_k
     attention = context * (5 + 8 * geometry.scored_heads)
     expanded = batch * context * 2 * geometry.attention_width * size
-    return chunk * (columns * size + routing + attention) + expanded + 3 * batch * card.vocab * 4
+    return chunk * (_columns(card) * size + routing + attention) + expanded + 3 * batch * card.vocab * 4
+
+
+def _columns(card: ModelCard) -> int:
+    """Numbers in the serving dtype that a token of a pass needs in one layer, see `_workspace`.
+
+    A prompt that goes through layer by layer takes half as many tokens a pass, and in place of the other half's numbers
+    keeps one hidden state for each token that is on its way.
+    """
+    geometry = card.geometry
+    columns = 8 * card.hidden + 6 * geometry.attention_width + 2 * card.top_k * card.hidden
+    return columns + 3 * geometry.expert_width + 3 * geometry.dense_width
 
 
 def _within(plan: MemoryPlan, budget: int) -> MemoryPlan:

@@ -8,7 +8,7 @@ they are what they would be alone, for it is what each would have sent. G stems,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from engine.group import Group, closed_ranks
 from engine.requests import Score
-from engine.row import Row
+from engine.row import Paging, Row
+from engine.sweep import Sweep
+from store.errors import MoepagerError
 from store.records import Selection
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Prompts(Group):
     def __init__(self, engine: Engine, rows: Sequence[Row], cache: KvCache) -> None:
         """`cache` is a window with a place for every row."""
         self.logits: Tensor | None = None  # [B, V], of the prompts' last tokens
+        self._sweep: Sweep | None = None  # columns that are between two decoder layers
         stems: dict[Stem, int] = {}
         self._stem_of = [stems.setdefault((row.sent_first, row.request.selection), len(stems)) for row in rows]
         super().__init__(engine, rows, cache)
@@ -49,14 +52,51 @@ class Prompts(Group):
         """Send the next columns of about `tokens` tokens through. After the last one there are `logits`."""
         start, (stems, width) = self.cache.length, self._ids.shape
         end = min(width, start + max(1, tokens // stems))
-        with ExitStack() as stack:
-            scored = any(row.request.sampling.prompt_logprobs for row in self.rows)
-            heard = stack.enter_context(self._engine.head.listening()) if scored else []
+        with self._heard() as heard:
             logits = self._forward(self._ids[:, start:end], self._full[:, :end])
         for hidden in heard:
             self._score(hidden, start, end)
+        self._reached(end, logits)
+
+    def advance_layer(self, tokens: int, carried: int) -> None:
+        """As `advance`, but so that no expert is paged in for each chunk anew: up to `carried` tokens go through the
+        next decoder layer, in chunks of half of `tokens`. Where one pass can take all that is left, it does."""
+        start, (stems, width) = self.cache.length, self._ids.shape
+        if self._sweep is None:
+            if (width - start) * stems <= tokens:
+                self.advance(tokens)
+                return
+            end = min(width, start + max(1, carried // stems))
+            self._sweep = Sweep(self._engine.passes, start, end, max(1, tokens // 2 // stems))
+        try:
+            with Paging(self._engine, self.rows):
+                self._sweep_on(self._sweep)
+        except MoepagerError:
+            self.cache.rewind(self._sweep.start)
+            self._sweep = None
+            raise
+
+    def _sweep_on(self, sweep: Sweep) -> None:
+        parts = self._ids, self._full, self.cache, self.routing
+        if not sweep.at_last:
+            sweep.carry(*parts)
+            return
+        with self._heard() as heard:
+            for start, end, last in sweep.end_chunks(*parts):
+                logits = last
+                while heard:
+                    self._score(heard.pop(), start, end)
+        self._sweep = None
+        self._reached(sweep.end, logits)
+
+    def _heard(self) -> AbstractContextManager[list[Tensor]]:
+        """Hidden states of the passes made in the block, where somebody wants his prompt scored."""
+        scored = any(row.request.sampling.prompt_logprobs for row in self.rows)
+        return self._engine.head.listening() if scored else nullcontext([])
+
+    def _reached(self, end: int, logits: Tensor) -> None:
         self.mask = self._full[:, :end]  # [G, S]
-        if end == width:
+        if end == self._ids.shape[1]:
             self._part(logits)
 
     def _part(self, logits: Tensor) -> None:
@@ -109,6 +149,8 @@ class Prompts(Group):
         super()._go_on_with(order)
         if self.logits is None:
             self._ids, self._full = self._ids[order], self._full[order]
+            if self._sweep is not None:
+                self._sweep.keep(order)
         else:
             self.logits = self.logits[order]
 
