@@ -55,7 +55,7 @@ class Bank:
     ) -> None:  # fmt: skip
         """`read_ahead` is how many experts at most are read on a guess at a time; 0 where bytes need staging."""
         self.layout = layout
-        self.residency = Residency(len(experts.layers), experts.experts, slots)
+        self.residency = Residency(len(experts.layers), experts.experts, slots, experts.expert_bytes)
         self.expert_bytes: Sequence[int] = experts.expert_bytes  # of one expert in the file, per layer
         self._total = len(experts.layers) * experts.experts
         self.memory = torch.zeros(slots, layout.slot_bytes, dtype=torch.uint8, device=device)  # [S, slot_bytes]
@@ -198,7 +198,7 @@ class Bank:
 
     def _page(self, layer: int, experts: Sequence[int], *, last: bool) -> Iterator[tuple[int, int]]:
         keys = [ExpertKey(layer, expert) for expert in experts]
-        self._acquire(keys, ahead=True, urgent=True)
+        self._acquire(keys, ahead=True, visit=True)
         try:
             if last:
                 self.guesses.begin()
@@ -208,7 +208,7 @@ class Bank:
 
     def _begin_guess(self, key: ExpertKey) -> Delivery:
         """A transfer of its own, so that it can be given up alone."""
-        loads = self.residency.plan([key])
+        loads = self.residency.plan([key], passing=True)
         try:
             delivery = self.arrivals.begin(loads, urgent=False, guess=True)
         except BaseException:
@@ -218,15 +218,15 @@ class Bank:
         return delivery
 
     def _acquire(
-        self, keys: Collection[ExpertKey], *, ahead: bool, urgent: bool = False
+        self, keys: Collection[ExpertKey], *, ahead: bool, visit: bool = False
     ) -> tuple[list[Load], Delivery | None]:
         """Pin, and read what nobody else is reading; after a failure all pins are gone."""
-        loads = self.residency.plan(keys)
+        loads = self.residency.plan(keys, passing=visit)
         new = {load.key for load in loads}
         loads += [Load(key, self.residency.slot(key)) for key in keys if key not in new and self.arrivals.is_lost(key)]
         delivery = None
         try:
-            delivery = self.arrivals.begin(loads, urgent=urgent or not ahead)
+            delivery = self.arrivals.begin(loads, urgent=visit or not ahead)
             for key in () if ahead else keys:
                 self.arrivals.wait_for(key)
         except BaseException:

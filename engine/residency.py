@@ -1,11 +1,12 @@
-"""Which expert is in which slot: pins, recency, what to evict. Decides only; knows no tensors and reads no bytes."""
+"""Which expert is in which slot: pins, and whose slot is taken. Decides only; knows no tensors and reads no bytes."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from math import log2
 from typing import NamedTuple
 
+from engine.idle import Idle
 from store.errors import BudgetError
 from store.records import ExpertKey
 
@@ -27,14 +28,16 @@ class Residency:
     bytes are still under way is `unfilled`: it has its key and its pins, and is emptied if the last pin goes first.
     """
 
-    def __init__(self, layers: int, experts: int, slots: int) -> None:
+    def __init__(self, layers: int, experts: int, slots: int, costs: Sequence[float] = ()) -> None:
+        """`costs` is what reading an expert takes, per layer, in any unit: without it, the same in all."""
         self.slots = slots
         self.table: list[list[int]] = [[ABSENT] * experts for _ in range(layers)]
         self._keys: list[ExpertKey | None] = [None] * slots
         self._pins = [0] * slots
         self._empty = list(range(slots - 1, -1, -1))
         self.unfilled: set[int] = set()
-        self._idle: OrderedDict[int, None] = OrderedDict()  # filled and unpinned, the least recently used first
+        self._idle = Idle(slots)  # filled and unpinned
+        self._costs = [log2(cost / max(costs)) for cost in costs] or [0.0] * layers
 
     @property
     def available(self) -> int:
@@ -68,8 +71,11 @@ class Residency:
         slots = (self.table[key.layer][key.expert] for key in wanted)
         return sum(slot == ABSENT or not self._pins[slot] for slot in slots)
 
-    def plan(self, wanted: Collection[ExpertKey]) -> list[Load]:
-        """Pin `wanted` and return the loads that make all of it resident. Changes nothing if it raises BudgetError."""
+    def plan(self, wanted: Collection[ExpertKey], *, passing: bool = False) -> list[Load]:
+        """Pin `wanted` and return the loads that make all of it resident. Changes nothing if it raises BudgetError.
+
+        For a lease, whose experts are given up later than others once they are idle, or `passing`, for one visit.
+        """
         keys = sorted(set(wanted))
         present = [slot for key in keys if (slot := self.slot(key)) != ABSENT]
         missing = [key for key in keys if self.slot(key) == ABSENT]
@@ -83,7 +89,10 @@ class Residency:
             )
         for slot in present:
             self._pin(slot)
-        return [Load(key, self._take(key)) for key in missing]
+        loads = [Load(key, self._take(key)) for key in missing]
+        if not passing:
+            self._lease(keys)
+        return loads
 
     def landed(self, key: ExpertKey) -> None:
         """The bytes of a planned load are there."""
@@ -94,7 +103,7 @@ class Residency:
     def release(self, wanted: Collection[ExpertKey]) -> None:
         """Undo one `plan` of these keys.
 
-        They stay resident, as the most recently used, until their slots are needed; what never landed goes at once.
+        They stay resident, as used just now, until their slots are needed; what never landed goes at once.
         """
         for key in sorted(set(wanted)):
             slot = self.slot(key)
@@ -107,12 +116,15 @@ class Residency:
                 self._clear(slot)
                 self._empty.append(slot)
             else:
-                self._idle[slot] = None
+                self._idle.add(slot)
 
     def touch(self, slot: int) -> None:
-        """An unleased expert was used: it is evicted later than the others."""
-        if slot in self._idle:
-            self._idle.move_to_end(slot)
+        """An unleased expert was used: it is evicted later than the others of its kind."""
+        self._idle.touch(slot)
+
+    def begin_turn(self) -> None:
+        """A request begins that takes no lease. A lease is a turn by itself."""
+        self._idle.begin_turn()
 
     def evict_idle(self) -> int:
         """Empty every slot that no lease holds; gives their number."""
@@ -132,10 +144,16 @@ class Residency:
         filled = sum(slot != ABSENT for row in self.table for slot in row)
         assert filled == self.resident, (filled, self.resident)
         assert len(set(self._empty)) == len(self._empty)
+        self._idle.check()
 
     def _pin(self, slot: int) -> None:
         self._pins[slot] += 1
-        self._idle.pop(slot, None)
+        self._idle.discard(slot)
+
+    def _lease(self, keys: Iterable[ExpertKey]) -> None:
+        self._idle.begin_turn()
+        for key in keys:
+            self._idle.lease(self.slot(key), self._costs[key.layer])
 
     def _take(self, key: ExpertKey) -> int:
         slot = self._empty.pop() if self._empty else self._evict()
@@ -146,7 +164,7 @@ class Residency:
         return slot
 
     def _evict(self) -> int:
-        slot, _ = self._idle.popitem(last=False)
+        slot = self._idle.pop()
         self._clear(slot)
         return slot
 
@@ -156,3 +174,4 @@ class Residency:
         self.table[key.layer][key.expert] = ABSENT
         self._keys[slot] = None
         self.unfilled.discard(slot)
+        self._idle.forget(slot)

@@ -117,6 +117,7 @@ class Row:
         Rows that share experts share their cost: the first pays.
         """
         if self.request.selection is None:
+            self._engine.bank.residency.begin_turn()
             return
         self._lease = self._stack.enter_context(self._engine.lease(self.request.selection, ahead=True))
         self.experts_paged, self.bytes_paged = self._lease.experts_paged, self._lease.bytes_paged

@@ -172,7 +172,7 @@ class _Reads:
     def begin(self, key: ExpertKey) -> Delivery:
         if self.broken:
             raise CheckpointError("gone")
-        [load] = self.residency.plan([key])
+        [load] = self.residency.plan([key], passing=True)
         self.transfers[key] = _Transfer()
         return Delivery(self.transfers[key], [[Load(key, load.slot)]], 5)  # type: ignore[arg-type]
 
@@ -216,7 +216,7 @@ def test_guesses_take_only_slots_that_are_free_and_evict_nothing_that_is_guessed
     guesses, reads = _guesses(slots=4, most=8)
     held = [ExpertKey(0, 0), ExpertKey(0, 1)]
     for key in (*held, ExpertKey(1, 2), ExpertKey(2, 0)):
-        reads.residency.plan([key])
+        reads.residency.plan([key], passing=True)
         reads.residency.landed(key)
     reads.residency.release([ExpertKey(1, 2), ExpertKey(2, 0)])  # the first to be evicted is one that is expected
     guesses.expect(1, [5, 2, 6])

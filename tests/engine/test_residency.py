@@ -21,9 +21,9 @@ def _keys(*pairs: tuple[int, int]) -> list[ExpertKey]:
     return [ExpertKey(*pair) for pair in pairs]
 
 
-def _plan(residency: Residency, keys: Collection[ExpertKey]) -> list[Load]:
+def _plan(residency: Residency, keys: Collection[ExpertKey], *, passing: bool = False) -> list[Load]:
     """A plan whose bytes land."""
-    loads = residency.plan(keys)
+    loads = residency.plan(keys, passing=passing)
     for load in loads:
         residency.landed(load.key)
     return loads
@@ -38,10 +38,10 @@ def test_a_resident_expert_is_not_loaded_again() -> None:
     residency.check()
 
 
-def test_the_least_recently_used_unleased_expert_is_evicted() -> None:
+def test_of_experts_that_visits_paged_through_the_least_recently_used_is_evicted() -> None:
     residency = Residency(1, 8, 3)
     for expert in (0, 1, 2):
-        _plan(residency, _keys((0, expert)))
+        _plan(residency, _keys((0, expert)), passing=True)
         residency.release(_keys((0, expert)))
     residency.touch(residency.slot(ExpertKey(0, 0)))
     _plan(residency, _keys((0, 5)))
@@ -113,13 +113,15 @@ KEYS = st.builds(ExpertKey, st.integers(0, LAYERS - 1), st.integers(0, EXPERTS -
 
 
 class ResidencyMachine(RuleBasedStateMachine):
-    """Leases come and go, loads fail; the model is a counter of pins and the set of what may be resident."""
+    """Leases and visits come and go, loads fail; the model is a counter of pins, the set of what is resident, and which
+    of it a lease ever used."""
 
     def __init__(self) -> None:
         super().__init__()
         self.residency = Residency(LAYERS, EXPERTS, SLOTS)
         self.leases: list[frozenset[ExpertKey]] = []
         self.resident: set[ExpertKey] = set()
+        self.used: set[ExpertKey] = set()
 
     def pins(self) -> Counter[ExpertKey]:
         return Counter(key for lease in self.leases for key in lease)
@@ -138,7 +140,21 @@ class ResidencyMachine(RuleBasedStateMachine):
         for load in loads:
             self.residency.landed(load.key)
         self.leases.append(wanted)
-        self.sync()
+        self.sync(wanted)
+        self.used |= wanted
+
+    @rule(wanted=st.frozensets(KEYS, min_size=1, max_size=3))
+    def visit(self, wanted: frozenset[ExpertKey]) -> None:
+        try:
+            loads = self.residency.plan(wanted, passing=True)
+        except BudgetError:
+            assert len(wanted | self.pins().keys()) > SLOTS
+            return
+        for load in loads:
+            self.residency.landed(load.key)
+        self.residency.release(wanted)
+        self.sync(wanted)
+        assert wanted <= self.resident
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -154,7 +170,8 @@ class ResidencyMachine(RuleBasedStateMachine):
             return
         self.residency.release(wanted)
         assert all(self.residency.slot(load.key) == ABSENT for load in loads)
-        self.sync()
+        self.sync(wanted)
+        self.used |= wanted & self.resident
 
     @rule(key=KEYS)
     def touch(self, key: ExpertKey) -> None:
@@ -164,12 +181,16 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule()
     def evict_idle(self) -> None:
         self.residency.evict_idle()
-        self.sync()
+        self.sync(self.resident)
         assert self.resident == set(self.pins())
 
-    def sync(self) -> None:
-        rows = enumerate(self.residency.table)
+    def sync(self, wanted: Collection[ExpertKey]) -> None:
+        """While `wanted` came in, what leases used went only where nothing else could go."""
+        rows, before = enumerate(self.residency.table), self.resident
         self.resident = {ExpertKey(layer, e) for layer, row in rows for e, slot in enumerate(row) if slot != ABSENT}
+        spared = before & self.resident - self.used - self.pins().keys() - set(wanted)
+        assert not spared or not self.used & (before - self.resident)
+        self.used &= self.resident
 
     @invariant()
     def everything_leased_is_resident_and_the_table_is_sound(self) -> None:
