@@ -91,6 +91,7 @@ class Engine:
         assert skeleton.layout.slot_bytes <= plan.slot_bytes, (skeleton.layout.slot_bytes, plan.slot_bytes)
         reader = Reader(reader_bytes(card), READER_THREADS)
         try:
+            reader.hold(sorted({span.file for span in checkpoint.tensors.values()}))
             load_dense(skeleton.model, renaming, checkpoint, experts, reader, device)
             kernels.adopt(skeleton.model, skeleton.layout.dtype, device)
             if kernels.own is not None:

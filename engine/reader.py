@@ -116,6 +116,11 @@ class Reader:
                 file.close()
             self._files.clear()
 
+    def hold(self, files: Iterable[Path]) -> None:
+        """Open these now: what is put in their place later is never read. Raises CheckpointError."""
+        for path in files:
+            self._file(path)
+
     def read(self, extents: Sequence[Extent]) -> ReadReport:
         """Fill every extent. Raises CheckpointError naming file, offset, wanted and got: then trust nothing of them."""
         transfer = self.start([extents], True)

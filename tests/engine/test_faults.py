@@ -154,22 +154,24 @@ def test_a_shard_that_disappears_in_mid_swap_is_read_on_from_its_open_descriptor
     assert answer(LATE) == right
 
 
-def test_a_shard_that_is_gone_before_it_was_ever_opened_fails_who_needs_it(
-    engine: Engine, on_thread: OnThread, folder: Path, answer: Answer
+def test_a_shard_that_is_replaced_before_anything_was_read_from_it_is_read_as_it_was_when_the_model_was_opened(
+    engine: Engine, folder: Path, answer: Answer, ask: Ask, open_engine: Open
 ) -> None:
-    unopened = [shard for shard in folder.glob("*.safetensors") if shard not in engine._reader._files]
-    contents = {shard: shard.read_bytes() for shard in unopened}
-    assert unopened  # those with experts alone
-    for shard in unopened:
+    right = answer(LATE)
+    fresh = open_engine(folder, dtype=engine.plan.dtype)
+    for shard in folder.glob("*.safetensors"):
+        size = shard.stat().st_size
         shard.unlink()
-    for selection in (LATE, None):
-        with pytest.raises(CheckpointError, match=r"Can't open .*safetensors: No such file"):
-            answer(selection)
-    assert on_thread(_leased) == 0
-    on_thread(lambda engine: engine.bank.residency.check() or 0)
-    for shard, content in contents.items():
-        shard.write_bytes(content)
-    assert answer(LATE)
+        shard.write_bytes(bytes(size))
+    *_, end = fresh.generate([ask(PROMPT, LATE, max_tokens=4, ignore_eos=True)])
+    assert isinstance(end, FinishedEvent)
+    assert end.text == right
+
+
+def test_a_shard_that_is_gone_is_missed_when_the_model_is_opened(folder: Path, open_engine: Open) -> None:
+    next(iter(folder.glob("*.safetensors"))).unlink()
+    with pytest.raises(CheckpointError, match="safetensors"):
+        open_engine(folder)
 
 
 def test_a_disk_that_stalls_fails_its_request_alone_and_is_used_again_when_it_comes_back(
