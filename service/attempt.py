@@ -27,7 +27,13 @@ BEAT_SECONDS = 1.0  # between two notes that a job lives
 KILL_SECONDS = 10.0  # for a process to end when it is asked to
 LONGEST_DETAIL = 2000
 STAGES = {"answer": 0.0, "calibrate": 0.0, "evaluate": 0.5}  # how far a job is when one begins
-REPEATED = {"scorers": "--scorer", "allocators": "--allocator", "keeps": "--keep"}  # options of a job that are lists
+OFF_TASK_ITEMS = 8  # of each other task
+REPEATED = {
+    "scorers": "--scorer",
+    "allocators": "--allocator",
+    "keeps": "--keep",
+    "stand_ins": "--stand-in",
+}  # options of a job that are lists
 
 
 class Attempt:
@@ -39,6 +45,7 @@ class Attempt:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         write_items(folder / "calibration.jsonl", corpus.calibration or [{"prompt": text} for text in corpus.exemplars])
         write_items(folder / "evaluation.jsonl", corpus.evaluation)
+        write_items(folder / "others.jsonl", off_task(job, workshop) if job.options.get("off_task") else [])
 
     def run(self, stop: threading.Event) -> str | None:
         """None when it is done; else why not. Raises StoreUnreachable where the process lost the store,
@@ -124,7 +131,8 @@ def command(job: Job, workshop: Workshop, folder: Path) -> list[str]:
         "--task": job.task,
         "--description": workshop.store.tasks.get(job.task).description if job.task != GENERALIST else None,
         "--calibration": folder / "calibration.jsonl" if job.task != GENERALIST else None,
-        "--eval": folder / "evaluation.jsonl" if (folder / "evaluation.jsonl").stat().st_size else None,
+        "--eval": _unless_empty(folder / "evaluation.jsonl"),
+        "--others": _unless_empty(folder / "others.jsonl"),
         "--model": workshop.folder,
         "--store": without_password(url)[0],
         "--embedder": settings.embedder,
@@ -135,10 +143,22 @@ def command(job: Job, workshop: Workshop, folder: Path) -> list[str]:
         "--threads": settings.threads,
         "--max-context": settings.max_context,
         "--own-answers": job.options.get("own_answers"),
+        "--draws": job.options.get("draws"),
     }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]  # a value may begin with a dash
     chosen = ["--search"] if job.options.get("search") else []
     return [sys.executable, "-m", "service", "profile", "--progress-lines", *given, *chosen, *repeated(job)]
+
+
+def off_task(job: Job, workshop: Workshop) -> list[Mapping[str, object]]:
+    """The first evaluation items of every other task of the store: what the job's selections cost off their task."""
+    corpora = workshop.store.corpora
+    texts = [corpora.get(name) for name in sorted(corpora.tasks() - {job.task, GENERALIST})]
+    return [item for text in texts for item in text.evaluation[:OFF_TASK_ITEMS]]
+
+
+def _unless_empty(file: Path) -> Path | None:
+    return file if file.exists() and file.stat().st_size else None
 
 
 def repeated(job: Job) -> Iterator[str]:

@@ -150,7 +150,10 @@ class JobOptions(Body):
     scorers: Names | None = None
     allocators: Names | None = None
     keeps: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1, max_length=32)] | None = None
+    stand_ins: Names | None = None
+    draws: Annotated[int, Field(gt=0, le=10)] | None = None
     search: bool = False
+    off_task: bool = False
     own_answers: Annotated[int, Field(gt=0, le=4096)] | None = None
 
     def options(self) -> dict[str, Any]:

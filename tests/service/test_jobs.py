@@ -301,15 +301,30 @@ def test_a_command_shows_no_password_and_takes_names_for_no_options(own: Parts, 
     for name in ("calibration", "evaluation"):
         (tmp_path / f"{name}.jsonl").write_text("")
     now = datetime.now(UTC)
-    options = {"scorers": ["peu", "reap"], "keeps": [0.5], "search": True, "own_answers": 8}
+    options = {"scorers": ["peu", "reap"], "keeps": [0.5], "search": True, "own_answers": 8, "draws": 3}
     job = Job("j", own.catalogue.model, "--store", "queued", 0.0, "", now, now, options)
     words = command(job, workshop_of(own), tmp_path)
     assert words[-4:] == ["--search", "--scorer=peu", "--scorer=reap", "--keep=0.5"]
     assert "--own-answers=8" in words
+    assert "--draws=3" in words
     assert "--task=--store" in words
     assert not any(word.startswith("--eval") for word in words)
     assert without_password("postgresql://u:p%40ss@host:1/db") == ("postgresql://u@host:1/db", "p@ss")
     assert without_password("sqlite:////srv/store.db") == ("sqlite:////srv/store.db", None)
+
+
+def test_a_job_may_ask_what_its_selections_cost_the_other_tasks(own: Parts, tmp_path: Path) -> None:
+    beans, wheels = ({"prompt": text} for text in ("when do I plant beans", "how do I true a wheel"))
+    for name, item in (("garden", beans), ("bicycles", wheels)):
+        corpus = StoredCorpus(name, tuple(GARDEN), (), (item,) * 20)
+        own.store.corpora.create(TaskRecord(name, ""), corpus, datetime.now(UTC))
+    job = service.jobs.new_job(own.catalogue.model, "garden", {"off_task": True, "stand_ins": ["novice"]}, None)
+    Attempt(job, workshop_of(own), corpus, tmp_path)
+    written = [json.loads(line) for line in (tmp_path / "others.jsonl").read_text().splitlines()]
+    assert written == [wheels] * service.attempt.OFF_TASK_ITEMS
+    words = command(job, workshop_of(own), tmp_path)
+    assert f"--others={tmp_path / 'others.jsonl'}" in words
+    assert "--stand-in=novice" in words
 
 
 def test_an_unknown_job_is_not_found(running: TestClient, own: Parts) -> None:
