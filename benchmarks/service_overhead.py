@@ -195,9 +195,9 @@ def _idle(url: str, held: HeldWorker, count: int) -> Iterator[None]:
     task = TASKS[0].name
     messages = [{"role": "user", "content": "x"}]
     body = json.dumps({"model": f"{BUNDLED}:{task}", "messages": messages, "max_tokens": 1, "stream": True})
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}"
-    head += "\r\ncontent-type: application/json"
     place = urlsplit(url)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {place.netloc}\r\ncontent-length: {len(body)}"
+    head += "\r\ncontent-type: application/json"
     held.held.clear()
     with ExitStack() as stack:
         for _ in range(count):
