@@ -176,7 +176,7 @@ def test_a_failure_between_draws_leaves_a_profile_that_serves_and_is_priced_by_t
     folder = write_tiny("olmoe", tmp_path / "m", seed=4)
     with Engine.open(EngineConfig(folder, max_context=128)) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr(price, "gather_statistics", broken)
+            patch.setattr(price, "collect", broken)
             with pytest.raises(torch.OutOfMemoryError):
                 run(engine, store, tmp_path, draws=2)
         [profile] = store.profiles.list()
