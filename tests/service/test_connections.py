@@ -101,7 +101,7 @@ def test_of_a_flood_nothing_is_read(url: str, monkeypatch: pytest.MonkeyPatch) -
 def test_an_answer_that_nobody_reads_ends(
     url: str, scripted_app: FastAPI, worker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service.connections, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(service.connections, "READ_SECONDS", 2.0)
     worker.text = "x" * 200_000
     body = b'{"query": "how long do I boil an egg", "stream": true, "max_tokens": 200}'
     with opened(url, SO_RCVBUF=4096) as raw:
