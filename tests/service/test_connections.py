@@ -38,7 +38,12 @@ def opened(url: str, **options: int) -> socket.socket:
 
 
 def head(length: int) -> bytes:
-    lines = ["POST /v1/query HTTP/1.1", "host: localhost", "content-type: application/json", f"content-length: {length}"]
+    lines = [
+        "POST /v1/query HTTP/1.1",
+        "host: localhost",
+        "content-type: application/json",
+        f"content-length: {length}",
+    ]
     return "\r\n".join([*lines, "", ""]).encode()
 
 
