@@ -7,25 +7,25 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.own_counters import anonymous_bytes
+from benchmarks.watch import Watch
 from store.errors import MoepagerError
 
 V1 = Path("/sys/fs/cgroup/memory")
 V2 = Path("/sys/fs/cgroup")
-INTERVAL = 0.01  # seconds between two looks at what a command holds
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How a command ended. `peak_bytes` is the group's, page cache included; `oom_kills` counts killed processes.
 
-    `peak_anon_bytes` and `peak_cache_bytes` are the highest of what was seen of each every `INTERVAL`, at different
+    `peak_anon_bytes` and `peak_cache_bytes` are the highest of what was seen of each in the background, at different
     moments perhaps. Without a group the former is the process's own and the latter is not known: None.
     """
 
@@ -74,30 +74,6 @@ class Group:
         return {word: int(number) for word, number in lines}
 
 
-class Watch:
-    """The highest of two counters, seen in the background while the block runs."""
-
-    def __init__(self, held: Callable[[], tuple[int, int]]) -> None:
-        self._held, self._over = held, threading.Event()
-        self._thread = threading.Thread(target=self._look, name="memory-watch", daemon=True)
-        self.anon = self.cache = 0
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while True:
-            anon, cache = self._held()
-            self.anon, self.cache = max(self.anon, anon), max(self.cache, cache)
-            if self._over.wait(INTERVAL):
-                return
-
-
 def available() -> str | None:
     """None where a cap can be set here, else why not."""
     try:
@@ -116,7 +92,7 @@ def run_capped(command: Sequence[str], cap: int | None, environment: Mapping[str
         if cap is not None:
             raise MoepagerError(f"A memory cap was asked for, but {reason}. Run as root, or leave --cap out.")
         process = _start(command, environment)
-        with Watch(lambda: (_anonymous(process.pid), 0)) as watch:
+        with Watch(lambda: (anonymous_bytes(process.pid), 0)) as watch:
             code, output, errors = _end(process, seconds)
         return Ended(code, output, errors, 0, 0, watch.anon)
     with _group() as group:
@@ -148,15 +124,6 @@ def _end(process: subprocess.Popen[str], seconds: float) -> tuple[int, str, str]
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return process.returncode, output, errors + late
-
-
-def _anonymous(pid: int) -> int:
-    """Bytes; 0 of a process that is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 @contextmanager

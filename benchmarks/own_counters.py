@@ -1,4 +1,4 @@
-"""What the kernel counts of this very process."""
+"""What the kernel counts of this very process, or of another."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ def device_bytes() -> int:
     return int(lines["read_bytes"])
 
 
-def anonymous_bytes() -> int:
-    """Memory of its own, without the page cache; the peak of everything where the kernel does not tell them apart."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def anonymous_bytes(pid: int | None = None) -> int:
+    """Memory of this process's own, without the page cache; the peak of everything where the kernel does not tell them
+    apart. Of another process `pid`: 0 once it is gone."""
+    try:
+        lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    for line in lines:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return 0 if pid else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.decode import PYTHON_SHARE
 from benchmarks.memory_cap import drop_page_cache, run_capped
 from benchmarks.own_counters import anonymous_bytes
+from benchmarks.watch import Watch
 from demo.prepare import corpus
 from demo.tasks.registry import TASKS
 from engine.card import ModelCard
@@ -44,6 +44,7 @@ from store.sizes import show_bytes
 AMPLE = 1 << 45
 SECONDS = 1800
 SPECIAL = 32  # tokens that a template may put around an item
+LOOK_SECONDS = 0.005  # between two looks at the streaming pass's memory
 CHUNK = 1024  # tokens of a shard at most
 IMPLEMENTATIONS = ("eager", "grouped_mm")  # which is faster depends on shape and threads: the plain forward may choose
 
@@ -229,32 +230,13 @@ def stream_alone(model: Path, items: int) -> dict[str, Any]:
     config = _config(model, one_layer(model, context), context)
     idle = anonymous_bytes()
     folder = tempfile.TemporaryDirectory(prefix="moepager-profile-")
-    with folder as runs, _Watch() as watch, Engine.open(config) as engine:
+    with folder as runs, Watch(lambda: (anonymous_bytes(), 0), LOOK_SECONDS) as watch, Engine.open(config) as engine:
         text = encode_corpus(engine, calibration(items))
         started = time.perf_counter()
         stream_statistics(engine, text, Run(Path(runs), "bench", ""), "bench", ROWS, ignore)
         seconds = time.perf_counter() - started
     tokens = sum(len(one.tokens) for one in text)
-    return {"seconds": seconds, "tokens": tokens, "peak_anon_bytes": watch.peak, "idle_anon_bytes": idle}
-
-
-class _Watch:
-    """The peak of this process's anonymous memory, looked at every few milliseconds."""
-
-    def __enter__(self) -> _Watch:
-        self.peak = 0
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._end.wait(0.005):
-            self.peak = max(self.peak, anonymous_bytes())
+    return {"seconds": seconds, "tokens": tokens, "peak_anon_bytes": watch.anon, "idle_anon_bytes": idle}
 
 
 if __name__ == "__main__":

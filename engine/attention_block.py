@@ -85,25 +85,12 @@ def agrees(module: Any, shape: BlockShape, own: Products, positions: tuple[Tenso
             wanted = module(x, position_embeddings=positions, attention_mask=mask, past_key_values=theirs)[0]
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return False
-        found = _run(own, shape, x, positions, mask, mine.extend(module.layer_idx, 1))
+        found = own.block(shape, x, positions, mask, mine.extend(module.layer_idx, 1))
     return _close(found[:1], wanted[:1]) and all(
         _close(one[row, :, -1], other[row, :, -1])
         for one, other in zip(_last(mine), _last(theirs), strict=True)
         for row in range(2)
     )
-
-
-def _run(
-    own: Products,
-    shape: BlockShape,
-    x: Tensor,
-    positions: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    cache: tuple[Tensor, Tensor],
-) -> Tensor:
-    return own.block(shape, x[:, 0], positions, None if mask is None else mask[:, 0, 0], cache).unsqueeze(
-        1
-    )  # [B, 1, H]
 
 
 def _take_over(module: Any, shape: BlockShape, own: Products, few: int) -> None:
@@ -119,7 +106,7 @@ def _take_over(module: Any, shape: BlockShape, own: Products, few: int) -> None:
         few_enough = hidden_states.shape[1] == 1 and hidden_states.shape[0] <= few
         if few_enough and _takes(shape, hidden_states, position_embeddings, attention_mask, past_key_values, layer):
             cache = past_key_values.extend(layer, 1)
-            return _run(own, shape, hidden_states, position_embeddings, attention_mask, cache), None
+            return own.block(shape, hidden_states, position_embeddings, attention_mask, cache), None
         found: tuple[Tensor, Tensor | None] = theirs(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,

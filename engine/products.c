@@ -199,6 +199,13 @@ static void widen(const char *from, int dtype, long count, float *to)
         to[i] = number(from + i * size, dtype);
 }
 
+static void narrow(const float *from, int dtype, long count, char *to)
+{
+    const long size = dtype == FLOAT32 ? 4 : 2;
+    for (long i = 0; i < count; i++)
+        put(to + i * size, from[i], dtype);
+}
+
 /* x [rows, columns] times the matrix -> y [rows, m->rows] in `dtype`; `room` holds both as floats. */
 static void product(multiply_t multiply, const struct matrix *m, int dtype, const char *x, long rows, char *y, float *room,
                     const float **inputs, float **outputs, int threads)
@@ -217,8 +224,7 @@ static void product(multiply_t multiply, const struct matrix *m, int dtype, cons
         multiply(m, dtype, inputs, rows, outputs, share(m->rows, part, parts), share(m->rows, part + 1, parts));
     }
     if (dtype != FLOAT32)
-        for (long i = 0; i < rows * m->rows; i++)
-            put(y + 2 * i, found[i], dtype);
+        narrow(found, dtype, rows * m->rows, y);
 }
 
 /* inner [gate, up] or [up] -> [inner], in place */
@@ -295,8 +301,7 @@ static void attend_unit(attend_t attend, const struct cache *c, int dtype, long 
     const struct seen seen = {keys + row * c->key_row + head * c->key_head, values + row * c->value_row + head * c->value_head,
                               columns, count};
     attend(c, &seen, dtype, inputs, scores, outputs);
-    for (long i = 0; i < c->groups * c->value_width; i++)
-        put(out + (first * c->value_width + i) * size, found[i], dtype);
+    narrow(found, dtype, c->groups * c->value_width, out + first * c->value_width * size);
 }
 
 /* All rows and heads; which columns a row sees is looked up once for all of its heads. 0 where there is no memory. */
@@ -502,8 +507,7 @@ static PyObject *py_combine(PyObject *self, PyObject *args)
             for (long i = 0; i < hidden; i++)
                 sum[i] += weight * from[i];
         }
-        for (long i = 0; i < hidden; i++)
-            put((char *)out + (token * hidden + i) * size, sum[i], dtype);
+        narrow(sum, dtype, hidden, (char *)out + token * hidden * size);
     }
     free(sum);
     Py_RETURN_NONE;

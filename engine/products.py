@@ -224,15 +224,15 @@ class Products:
         mask: Tensor | None,
         cache: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Attention from input to output projection for one new token a row: `x` [B, H] -> [B, H].
+        """Attention from input to output projection for one new token a row: `x` [B, 1, H] -> [B, 1, H].
 
         `positions` are cosines and sines [B or 1, 1, R]; the last column of `cache`, keys and values [B, N, S, D], is
-        written and then seen; `mask` as for `attend`.
+        written and then seen; `mask` bool [B or 1, 1, 1, S] says where a row may look, None everywhere.
         """
         x = x.contiguous()
         cos, sin = (one.contiguous() for one in positions)
         keys, values = cache
-        y = torch.empty_like(x)  # [B, H]
+        y = torch.empty_like(x)  # [B, 1, H]
         size = x.itemsize
         key_row, key_head, key_column = (size * step for step in keys.stride()[:3])
         value_row, value_head, value_column = (size * step for step in values.stride()[:3])

@@ -46,13 +46,6 @@ static void turn(const struct block *b, float *x, long heads, const float *cos, 
         }
 }
 
-static void narrow(const float *from, int dtype, long count, char *to)
-{
-    const long size = dtype == FLOAT32 ? 4 : 2;
-    for (long i = 0; i < count; i++)
-        put(to + i * size, from[i], dtype);
-}
-
 /* Where the numbers of one call lie: floats of all rows, then what attention takes and gives, in the block's dtype. */
 struct room {
     float *x, *q, *k, *v, *cos, *sin;

@@ -62,8 +62,7 @@ def prepare(question: Question, parts: Parts) -> Prepared:
         chosen = serving = choose_serving(question.wish, retrieval, parts.catalogue, parts.policy)
         mode = serving.mode
     finally:  # a refusal is a decision too
-        made = decision(question.id, question.text, retrieval, mode, parts)
-        write_down(told(made, question.caller, chosen), parts)
+        write_down(decision(question.id, question.text, retrieval, mode, parts, question.caller, chosen), parts)
         if question.caller.priority == "normal":  # a client's own chores are no task
             parts.discovery.asked(question.text, retrieval)
     request = GenerationRequest(
@@ -109,7 +108,16 @@ def write_down(made: Decision, parts: Parts) -> None:
         ) from error
 
 
-def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode, parts: Parts) -> Decision:
+def decision(
+    request: str,
+    text: str | None,
+    retrieval: Retrieval,
+    mode: Mode,
+    parts: Parts,
+    caller: Caller,
+    serving: Serving | None,
+) -> Decision:
+    """What was decided, who asked, and what was to serve it: None where it was refused."""
     return Decision(
         request=request,
         query_hash=hashlib.sha256((text or "").encode()).hexdigest(),
@@ -121,13 +129,10 @@ def decision(request: str, text: str | None, retrieval: Retrieval, mode: Mode, p
         mode=mode,
         created=datetime.now(UTC),
         model=parts.catalogue.model,
+        key=caller.owner or None,
+        profile=serving.profile_id if serving else None,
+        keep=serving.keep if serving else None,
     )
-
-
-def told(made: Decision, caller: Caller, serving: Serving | None) -> Decision:
-    """With who asked, and what was to serve it: None where it was refused."""
-    keep, profile = (serving.keep, serving.profile_id) if serving else (None, None)
-    return replace(made, key=caller.owner or None, profile=profile, keep=keep)
 
 
 def spread(questions: Sequence[Question], count: int, parts: Parts) -> list[Prepared]:

@@ -11,7 +11,7 @@ from store.connection import Database, parse_url
 from store.corpora import Corpora
 from store.errors import NotFound
 from store.events import Events
-from store.home import data_path, default_store_url
+from store.home import data_path, default_store_url, store_url
 from store.journal import Decisions, Jobs
 from store.keys import Keys
 from store.parts import ProfileParts
@@ -91,7 +91,7 @@ def open_as_it_is(url: str | None = None) -> Store:
 
     Raises NotFound where there is no store yet or one to be migrated, MismatchError where a newer moepager wrote it.
     """
-    url = url or f"sqlite:///{data_path() / 'store.db'}"
+    url = url or store_url(data_path())
     database = Database(url)
     try:
         if database.dialect == "sqlite" and not Path(str(parse_url(url).database)).exists():

@@ -22,7 +22,12 @@ def data_folder() -> Path:
 
 
 def default_store_url() -> str:
-    return f"sqlite:///{data_folder() / 'store.db'}"
+    return store_url(data_folder())
+
+
+def store_url(folder: Path) -> str:
+    """Of the embedded store in a data folder."""
+    return f"sqlite:///{folder / 'store.db'}"
 
 
 def bundled_model() -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from service.answer import decision, told
+from service.answer import decision
 from service.callers import Caller, CallerDep
 from service.context import PartsDep, RequestId
 from service.parts import Parts
@@ -36,5 +36,5 @@ async def retrieve(body: RetrieveBody, name: RequestId, caller: CallerDep, parts
 def retrieve_and_store(query: str, name: str, caller: Caller, parts: Parts) -> Retrieval:
     """The decision is stored as a request in mask mode would store it."""
     found = parts.retriever.decide(query)
-    parts.store.decisions.add(told(decision(name, query, found, "mask", parts), caller, None))
+    parts.store.decisions.add(decision(name, query, found, "mask", parts, caller, None))
     return found

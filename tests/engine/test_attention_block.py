@@ -99,10 +99,8 @@ def test_a_token_comes_out_as_from_the_modules_own_forward(family: str, dtype: t
         for seen in (mask, mask[:1].expand(3, -1, -1, -1), None):
             theirs, mine = cache_of(module, kept), cache_of(module, kept)
             wanted = module(x, position_embeddings=positions, attention_mask=seen, past_key_values=theirs)[0]
-            found = Products(name).block(
-                shape, x[:, 0], positions, None if seen is None else seen[:, 0, 0], mine.extend(module.layer_idx, 1)
-            )
-            torch.testing.assert_close(found, wanted[:, 0], rtol=0, atol=near)
+            found = Products(name).block(shape, x, positions, seen, mine.extend(module.layer_idx, 1))
+            torch.testing.assert_close(found, wanted, rtol=0, atol=near)
             assert mine.length == theirs.length == COLUMNS + 1
             for one, other in zip(mine.layers[-1].extend(0), theirs.layers[-1].extend(0), strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=near)
@@ -114,20 +112,18 @@ def test_a_rows_bits_are_its_own_whatever_stands_beside_it_and_however_many_thre
 ) -> None:
     module, shape, x, positions, mask, kept = parts(model("qwen3_moe", dtype), 4, 12)
     before = torch.get_num_threads()
-    together = best().block(
-        shape, x[:, 0], positions, mask[:, 0, 0], cache_of(module, kept).extend(module.layer_idx, 1)
-    )
+    together = best().block(shape, x, positions, mask, cache_of(module, kept).extend(module.layer_idx, 1))
     for row in range(4):
         own = slice(row, row + 1)
         cache = cache_of(module, [one[own] for one in kept])
         alone = best().block(
-            shape, x[own, 0], (positions[0][own], positions[1][own]), mask[own, 0, 0], cache.extend(module.layer_idx, 1)
+            shape, x[own], (positions[0][own], positions[1][own]), mask[own], cache.extend(module.layer_idx, 1)
         )
         assert torch.equal(alone, together[own])
     try:
         torch.set_num_threads(2)
         again = cache_of(module, kept).extend(module.layer_idx, 1)
-        assert torch.equal(best().block(shape, x[:, 0], positions, mask[:, 0, 0], again), together)
+        assert torch.equal(best().block(shape, x, positions, mask, again), together)
     finally:
         torch.set_num_threads(before)
 
