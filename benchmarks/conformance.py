@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.plain import STATISTICS, LayerSums, greedy, logits_of, plain_model, smaller_model, statistics_of
+from benchmarks.plain import LayerSums, greedy, logits_of, plain_model, smaller_model, statistics_of
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import plan_memory
@@ -25,16 +25,18 @@ from engine.tiny import write_tiny
 from engine.tiny_config import tiny_fields
 from profiler.batches import encode_corpus
 from profiler.corpus import Item, gather
+from profiler.extras import Needs
 from profiler.gather import gather_statistics
 from profiler.progress import ignore
 from profiler.run import Run
 from store.checkpoint import CheckpointMap
 from store.experts import ExpertMap
-from store.records import Selection
+from store.records import F64, Selection
 
 TOLERANCE = 2e-4  # of float32 sums in another order
 KEPT = 5  # experts a layer, of eight
 CONTEXT = 64
+SUMMED: Needs = frozenset({"coactivations", "logit_products", "output_sums"})  # beside what every profile has
 ITEMS = [Item("a cat sat", "on a mat"), Item("one", "two three"), Item("red", None)]
 
 
@@ -110,16 +112,18 @@ def answer_rule(subject: Subject) -> float:
 
 
 def statistics_rule(subject: Subject) -> float:
-    """The profiler's sums: those of hooks on the plain model, one token and one expert at a time."""
+    """All sums of the profiler that need no look inside an expert: those of hooks on the plain model, one token and
+    one expert at a time."""
     card = subject.engine.card
     text = encode_corpus(subject.engine, gather(ITEMS))
     with tempfile.TemporaryDirectory() as folder:
-        ours = gather_statistics(subject.engine, text, Run(Path(folder), "p", "rows=2"), "t", rows=2, report=ignore)
+        ours = gather_statistics(subject.engine, text, Run(Path(folder), "p", "rows=2"), "t", 2, ignore, SUMMED)
     wanted = plain_statistics(subject, [one.tokens for one in text])
-    apart = 0.0
-    for name in STATISTICS:
-        sums = np.stack([layer.sums[name] for layer in wanted])  # [L, E]
-        apart = max(apart, float(np.abs(ours.total(name) - sums).max() / max(1.0, float(np.abs(sums).max()))))
+    apart = _outside(ours.total("utility"), np.stack([layer.tails for layer in wanted]))
+    for name in wanted[0].sums:
+        sums = np.stack([layer.sums[name] for layer in wanted])  # [L, ...]
+        found = ours.peak if name == "peak" else ours.total(name)
+        apart = max(apart, float(np.abs(found - sums).max() / max(1.0, float(np.abs(sums).max()))))
     return apart if ours.total("selected").sum() == card.layers * card.top_k * ours.token_count else 1.0
 
 
@@ -136,7 +140,14 @@ RULES: Mapping[str, Callable[[Subject], float]] = {
 def plain_statistics(subject: Subject, rows: list[Any]) -> list[LayerSums]:
     experts = ExpertMap.build(CheckpointMap.open(subject.folder))
     owners = [name for name, module in subject.plain.named_modules() if hasattr(module, "has_gate")]
-    return statistics_of(subject.plain, rows, owners, experts.experts)
+    return statistics_of(subject.plain, rows, owners, experts.experts, subject.engine.card.hidden)
+
+
+def _outside(utility: F64, tails: F64) -> float:
+    """How far the histograms [L, E, B], summed from each bin on, lie outside of `tails` [L, 2, E, B]."""
+    ours = utility[:, :, ::-1].cumsum(axis=2)[:, :, ::-1]  # [L, E, B]
+    apart = np.maximum(tails[:, 0] - ours, ours - tails[:, 1]).max()
+    return max(0.0, float(apart) / max(1.0, float(tails.max())))
 
 
 def open_subject(family: str, folder: Path) -> Subject:

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from store.checkpoint import CheckpointMap
 from store.experts import COUNTS, ExpertMap
-from store.records import Selection
+from store.records import F64, Selection
 
-STATISTICS = ("selected", "gates", "gated_norms", "shifted_norms", "top_logits")
+BINS = 256
+EDGE = 1e-5  # how far a share may be off for rounding: more than that, and it is in another bin for a reason
 
 
 def plain_model(folder: Path) -> Any:
@@ -73,10 +74,18 @@ def greedy(model: Any, prompt: Sequence[int], tokens: int) -> list[int]:
 
 
 class LayerSums:
-    """Of one MoE layer: sums over every token, one token and one expert at a time, and all that was routed."""
+    """Of one MoE layer: sums over every token, one token and one expert at a time, and all that was routed.
 
-    def __init__(self, experts: int) -> None:
-        self.sums = {name: np.zeros(experts) for name in STATISTICS}
+    `sums` has the names of profiler/statistics.py and of the extras that need no look inside an expert. `tails` f64
+    [2, E, 256]: the sum of the histogram from each bin on, with every share a hair smaller, and a hair larger.
+    """
+
+    def __init__(self, experts: int, hidden: int) -> None:
+        of_experts = ("selected", "gates", "norms", "squared_norms", "gated_norms", "shifted_norms", "peak")
+        self.sums = {name: np.zeros(experts) for name in (*of_experts, "top_logits", "pool_logits")}
+        self.sums |= {name: np.zeros((experts, experts)) for name in ("coactivations", "logit_products")}
+        self.sums |= {"top_shares": np.zeros(()), "output_sums": np.zeros((experts, hidden))}
+        self.tails = np.zeros((2, experts, BINS))
         self.logits: list[Tensor] = []
         self.weights: list[Tensor] = []
         self.index: list[Tensor] = []
@@ -91,20 +100,45 @@ class LayerSums:
             kept.append(part)
         shift = (1 - torch.cosine_similarity(before.double(), (before + y).double(), dim=-1)).clamp_min(0)  # [T]
         for t in range(len(states)):
-            self.sums["top_logits"][int(logits[t].argmax())] += float(logits[t].max())
-            for expert, weight in zip(index[t].long().tolist(), weights[t].tolist(), strict=True):
+            chosen = index[t].long().tolist()
+            self._add_logits(logits[t].numpy(), len(chosen))
+            for expert, weight in zip(chosen, weights[t].tolist(), strict=True):
                 alone = type(module).forward(module, states[t : t + 1], torch.tensor([[expert]]), torch.ones(1, 1))
-                norm = float(alone.double().norm())
-                for name, value in (
-                    ("selected", 1.0), ("gates", weight), ("gated_norms", weight * norm),
-                    ("shifted_norms", float(shift[t]) * weight * norm),
-                ):  # fmt: skip
-                    self.sums[name][expert] += value
+                self._add_output(expert, weight, float(shift[t]), alone.double()[0].numpy())
+                for other in chosen:
+                    self.sums["coactivations"][expert, other] += 1
+
+    def _add_logits(self, z: F64, top_k: int) -> None:
+        """Of one token, `z` [E]."""
+        pool = np.argsort(-z, kind="stable")[:top_k].tolist()
+        shares = np.exp(z[pool] - z[pool].max()) / np.exp(z[pool] - z[pool].max()).sum()  # [k]
+        self.sums["top_logits"][pool[0]] += z[pool[0]]
+        self.sums["top_shares"] += shares[0]
+        self.sums["logit_products"] += np.outer(z - z.mean(), z - z.mean())
+        for expert, share in zip(pool, shares.tolist(), strict=True):
+            self.sums["pool_logits"][expert] += z[expert]
+            for side, moved in enumerate((share - EDGE, share + EDGE)):
+                if moved >= 1 / top_k:
+                    bin_ = min(int((moved - 1 / top_k) / (1 - 1 / top_k) * BINS), BINS - 1) if top_k > 1 else 0
+                    self.tails[side, expert, : bin_ + 1] += max(z[expert], 1 / (1 + np.exp(-z[expert])))
+
+    def _add_output(self, expert: int, weight: float, shift: float, o: F64) -> None:
+        """Of one token and one of its experts, `o` [H]."""
+        norm = float(np.sqrt((o * o).sum()))
+        for name, value in (
+            ("selected", 1.0), ("gates", weight), ("norms", norm), ("squared_norms", norm * norm),
+            ("gated_norms", weight * norm), ("shifted_norms", shift * weight * norm),
+        ):  # fmt: skip
+            self.sums[name][expert] += value
+        self.sums["peak"][expert] = max(self.sums["peak"][expert], np.abs(o).max())
+        self.sums["output_sums"][expert] += o
 
 
-def statistics_of(model: Any, rows: Sequence[Sequence[int]], owners: Sequence[str], experts: int) -> list[LayerSums]:
+def statistics_of(
+    model: Any, rows: Sequence[Sequence[int]], owners: Sequence[str], experts: int, hidden: int
+) -> list[LayerSums]:
     """Each of `rows` alone through the plain model; `owners` are the experts modules by name."""
-    layers = [LayerSums(experts) for _ in owners]
+    layers = [LayerSums(experts, hidden) for _ in owners]
     with torch.inference_mode():
         for row in rows:
             with _watched(model, owners, layers):

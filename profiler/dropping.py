@@ -15,6 +15,7 @@ from engine.engine import Engine
 from profiler.batches import Encoded, cut, pad
 from profiler.channels.accumulator import make_accumulator
 from profiler.extras import NOTHING
+from profiler.unfinished import NOWHERE, Unfinished
 from store.errors import BudgetError
 from store.records import F64, Selection
 
@@ -23,14 +24,16 @@ WEAK = 0.8
 LEAST, MOST = 1 / 16, 1 / 4  # of those alive that go at the end of a window, whatever they collect
 
 
-def droppings(engine: Engine, text: Sequence[Encoded], rows: int) -> F64:
+def droppings(engine: Engine, text: Sequence[Encoded], rows: int, kept: Unfinished = NOWHERE) -> F64:
     """f64 `[L, E]`, higher is dropped later: the number of the window, and within it the share of router weight.
 
-    K experts a layer are never dropped; they stay to the end and are ordered by their last share.
+    K experts a layer are never dropped; they stay to the end and are ordered by their last share. A killed run goes on
+    with the window it was in.
     """
     card = engine.card
-    alive = np.ones((card.layers, card.experts), bool)
-    found, window = np.zeros(alive.shape), 0
+    everyone = np.ones((card.layers, card.experts), bool)
+    state = kept.load() or {"alive": everyone, "found": np.zeros(everyone.shape), "window": np.asarray(0)}
+    alive, found, window = state["alive"].astype(bool), state["found"].astype(np.float64), int(state["window"].item())
     while True:
         shares = _shares(engine, text, rows, alive)  # [L, E]
         found[alive] = window + shares[alive]
@@ -39,6 +42,7 @@ def droppings(engine: Engine, text: Sequence[Encoded], rows: int) -> F64:
         for layer in range(card.layers):
             alive[layer, dropped(shares[layer], alive[layer], card.top_k)] = False
         window += 1
+        kept.save({"alive": alive, "found": found, "window": np.asarray(window)})
 
 
 def check_dropping(engine: Engine) -> None:

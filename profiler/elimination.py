@@ -14,19 +14,22 @@ from torch import Tensor
 from engine.engine import Engine
 from profiler.batches import Encoded
 from profiler.finite import require_finite_outputs
-from profiler.sample import Route, combine, on_layers
+from profiler.sample import Route, combine, layer_by_layer
 from profiler.statistics import RESPONSE
+from profiler.unfinished import NOWHERE, Unfinished
 from store.records import F64
 
 
-def eliminations(engine: Engine, text: Sequence[Encoded], rows: int, role: int | None = None) -> F64:
+def eliminations(
+    engine: Engine, text: Sequence[Encoded], rows: int, role: int | None = None, kept: Unfinished = NOWHERE
+) -> F64:
     """`order` for every layer, f64 `[L, E]`, on tokens spread evenly over the text, or over those of one role."""
-    return np.stack([order(*layer) for layer in on_layers(engine, text, rows, role)])
+    return layer_by_layer(engine, text, rows, lambda layer: order(*layer), kept, role)
 
 
-def answer_eliminations(engine: Engine, text: Sequence[Encoded], rows: int) -> F64:
+def answer_eliminations(engine: Engine, text: Sequence[Encoded], rows: int, kept: Unfinished = NOWHERE) -> F64:
     """The same over response tokens alone; over all of a text that has none."""
-    return eliminations(engine, text, rows, RESPONSE if any(one.response for one in text) else None)
+    return eliminations(engine, text, rows, RESPONSE if any(one.response for one in text) else None, kept)
 
 
 def order(outputs: Tensor, weights: Tensor, index: Tensor, route: Route) -> F64:

@@ -14,17 +14,18 @@ import torch
 from engine.engine import Engine
 from profiler.batches import Encoded
 from profiler.finite import require_finite_outputs
-from profiler.sample import LayerSample, combine, on_layers
+from profiler.sample import LayerSample, combine, layer_by_layer
+from profiler.unfinished import NOWHERE, Unfinished
 from store.errors import InvalidInput
 from store.records import F64
 
 MOST = 8  # experts
 
 
-def enumerations(engine: Engine, text: Sequence[Encoded], rows: int) -> F64:
+def enumerations(engine: Engine, text: Sequence[Encoded], rows: int, kept: Unfinished = NOWHERE) -> F64:
     """`losses` for every layer, f64 `[L, 2^E]`. Raises InvalidInput, before anything runs, where E is too large."""
     check_enumeration(engine.card.experts)
-    return np.stack([losses(layer) for layer in on_layers(engine, text, rows)])
+    return layer_by_layer(engine, text, rows, losses, kept)
 
 
 def check_enumeration(experts: int) -> None:

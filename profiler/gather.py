@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from engine.engine import Engine
@@ -15,7 +14,6 @@ from profiler.run import Run
 from profiler.statistics import Statistics
 
 ROWS = 16
-SAVE_AFTER = 1.0  # seconds of work that a killed run may lose; a save takes as long as a small shard
 
 
 def gather_statistics(
@@ -34,14 +32,12 @@ def gather_statistics(
     """
     parts = cut(engine, text, rows)
     done, total = run.load() or (0, empty(engine, needs))
-    items, saved = sum(len(part) for part in parts[:done]), time.monotonic()
+    items = sum(len(part) for part in parts[:done])
     for number, part in enumerate(parts[done:], done + 1):
         report(Progress(task, "calibrate", items, len(text)))
         total += _statistics(engine, part, needs)
         items += len(part)
-        if time.monotonic() - saved >= SAVE_AFTER:
-            run.save(number, total)
-            saved = time.monotonic()
+        run.save_in_time(number, total)
     report(Progress(task, "calibrate", len(text), len(text)))
     return total
 

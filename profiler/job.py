@@ -21,14 +21,14 @@ from profiler.doubts import judged
 from profiler.evidence import HeldOut, Size, check_sizes, make_selections, put_evaluations, put_selections
 from profiler.options import DEFAULTS, Options
 from profiler.parts import merged, run_of
-from profiler.passes import Wanted, collect, lock_name, want
+from profiler.passes import Wanted, collect, lock_name, looked, want
 from profiler.price import Pricing, put_prices
 from profiler.progress import Report, ignore
 from profiler.run import Run, hold
 from profiler.scorers.base import Scorer
 from profiler.scorers.registry import BASELINES, choose, computable, versions
 from profiler.search import search
-from profiler.second_looks import announce, second_looks
+from profiler.second_looks import announce
 from profiler.stand_ins import choose as choose_stand_ins
 from profiler.statistics import Statistics
 from store.catalogue import check_name
@@ -197,7 +197,7 @@ def _gather(
     if statistics is None:
         statistics = collect(engine, text, wanted.identity, wanted, options, report)
     statistics = statistics.with_extras(static)
-    statistics = statistics.with_extras(second_looks(engine, text, options.rows, wanted.needs))
+    statistics = statistics.with_extras(looked(engine, text, wanted, options))
     if wanted.grown_from is not None:
         statistics = Statistics.from_arrays({**statistics.arrays, **wanted.grown_from.statistics})
     return Profile(

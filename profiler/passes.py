@@ -17,8 +17,10 @@ from profiler.options import Options
 from profiler.progress import Report
 from profiler.router_rows import of_router
 from profiler.run import Run
+from profiler.second_looks import second_looks
 from profiler.statistics import VERSION, Statistics
 from profiler.stream import pays, stream_statistics
+from profiler.unfinished import Unfinished
 from store.checkpoint import CheckpointMap
 from store.database import Store
 from store.errors import NotFound
@@ -59,11 +61,20 @@ def collect(
     They go on only where all is the same that the sums depend on: the cut, the precision, what is summed, and how.
     """
     stream = pays(engine, text, options.rows) if options.stream is None else options.stream
-    sizes = (f"rows={min(options.rows, engine.plan.max_batch)}", f"tokens={token_limit(engine)}")
-    way = (engine.plan.dtype, "layers" if stream else "shards")
-    run = Run(options.folder, name, plan=",".join((*sizes, *way, *formulas(wanted.needs))))
+    run = Run(options.folder, name, ",".join((_plan(engine, wanted, options), "layers" if stream else "shards")))
     gathered = stream_statistics if stream else gather_statistics
     return gathered(engine, text, run, wanted.task, options.rows, report, wanted.needs)
+
+
+def looked(engine: Engine, text: Sequence[Encoded], wanted: Wanted, options: Options) -> dict[str, F64]:
+    """What is found by trying, each under the same conditions; unfinished ones lie beside the sums of the pass."""
+    kept = Unfinished(options.folder, wanted.identity, _plan(engine, wanted, options))
+    return second_looks(engine, text, options.rows, wanted.needs, kept)
+
+
+def _plan(engine: Engine, wanted: Wanted, options: Options) -> str:
+    sizes = (f"rows={min(options.rows, engine.plan.max_batch)}", f"tokens={token_limit(engine)}")
+    return ",".join((*sizes, engine.plan.dtype, *formulas(wanted.needs)))
 
 
 def stored_profile(store: Store, identity: str) -> Profile | None:

@@ -19,12 +19,11 @@ from profiler.evaluate import Measured
 from profiler.evidence import HeldOut
 from profiler.forced import evaluate_forced
 from profiler.options import Options
-from profiler.passes import Wanted, collect
+from profiler.passes import Wanted, collect, looked
 from profiler.progress import Progress, Report, ignore
 from profiler.router_rows import of_router
 from profiler.run import Run
 from profiler.scorers.registry import BASELINES, SCORERS, needs_of
-from profiler.second_looks import second_looks
 from profiler.statistics import Statistics
 from store.database import Store
 from store.intervals import wilson
@@ -157,7 +156,7 @@ def _statistics(
     static = {**of_router(engine.card.folder, needs, options.base), **of_weights(engine, needs)}
     wanted = Wanted(f"{profile.id}-draw{number}", profile.task, needs, static)
     found = collect(engine, text, wanted.identity, wanted, options, ignore)
-    found = found.with_extras(static | second_looks(engine, text, options.rows, needs))
+    found = found.with_extras(static | looked(engine, text, wanted, options))
     Run(options.folder, wanted.identity, plan="").forget()
     return found
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,12 +22,14 @@ from transformers import AutoModelForCausalLM
 from engine.engine import Engine
 from profiler.batches import Batch, Encoded, cut, pad
 from profiler.second_copy import announce_copy
+from profiler.unfinished import NOWHERE, Arrays, Unfinished
 from store.errors import CheckpointError
 from store.records import F64
 
 EPOCHS, RATE, MOVED = 10, 5e-3, 0.01  # of the source: passes over the text, learning rate, weight of moved logits
 TURNS = 4  # of four steps three move alpha, the fourth beta
 ROWS = 16
+NAMES = ("alpha", "beta")
 
 Routed = tuple[Tensor, Tensor, Tensor]  # logits [T, E], weights [T, K], index [T, K]
 
@@ -57,14 +61,15 @@ def check_relaxation(engine: Engine) -> str:
     return announce_copy(engine, "DiEP", "another scorer and allocator")
 
 
-def relaxations(engine: Engine, text: Sequence[Encoded]) -> F64:
-    """The learned importance, f64 `[L, E]`. The same text gives the same numbers on the same machine."""
+def relaxations(engine: Engine, text: Sequence[Encoded], kept: Unfinished = NOWHERE) -> F64:
+    """The learned importance, f64 `[L, E]`. The same text gives the same numbers on the same machine, whether or not
+    the run was killed and went on with what `kept` holds."""
     model, routers = _open(engine)
     relaxed = Relaxed(engine.card.layers, engine.card.experts, engine.device)
     for layer, router in enumerate(routers):
         relaxed.watch(layer, router)
     batches = [pad(part) for part in cut(engine, text, ROWS)]
-    train(model, relaxed, batches)
+    train(model, relaxed, batches, kept=kept)
     found: F64 = relaxed.importance().detach().double().cpu().numpy()
     if not math.isfinite(found.sum()):
         raise CheckpointError(
@@ -74,11 +79,13 @@ def relaxations(engine: Engine, text: Sequence[Encoded]) -> F64:
     return found
 
 
-def train(model: Any, relaxed: Relaxed, batches: Sequence[Batch], epochs: int = EPOCHS) -> None:
+def train(
+    model: Any, relaxed: Relaxed, batches: Sequence[Batch], epochs: int = EPOCHS, kept: Unfinished = NOWHERE
+) -> None:
     """Cosine schedule to 0. A batch is a step, in the order of the text."""
     optimisers = [torch.optim.Adam([parameter], RATE) for parameter in (relaxed.alpha, relaxed.beta)]
     steps = epochs * len(batches)
-    for step in range(steps):
+    for step in range(_go_on(kept, relaxed, optimisers), steps):
         chosen = optimisers[step % TURNS == TURNS - 1]
         for group in chosen.param_groups:
             group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -87,6 +94,33 @@ def train(model: Any, relaxed: Relaxed, batches: Sequence[Batch], epochs: int = 
         with torch.enable_grad():
             loss(model, relaxed, batches[step % len(batches)]).backward()  # type: ignore[no-untyped-call]
         chosen.step()
+        kept.save_in_time(partial(_state, step + 1, relaxed, optimisers))
+
+
+def _state(step: int, relaxed: Relaxed, optimisers: Sequence[torch.optim.Optimizer]) -> Arrays:
+    """All that the next step depends on: the parameters, and what Adam remembers of each."""
+    arrays = {"step": np.asarray(step)}
+    for name, parameter, optimiser in zip(NAMES, (relaxed.alpha, relaxed.beta), optimisers, strict=True):
+        arrays[name] = parameter.detach().cpu().numpy()
+        for memory, value in optimiser.state[parameter].items():
+            arrays[f"{name}.{memory}"] = value.cpu().numpy()
+    return arrays
+
+
+def _go_on(kept: Unfinished, relaxed: Relaxed, optimisers: Sequence[torch.optim.Optimizer]) -> int:
+    """The step to go on with; parameters and optimisers are then as they were before it."""
+    arrays = kept.load()
+    if arrays is None:
+        return 0
+    for name, parameter, optimiser in zip(NAMES, (relaxed.alpha, relaxed.beta), optimisers, strict=True):
+        parameter.data.copy_(torch.from_numpy(arrays[name]))
+        memories = {key.split(".")[1]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
+        # Adam counts its steps on the CPU, and keeps the rest beside the parameter.
+        optimiser.state[parameter] = {
+            key: torch.from_numpy(value).to("cpu" if key == "step" else parameter.device)
+            for key, value in memories.items()
+        }
+    return int(arrays["step"].item())
 
 
 def loss(model: Any, relaxed: Relaxed, batch: Batch) -> Tensor:

@@ -1,13 +1,7 @@
-"""A run's partial statistics on disk, so that a killed run goes on where it was. Owns the folder and its lock.
-
-A file is written beside and renamed, so it is whole or absent; it is read again only by the run that wrote it.
-"""
+"""A run's partial statistics on disk, so that a killed run goes on where it was, and the lock of its name."""
 
 from __future__ import annotations
 
-import errno
-import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,56 +10,43 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from profiler.statistics import Statistics
-from store.errors import BudgetError, CorruptStore, Held
-from store.sizes import show_bytes
+from profiler.unfinished import Arrays, Unfinished
+from store.errors import CorruptStore, Held
 
 
 class Run:
     """The partial statistics of one profile. `plan` says how the text is cut: another cut adds up in another order."""
 
     def __init__(self, folder: Path, profile: str, plan: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.name = folder, profile
-        self._path = folder / f"{profile}.npz"
-        self._plan = plan
+        self._unfinished = Unfinished(folder, profile, plan)
 
     def load(self) -> tuple[int, Statistics] | None:
         """How many shards (or layers, where the pass streams) are summed up, and their sum; None for a fresh start."""
-        if not self._path.exists():
+        arrays = self._unfinished.load()
+        if arrays is None or "shards" not in arrays:
             return None
+        shards = int(arrays.pop("shards").item())
         try:
-            with self._path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                arrays = dict(stored)
-            if str(arrays.pop("plan")) != self._plan:
-                return None
-            return int(arrays.pop("shards")), Statistics.from_arrays(arrays)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, CorruptStore):
-            return None  # nothing but work is lost: the shards are run again
+            return shards, Statistics.from_arrays(arrays)
+        except CorruptStore:
+            return None  # of another version: nothing but work is lost
 
     def save(self, shards: int, statistics: Statistics) -> None:
         """Raises BudgetError where the disk is full; what was saved before stays."""
-        beside = self._path.with_suffix(".partial")
-        try:
-            with beside.open("wb") as file:
-                np.savez(
-                    file, allow_pickle=False, plan=np.str_(self._plan), shards=np.int64(shards), **statistics.arrays
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self._path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                size = sum(array.nbytes for array in statistics.arrays.values())
-                raise BudgetError(
-                    f"The partial sums of the pass take {show_bytes(size)} in {self.folder}, twice while they are "
-                    "saved, and the disk is full. Make room, or set MOEPAGER_HOME to a larger disk; what the run has "
-                    "finished is kept."
-                ) from error
-            raise
+        self._unfinished.save(_arrays(shards, statistics))
+
+    def save_in_time(self, shards: int, statistics: Statistics) -> None:
+        """As `save`, if the last one is long ago."""
+        self._unfinished.save_in_time(lambda: _arrays(shards, statistics))
 
     def forget(self) -> None:
-        self._path.unlink(missing_ok=True)
+        """And what else is unfinished of the same profile."""
+        self._unfinished.forget()
+
+
+def _arrays(shards: int, statistics: Statistics) -> Arrays:
+    return {"shards": np.asarray(shards), **statistics.arrays}
 
 
 @contextmanager

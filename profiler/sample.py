@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.engine import Engine
 from profiler.batches import Encoded, cut, pad
 from profiler.statistics import PROMPT, RESPONSE
+from profiler.unfinished import Unfinished
+from store.records import F64
 
 TOKENS = 256
 OUTPUT_BYTES = 256 << 20  # of all experts on all sampled tokens, one layer at a time
@@ -46,11 +49,31 @@ def sample_routing(
     return lambda layer: sample.layer(layer, count)
 
 
-def on_layers(engine: Engine, text: Sequence[Encoded], rows: int, role: int | None = None) -> Iterator[LayerSample]:
-    """Each MoE layer in turn, on the same tokens."""
+def on_layers(
+    engine: Engine, text: Sequence[Encoded], rows: int, role: int | None = None, since: int = 0
+) -> Iterator[LayerSample]:
+    """Each MoE layer in turn, on the same tokens; those before `since` are left out."""
     sample = sample_routing(engine, text, rows, role)
-    for layer in range(engine.card.layers):
+    for layer in range(since, engine.card.layers):
         yield _of_layer(engine, layer, sample(layer))
+
+
+def layer_by_layer(
+    engine: Engine,
+    text: Sequence[Encoded],
+    rows: int,
+    judge: Callable[[LayerSample], F64],
+    kept: Unfinished,
+    role: int | None = None,
+) -> F64:
+    """What `judge` finds of each layer, f64 `[L, ...]`; a killed run goes on after its last finished layer."""
+    before = kept.load()
+    found = [] if before is None else list(before["found"])
+    if len(found) < engine.card.layers:
+        for layer in on_layers(engine, text, rows, role, len(found)):
+            found.append(judge(layer))
+            kept.save({"found": np.stack(found)})
+    return np.stack(found)
 
 
 def combine(outputs: Tensor, weights: Tensor, index: Tensor) -> Tensor:

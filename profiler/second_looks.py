@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.engine import Engine
 from profiler.batches import Encoded
@@ -12,6 +12,7 @@ from profiler.elimination import answer_eliminations, eliminations
 from profiler.enumeration import check_enumeration, enumerations
 from profiler.extras import Needs
 from profiler.relaxation import check_relaxation, relaxations
+from profiler.unfinished import NOWHERE, Unfinished
 from store.records import F64
 
 
@@ -28,17 +29,16 @@ def announce(engine: Engine, needs: Needs) -> list[str]:
     return [each for each in said if each is not None]
 
 
-def second_looks(engine: Engine, text: Sequence[Encoded], rows: int, needs: Needs) -> dict[str, F64]:
-    """Those of `needs` that are found by trying."""
-    found = {}
-    if "elimination" in needs:
-        found["elimination"] = eliminations(engine, text, rows)
-    if "answer_elimination" in needs:
-        found["answer_elimination"] = answer_eliminations(engine, text, rows)
-    if "subset_losses" in needs:
-        found["subset_losses"] = enumerations(engine, text, rows)
-    if "dropping" in needs:
-        found["dropping"] = droppings(engine, text, rows)
-    if "relaxation" in needs:
-        found["relaxation"] = relaxations(engine, text)
-    return found | gradients.means(engine, text, rows, needs)
+def second_looks(
+    engine: Engine, text: Sequence[Encoded], rows: int, needs: Needs, kept: Unfinished = NOWHERE
+) -> dict[str, F64]:
+    """Those of `needs` that are found by trying. `kept` holds what a killed run had finished of each."""
+    ways: dict[str, Callable[[Unfinished], F64]] = {
+        "elimination": lambda part: eliminations(engine, text, rows, kept=part),
+        "answer_elimination": lambda part: answer_eliminations(engine, text, rows, part),
+        "subset_losses": lambda part: enumerations(engine, text, rows, part),
+        "dropping": lambda part: droppings(engine, text, rows, part),
+        "relaxation": lambda part: relaxations(engine, text, part),
+    }
+    found = {name: look(kept.part(name)) for name, look in ways.items() if name in needs}
+    return found | gradients.means(engine, text, rows, needs, kept)

@@ -23,6 +23,7 @@ from profiler.batches import Encoded, cut, pad
 from profiler.extras import Needs
 from profiler.second_copy import announce_copy
 from profiler.statistics import RESPONSE
+from profiler.unfinished import NOWHERE, Arrays, Unfinished
 from store.errors import CheckpointError
 from store.records import F64
 
@@ -54,12 +55,15 @@ def announce(engine: Engine, needs: Needs) -> str | None:
     return announce_copy(engine, "HEAPr", "scorers that need none: camera, wifv, router_wanda, coverage")
 
 
-def means(engine: Engine, text: Sequence[Encoded], rows: int, needs: Needs) -> dict[str, F64]:
+def means(
+    engine: Engine, text: Sequence[Encoded], rows: int, needs: Needs, kept: Unfinished = NOWHERE
+) -> dict[str, F64]:
     """Those of `needs` that gradients give: means over the tokens that each expert got, f64 `[L, E, F]`; 0 where it got
     none.
 
     The loss is the sum of the next tokens' negative log likelihoods, so that neither batches nor shards change q: of
-    prompts and responses alike, or of responses alone (of all where the text has none).
+    prompts and responses alike, or of responses alone (of all where the text has none). A killed run goes on after the
+    last shard that `kept` holds.
     """
     if not NAMES & needs:
         return {}
@@ -69,22 +73,31 @@ def means(engine: Engine, text: Sequence[Encoded], rows: int, needs: Needs) -> d
     for terms, of_answers in ((OF_ALL, False), (OF_ANSWERS, answers)):
         wanted = {name: terms[name] for name in sorted(terms.keys() & needs)}
         if wanted:
-            found |= _means(engine, model, text, rows, wanted, of_answers)
+            part = kept.part("answer_gradients" if terms is OF_ANSWERS else "gradients")
+            found |= _means(engine, model, text, rows, wanted, of_answers, part)
     return found
 
 
 def _means(
-    engine: Engine, model: Any, text: Sequence[Encoded], rows: int, terms: Mapping[str, Term], of_answers: bool
+    engine: Engine,
+    model: Any,
+    text: Sequence[Encoded],
+    rows: int,
+    terms: Mapping[str, Term],
+    of_answers: bool,
+    kept: Unfinished,
 ) -> dict[str, F64]:
     card, width = engine.card, engine.layers.channels.width
     sums = torch.zeros(len(terms), card.layers, card.experts, width, dtype=torch.float64)
     counts = torch.zeros(card.layers, card.experts, dtype=torch.float64)
+    done = _go_on(kept, sums, counts)
     for layer, module in enumerate(_experts(model, engine)):
         module.moepager_seen = _adder(list(terms.values()), sums[:, layer], counts[layer])
-    for part in cut(engine, text, rows):
+    for number, part in enumerate(cut(engine, text, rows)[done:], done + 1):
         batch = pad(part)
         scored = (batch.mask == 1) & ((batch.roles == RESPONSE) | (not of_answers))
         _backward(model, *(each.to(engine.device) for each in (batch.ids, batch.mask, scored)))
+        kept.save_in_time(partial(_state, number, sums, counts))
     found = (sums / counts.clamp(min=1)[:, :, None]).numpy()
     if not np.isfinite(found).all():
         layer = int(np.argwhere(~np.isfinite(found))[0, 1])
@@ -93,6 +106,20 @@ def _means(
             "profile in float32."
         )
     return dict(zip(terms, found, strict=True))
+
+
+def _state(done: int, sums: Tensor, counts: Tensor) -> Arrays:
+    return {"done": np.asarray(done), "sums": sums.numpy(), "counts": counts.numpy()}
+
+
+def _go_on(kept: Unfinished, sums: Tensor, counts: Tensor) -> int:
+    """How many shards are summed up already, in `sums` and `counts` after this."""
+    state = kept.load()
+    if state is None:
+        return 0
+    sums.copy_(torch.from_numpy(state["sums"]))
+    counts.copy_(torch.from_numpy(state["counts"]))
+    return int(state["done"].item())
 
 
 def _open(engine: Engine) -> Any:

@@ -20,8 +20,7 @@ from engine.config import EngineConfig
 from engine.embedder import HashEmbedder
 from engine.engine import Engine
 from engine.tiny import write_tiny
-from profiler import gather as gather_module
-from profiler import job
+from profiler import job, unfinished
 from profiler.corpus import Item, gather
 from profiler.job import profile_task
 from profiler.options import Options
@@ -129,7 +128,7 @@ def test_another_tokenizer_makes_another_model_whose_profiles_do_not_serve(tmp_p
 
 
 def test_a_disk_that_fills_up_during_the_pass_leaves_no_profile_and_what_was_saved(tmp_path, store, monkeypatch):
-    monkeypatch.setattr(gather_module, "SAVE_AFTER", 0)
+    monkeypatch.setattr(unfinished, "SAVE_AFTER", 0)
     real, calls = os.fsync, []
 
     def full(descriptor: int) -> None:
@@ -142,7 +141,7 @@ def test_a_disk_that_fills_up_during_the_pass_leaves_no_profile_and_what_was_sav
     with Engine.open(EngineConfig(folder, max_context=128, max_batch=4)) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(BudgetError, match=r"partial sums of the pass take .* the disk is full"):
+            with pytest.raises(BudgetError, match=r"What a run has finished takes .* the disk is full"):
                 run(engine, store, tmp_path)
         assert list(store.profiles.list()) == []
         assert sorted(path.suffix for path in (tmp_path / "runs").iterdir()) == [".lock", ".npz"]

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from engine.tiny import write_tiny
-from profiler import gather
+from profiler import gather, unfinished
 from profiler.commands import app
 from store.database import open_store
 from store.errors import InvalidInput, MoepagerError, PartsMissing
@@ -201,7 +201,7 @@ def test_ctrl_c_in_the_pass_says_that_the_same_command_goes_on_and_it_does(run, 
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(gather, "SAVE_AFTER", 0)
+    monkeypatch.setattr(unfinished, "SAVE_AFTER", 0)
     with monkeypatch.context() as patch:
         patch.setattr(gather, "_statistics", interrupted)
         stopped = run(*options, code=130)

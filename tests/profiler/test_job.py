@@ -381,7 +381,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.embedder import HashEmbedder
 from engine.engine import Engine
-from profiler import gather
+from profiler import unfinished
 from profiler.corpus import read_corpus
 from profiler.job import profile_task
 from profiler.options import Options
@@ -389,7 +389,7 @@ from store.database import open_store
 from store.records import TaskRecord
 folder, model, url, die_at = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 seen = []
-gather.SAVE_AFTER = 0
+unfinished.SAVE_AFTER = 0
 def report(step):
     seen.append(step)
     if step.stage == "calibrate" and len(seen) == die_at:

@@ -235,7 +235,7 @@ def test_more_parts_than_items_and_a_held_part_are_refused_before_any_forward(en
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
-import profiler.gather
+import profiler.unfinished
 from engine.config import EngineConfig
 from engine.engine import Engine
 from profiler.corpus import read_corpus
@@ -243,7 +243,7 @@ from profiler.options import Options
 from profiler.parts import Part, profile_part
 from store.database import open_store
 
-profiler.gather.SAVE_AFTER = 0.0
+profiler.unfinished.SAVE_AFTER = 0.0
 folder, model, url, die_at, seen = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), []
 
 def report(step):

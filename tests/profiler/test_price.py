@@ -16,6 +16,7 @@ from engine.tiny import write_tiny
 from profiler import gather as gather_module
 from profiler import passes as passes_module
 from profiler import price as price_module
+from profiler import unfinished
 from profiler.allocation import size_of, uniform
 from profiler.batches import encode_corpus
 from profiler.corpus import Item, gather
@@ -159,7 +160,7 @@ def killed_in(monkeypatch, module, name, call):
 def test_a_killed_draw_is_not_added_to_one_of_another_cut_or_with_other_sums(
     again, run, store, engine, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(gather_module, "SAVE_AFTER", 0)
+    monkeypatch.setattr(unfinished, "SAVE_AFTER", 0)
     first = {"scorers": ["gate"], "keeps": (0.5,), "rows": 2}
     run(**first)
     with monkeypatch.context() as patch:
