@@ -6,6 +6,7 @@ Knows the model's call, the cache and the rows, not who joins when. B rows, S co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,8 +52,11 @@ class Group:
         left: list[int] = []
         strayed = self._strayed()
         coverage: list[float] | None = self.coverage() if strayed else None
-        for place, best in enumerate(logits.argmax(-1).tolist()):
+        for place, (highest, best) in enumerate(zip(*(each.tolist() for each in logits.max(-1)), strict=True)):
             row = self.rows[place]
+            if not isfinite(highest):  # of numbers that are none the first is the highest
+                events.append(FailedEvent(row.number, row.no_numbers))
+                continue
             if coverage and place in strayed:
                 if row.may_read:
                     row.escalate(coverage[place])

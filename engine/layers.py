@@ -5,16 +5,16 @@ B rows, S positions, H hidden, E experts, n tokens, k experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.channels import Channels
 from engine.experts import PagedExperts
-from engine.layerwise import Reached, decoder_layers, only
+from engine.layerwise import Reached, decoder_layers, only, since
 from engine.observer import Observer
 from engine.restriction import groups_of, restrict
 from engine.routing import Routing
@@ -23,6 +23,9 @@ from store.errors import UnsupportedFamily
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+
+# Of decoder layers, the number of one and its input: where a pass begins, and perhaps ends.
+Way = Callable[[Sequence[nn.Module], int, Tensor | None], AbstractContextManager[None]]
 
 
 class Layers:
@@ -61,6 +64,22 @@ class Layers:
 
         `ids` and `mask` i64 [B, S] as for `Engine.forward`; `hidden` is None for layer 0.
         """
+        try:
+            self._run(only, layer, ids, mask, hidden, observer)
+        except Reached as end:
+            return end.hidden
+        raise AssertionError("the pass went past its layer")
+
+    @torch.inference_mode()
+    def to_the_end(
+        self, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None, observer: Observer | None = None
+    ) -> Tensor:
+        """As `forward`, with all that follows the layer: logits f32 [B, S, V]."""
+        return self._run(since, layer, ids, mask, hidden, observer)
+
+    def _run(
+        self, way: Way, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None, observer: Observer | None
+    ) -> Tensor:
         assert (hidden is None) == (layer == 0), layer
         engine, device = self._engine, self._engine.device
         engine.admission.check_pass(ids, mask, [None] * len(ids))
@@ -70,12 +89,8 @@ class Layers:
             engine.admission.require_free_slot([None])
             if observer is not None:
                 stack.enter_context(engine.passes.observed(observer, routing))
-            stack.enter_context(only(decoders, layer, None if hidden is None else hidden.to(device)))
-            try:
-                engine.passes.whole(ids.to(device), mask.to(device), routing)
-            except Reached as end:
-                return end.hidden
-        raise AssertionError("the pass went past its layer")
+            stack.enter_context(way(decoders, layer, None if hidden is None else hidden.to(device)))
+            return engine.passes.whole(ids.to(device), mask.to(device), routing)
 
     @torch.inference_mode()
     def expert_outputs(self, layer: int, x: Tensor) -> Tensor:

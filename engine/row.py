@@ -12,7 +12,7 @@ from engine.guard import Escalated
 from engine.requests import FinishedEvent, GenerationRequest, Reason, Score, Served, Submission, TokenEvent
 from engine.sampling import Sampler
 from engine.text import Detokenizer, StopFilter
-from store.errors import Busy
+from store.errors import Busy, CheckpointError
 
 if TYPE_CHECKING:
     from engine.bank import Lease
@@ -80,6 +80,15 @@ class Row:
             f"This background request left its task's experts (coverage {self._level:.3g} after {self.tokens} tokens). "
             "To finish it exactly, others would be read, and background requests cause no swap. Send it in mode mask, "
             "or without the background priority."
+        )
+
+    @property
+    def no_numbers(self) -> CheckpointError:
+        """What a request is told to which the model says NaN or infinity."""
+        return CheckpointError(
+            f"The model's logits for this request are not finite (NaN or infinity) after {self.tokens} tokens of its "
+            "answer: weights that it goes through are damaged, or its numbers overflow. Compare the checkpoint with "
+            "its source, or serve it in float32."
         )
 
     def escalate(self, coverage: float) -> None:

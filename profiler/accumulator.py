@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,10 +77,11 @@ class Accumulator:
         arrays = {name: tensor.cpu().numpy().copy() for name, tensor in self._sums.items()}
         shapes = array_shapes(*self._shape)
         arrays["utility"] = arrays["utility"].transpose(1, 0, 2, 3).copy()  # [2, L, E, B]
-        for name in shapes.keys() - {"tokens", "top_shares", "utility", "peak"}:
+        for name in shapes.keys() - {"tokens", "heard", "top_shares", "utility", "peak"}:
             arrays[name] = arrays[name].transpose(1, 0, 2).reshape(shapes[name])  # [2, 2, L, E]
         arrays["top_shares"] = arrays["top_shares"].T.reshape(shapes["top_shares"])  # [2, 2, L]
         arrays["tokens"] = arrays["tokens"].reshape(2, 2)
+        arrays["heard"] = np.zeros(shapes["heard"])  # of what the model says, which no observer is shown
         extras = {name: tensor.cpu().numpy().copy() for name, tensor in self._extras.items()}
         return Statistics(self._top_k, **arrays, extras=extras)
 

@@ -1,4 +1,5 @@
-"""Reasons not to trust a profile, read from its statistics: little text, routing like chance, halves that differ.
+"""Reasons not to trust a profile, read from its statistics: little text, routing like chance, halves that differ, a
+text that the model finds no likelier than noise.
 
 Judged once, when the profile is made: the store keeps figures and words, and everybody shows those.
 """
@@ -44,8 +45,17 @@ def judge(statistics: Statistics, tokens: int) -> Trust:
         skew=float(np.median(found)),
         least_skew=float(found.min()),
         agreement=split_half_overlap(statistics, Frequency(), 0.5),
+        surprise=surprise(statistics),
     )
     return replace(figures, doubts=tuple(_doubts(figures)))
+
+
+def surprise(statistics: Statistics) -> float | None:
+    """Nats a token by which the model finds the text less likely than even odds over its vocabulary would: far below 0
+    for any model that knows the language. None where nothing was heard.
+    """
+    tokens, nats = statistics.total("heard")
+    return float(nats / tokens) if tokens else None
 
 
 def skew(routed: F64, tokens: int, top_k: int) -> F64:
@@ -78,5 +88,11 @@ def _doubts(trust: Trust) -> list[str]:
         found.append(
             f"Two halves of the text share {trust.agreement:.0%} of the experts that they use most, chance alone "
             "gives 50%: give more text of one kind."
+        )
+    if trust.surprise is not None and trust.surprise >= 0:
+        found.append(
+            f"The model finds this text no likelier than tokens drawn at random ({trust.surprise:+.1f} nats a token "
+            "against even odds): the tokenizer belongs to another model, or the weights are untrained or damaged. "
+            "Compare the folder's files with the model's source."
         )
     return found

@@ -17,7 +17,7 @@ from store.errors import CorruptStore, InvalidInput
 from store.records import F64
 
 BINS = 256
-VERSION = "1"  # of what is collected always; extras have versions of their own
+VERSION = "2"  # of what is collected always; extras have versions of their own
 PROMPT, RESPONSE = 0, 1
 
 
@@ -39,6 +39,7 @@ class Statistics:
     top_logits: F64  # [2, 2, L, E]  Z1   + z of the token's first expert by z
     pool_logits: F64  # [2, 2, L, E] Z1a  + z of the token's pool
     top_shares: F64  # [2, 2, L]     RL   + the largest p of the token
+    heard: F64  # [2 halves, 2]      1, and - ln p - ln V of a token that the model was asked for: responses, or all
     utility: F64  # [2, L, E, B]     HP   + f(z) in the bin of p over [1/K, 1]; no role: it is the one large array
     peak: F64  # [L, E]              MX   max |o_i|
     extras: Mapping[str, F64] = field(default_factory=dict)  # what extras.py declares, where it was asked for
@@ -90,11 +91,12 @@ class Statistics:
         return float(self.tokens.sum())
 
     def total(self, name: str) -> F64:
-        """An array summed over halves and roles: `[L, E]` (`[L]` for top_shares, `[L, E, B]` for utility)."""
+        """An array summed over halves and roles: `[L, E]` (`[L]` for top_shares, `[L, E, B]` for utility, `[2]` for
+        heard)."""
         if name in EXTRAS:
             return self._extra(name)
         array: F64 = getattr(self, name)
-        summed: F64 = array.sum(axis=0) if name == "utility" else array.sum(axis=(0, 1))
+        summed: F64 = array.sum(axis=0) if name in {"utility", "heard"} else array.sum(axis=(0, 1))
         return summed
 
     def half(self, half: int) -> Statistics:
@@ -108,7 +110,7 @@ class Statistics:
         keep = np.zeros(2)
         keep[role] = 1.0
         sums = {
-            name: array if name in {"peak", "utility"} else array * keep.reshape(1, 2, *[1] * (array.ndim - 2))
+            name: array if name in {"peak", "utility", "heard"} else array * keep.reshape(1, 2, *[1] * (array.ndim - 2))
             for name, array in self._sums().items()
         }
         return Statistics(self.top_k, **sums, extras=self.extras)
@@ -128,6 +130,9 @@ class Statistics:
         sums = {name: array + theirs[name] for name, array in self._sums().items() if name != "peak"}
         extras = {name: _merged(name, array, other.extras[name]) for name, array in self.extras.items()}
         return Statistics(self.top_k, peak=np.maximum(self.peak, other.peak), **sums, extras=extras)
+
+    def with_heard(self, heard: F64) -> Statistics:
+        return replace(self, heard=heard)
 
     def with_extras(self, extras: Mapping[str, F64]) -> Statistics:
         return replace(self, extras={**self.extras, **extras})
@@ -165,6 +170,7 @@ def array_shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
     names = ("selected", "gates", "norms", "squared_norms", "gated_norms", "shifted_norms", "top_logits", "pool_logits")
     return {
         "tokens": (2, 2),
+        "heard": (2, 2),
         **dict.fromkeys(names, per_expert),
         "top_shares": (2, 2, layers),
         "utility": (2, layers, experts, BINS),

@@ -6,9 +6,10 @@ slots) and one shard; hidden states lie in a file between layers. A killed run g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine.engine import Engine
@@ -16,6 +17,7 @@ from profiler.batches import Encoded, cut, pad
 from profiler.channels.accumulator import make_accumulator
 from profiler.extras import NOTHING, Needs
 from profiler.gather import empty
+from profiler.hearing import hear
 from profiler.progress import Progress, Report
 from profiler.run import Run
 from profiler.spill import Spill
@@ -60,20 +62,21 @@ def stream_statistics(
 def _layer(
     engine: Engine, layer: int, parts: Sequence[Sequence[Encoded]], spill: Spill, needs: Needs, *, final: bool
 ) -> Statistics:
-    """One decoder layer over all shards; their hidden states go on to the next, unless there is none."""
+    """One decoder layer over all shards; their hidden states go on to the next. After the last that counts it is heard
+    what the model says.
+    """
     accumulator = make_accumulator(engine, needs)
 
-    def one(number: int) -> torch.Tensor:
+    def one(number: int, run: Callable[..., torch.Tensor] = engine.layers.forward) -> torch.Tensor:
         batch = pad(parts[number])
         accumulator.begin(batch.roles, batch.halves)
         before = spill.read(layer - 1, number) if layer else None  # [B, S, H]
-        return engine.layers.forward(layer, batch.ids, batch.mask, before, accumulator)  # [B, S, H]
+        return run(layer, batch.ids, batch.mask, before, accumulator)  # [B, S, H]
 
     if final:
+        heard = [hear(one(number, engine.layers.to_the_end), pad(part)) for number, part in enumerate(parts)]
+        return accumulator.statistics().with_heard(np.sum(heard, axis=0))
+    with spill.writing(layer) as file:
         for number in range(len(parts)):
-            one(number)
-    else:
-        with spill.writing(layer) as file:
-            for number in range(len(parts)):
-                spill.append(file, one(number))
+            spill.append(file, one(number))
     return accumulator.statistics()

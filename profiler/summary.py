@@ -45,10 +45,14 @@ def show(found: dict[str, Any]) -> None:
     if trust := found["trust"]:
         console.print(
             f"{trust['tokens_per_expert']:.0f} tokens an expert, {trust['unseen']:.1%} of the experts never "
-            f"used, routing {trust['skew']:.1f} times as uneven as chance"
+            f"used, routing {trust['skew']:.1f} times as uneven as chance{_surprise(trust['surprise'])}"
         )
     for line in (*found["search"], *found["doubts"]):
         console.print(line, markup=False, highlight=False)
+
+
+def _surprise(nats: float | None) -> str:
+    return "" if nats is None else f", the text {nats:+.1f} nats a token against even odds"
 
 
 def _evaluation(stored: StoredSelection, evidence: Evaluation) -> dict[str, Any]:

@@ -121,7 +121,8 @@ class Trust:
 
     `tokens_per_expert` is a mean over experts, `skew` (1 is chance) a median over layers and `least_skew` the lowest of
     a layer; `unseen` is the share of all experts that no token reached, `agreement` the share of experts on which two
-    halves of the text agree at a half (None where one half is empty).
+    halves of the text agree at a half (None where one half is empty). `surprise`: by how many nats a token the model
+    finds the text less likely than even odds over its vocabulary (None where that was not measured).
     """
 
     tokens_per_expert: float
@@ -130,6 +131,7 @@ class Trust:
     least_skew: float
     agreement: float | None
     doubts: tuple[str, ...] = ()
+    surprise: float | None = None
 
     @property
     def figures(self) -> dict[str, float | None]:

@@ -152,6 +152,7 @@ class TrustRow(Row):
     skew: Mapped[float]
     least_skew: Mapped[float]
     agreement: Mapped[float | None]
+    surprise: Mapped[float | None]
     doubts: Mapped[list[str]] = mapped_column(JSON)
 
 

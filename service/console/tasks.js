@@ -188,8 +188,9 @@ export function named(task) {
 
 function trusted(trust) {
   const halves = trust.agreement === null ? "one half of the text is empty" : `two halves of the text agree on ${percent(trust.agreement, 0)} of the experts`;
+  const surprise = trust.surprise === null ? "" : `; the model's surprise at it is ${trust.surprise.toFixed(1)} nats a token against even odds`;
   return `The profile's text gave an expert ${trust.tokens_per_expert.toFixed(0)} tokens on the average, and ${percent(trust.unseen)} of them none; `
-    + `routing is ${trust.skew.toFixed(1)} times as uneven as chance (${trust.least_skew.toFixed(1)} in the most even layer); ${halves}.`;
+    + `routing is ${trust.skew.toFixed(1)} times as uneven as chance (${trust.least_skew.toFixed(1)} in the most even layer); ${halves}${surprise}.`;
 }
 
 // What the numbers themselves say against a selection.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -162,11 +163,10 @@ def test_the_job_streams_by_itself_where_the_model_does_not_fit(tmp_path, monkey
         options = Options(keeps=(0.25,), rows=2, runs=tmp_path / name, **chosen)
         with Engine.open(config) as engine, open_store(f"sqlite:///{tmp_path}/{name}.db") as store:
             layers = []
-            monkeypatch.setattr(
-                engine.layers,
-                "forward",
-                lambda *each, inner=engine.layers.forward: layers.append(each[0]) or inner(*each),
-            )
+            for way in ("forward", "to_the_end"):
+                inner = getattr(engine.layers, way)
+                seen = partial(lambda inner, *each: layers.append(each[0]) or inner(*each), inner)
+                monkeypatch.setattr(engine.layers, way, seen)
             made = profile_task(engine, store, TaskRecord("t"), CORPUS, None, embedder=HashEmbedder(), options=options)
         return made, sorted(set(layers))
 

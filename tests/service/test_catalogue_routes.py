@@ -73,6 +73,7 @@ def test_tasks_show_the_evidence_of_each_size(client: TestClient, parts: Parts, 
     assert not any(e["fits"] for e in cooking["evidence"] if e["keep"] == 1.0)
     assert (cooking["doubts"], tasks["sql"]["doubts"]) == ([], [doubt])
     figures = {"tokens_per_expert": 50.0, "unseen": 0.125, "skew": 9.0, "least_skew": 3.0, "agreement": 0.9}
+    figures |= {"surprise": None}
     assert cooking["trust"] == tasks["sql"]["trust"] == figures
     assert tasks["unproven"]["serves"] is None
     assert "no stored evaluation" in tasks["unproven"]["refusal"]
