@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from statistics import stdev
+
+import numpy as np
 
 from engine.engine import Engine
 from profiler.allocation import needs_of_allocators, select
@@ -19,15 +22,16 @@ from profiler.evaluate import Measured
 from profiler.evidence import HeldOut
 from profiler.forced import evaluate_forced
 from profiler.options import Options
-from profiler.passes import Wanted, collect, looked
+from profiler.passes import Wanted, collect, digest, looked
 from profiler.progress import Progress, Report, ignore
 from profiler.router_rows import of_router
 from profiler.run import Run
 from profiler.scorers.registry import BASELINES, SCORERS, needs_of
 from profiler.statistics import Statistics
+from profiler.unfinished import Unfinished
 from store.database import Store
 from store.intervals import wilson
-from store.records import Evaluation, Price, Profile, Selection, StoredSelection
+from store.records import F64, Evaluation, Price, Profile, Selection, StoredSelection
 from store.stand_ins import NOTHING, SUMS, attach
 
 # Student's t for 95%: what a standard deviation of so many draws less one is worth. Beyond: the normal one.
@@ -132,16 +136,42 @@ def _drawn(
     pricing: Pricing,
     report: Report,
 ) -> Mapping[str, list[Measurement]]:
-    """What each draw's own selection, by the same scorer and allocator at the same size, makes of the items."""
-    found: dict[str, list[Measurement]] = {one.id: [] for one in selections}
-    for number in range(1, pricing.draws + 1 if selections else 1):
+    """What each draw's own selection, by the same scorer and allocator at the same size, makes of the items. A killed
+    run goes on with the draw it was in.
+    """
+    if not selections:
+        return {}
+    conditions = (held_out.content_hash, engine.plan.dtype, str(held_out.rows), *(one.id for one in selections))
+    unfinished = Unfinished(pricing.options.folder, f"{profile.id}-drawn", digest(*conditions))
+    before = unfinished.load()
+    found = [] if before is None else list(before["found"])[: pricing.draws]  # [selections, 2] a draw
+    for number in range(len(found) + 1, pricing.draws + 1):
         report(Progress(profile.task, "evaluate", number - 1, pricing.draws))
-        statistics = _statistics(engine, profile, selections, pricing, number)
-        for one in selections:
-            # A draw has mean outputs of its own: under the profile's id the device would give the profile's.
-            kept = _reselect(engine, replace(one, profile=f"{one.profile}-draw{number}"), statistics)
-            measured = evaluate_forced(engine, held_out.items, kept, held_out.rows)
-            found[one.id].append((measured.accuracy, measured.nll))
+        found.append(_of_draw(engine, profile, selections, held_out, pricing, number))
+        unfinished.save({"found": np.stack(found)})
+    unfinished.forget()
+    return {
+        one.id: [(None if isnan(draw[place, 0]) else float(draw[place, 0]), float(draw[place, 1])) for draw in found]
+        for place, one in enumerate(selections)
+    }
+
+
+def _of_draw(
+    engine: Engine,
+    profile: Profile,
+    selections: Sequence[StoredSelection],
+    held_out: HeldOut,
+    pricing: Pricing,
+    number: int,
+) -> F64:
+    """Accuracy (NaN where nothing was answered) and NLL of what one draw selects in place of each, [selections, 2]."""
+    statistics = _statistics(engine, profile, selections, pricing, number)
+    found = np.full((len(selections), 2), np.nan)
+    for place, one in enumerate(selections):
+        # A draw has mean outputs of its own: under the profile's id the device would give the profile's.
+        kept = _reselect(engine, replace(one, profile=f"{one.profile}-draw{number}"), statistics)
+        measured = evaluate_forced(engine, held_out.items, kept, held_out.rows)
+        found[place] = np.nan if measured.accuracy is None else measured.accuracy, measured.nll
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -58,11 +59,11 @@ def store(tmp_path):
 
 @pytest.fixture
 def run(engine, store, tmp_path):
-    def call(others=None, **fields):
+    def call(others=None, into=store, **fields):
         chosen = {"scorers": ["gate", "reap", "frequency"], "keeps": (1.0, 0.5), "runs": tmp_path / "runs"}
         return profile_task(
             engine,
-            store,
+            into,
             TaskRecord("t"),
             texts(1, 8),
             texts(2, 6),
@@ -154,6 +155,23 @@ def killed_in(monkeypatch, module, name, call):
         return real(*given, **named)
 
     monkeypatch.setattr(module, name, dying)
+
+
+def test_draws_that_were_measured_before_a_kill_are_not_drawn_again(run, store, monkeypatch, tmp_path):
+    straight = run(draws=3)
+    wanted = store.prices.list(straight.id)
+    with open_store(f"sqlite:///{tmp_path}/killed.db") as other:
+        killed = partial(run, into=other)
+        with monkeypatch.context() as patch:
+            killed_in(patch, price_module, "collect", 3)
+            with pytest.raises(KeyboardInterrupt):
+                killed(draws=3)
+        passes = []
+        monkeypatch.setattr(price_module, "collect", lambda *given: passes.append(given) or collect(*given))
+        made = killed(draws=3)
+        assert len(passes) == 1
+        assert other.prices.list(made.id) == wanted
+    assert [path.suffix for path in (tmp_path / "runs").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("again", [{"rows": 8}, {"scorers": ["gate", "mone"]}])
