@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cache_policies import ONLINE, Request, fixed, masked, profile
+from benchmarks.cache_traffic import TrafficRow, bench_traffic
 from benchmarks.routing_trace import record
 from demo.prepare import corpus
 from demo.tasks.registry import TASKS
@@ -65,6 +66,16 @@ def bench_cache(model: Path, keeps: Sequence[float], requests: int, scorer: str,
                 size = tally.reads * card.expert_bytes
                 arms.append(Arm(workload, name, keep, slots, tally.hit_rate, size, tally.reads / requests))
     return arms
+
+
+def bench_mixes(model: Path, keep: float, requests: int, scorer: str) -> list[TrafficRow]:
+    """Masked and exact requests side by side: the engine's own eviction beside a plain LRU with as many slots."""
+    with Engine.open(EngineConfig(model, max_context=256, max_batch=ROWS)) as engine:
+        recorded = {task.name: record(engine, task.name, corpus(task.name, "test")) for task in TASKS}
+        scores = {task.name: SCORERS[scorer].score(task_statistics(engine, task.name)) for task in TASKS}  # [L, E] each
+        card = engine.card
+    sets = {task: frozenset(uniform(score, keep, card.top_k)) for task, score in scores.items()}
+    return bench_traffic(recorded, sets, card.layers, card.experts, card.expert_bytes, requests)
 
 
 def workload_of(recorded: Mapping[str, Sequence[Request]], requests: int, switch: float, seed: int) -> list[Request]:

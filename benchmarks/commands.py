@@ -335,12 +335,26 @@ def cache_command(
     keep: Annotated[list[float] | None, typer.Option(help="Repeatable share of the experts held.")] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests in each workload.")] = 200,
     scorer: Annotated[str, typer.Option(help="Whose profile is replayed.")] = "easy_ep",
+    traffic: Annotated[bool, typer.Option("--traffic", help="Mixes of masked and exact requests instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Replay recorded routing through profile, LRU, LFU, Belady, a global and a random set at equal bytes."""
-    from benchmarks.cache import bench_cache, verdicts
+    """Replay recorded routing through profile, LRU, LFU, Belady, a global and a random set at equal bytes.
+
+    With --traffic: mixes of masked and exact requests through the engine's own table of slots, beside a plain LRU. One
+    --keep at most, 0.25 where none is given.
+    """
+    from benchmarks.cache import bench_cache, bench_mixes, verdicts
+    from benchmarks.cache_traffic import traffic_verdict
     from store.home import bundled_model
 
+    if traffic:
+        if len(keep or ()) > 1:
+            raise typer.BadParameter(f"--traffic takes one --keep, {len(keep or ())} were given.")
+        rows = bench_mixes(model or bundled_model(), (keep or [0.25])[0], requests, scorer)
+        table("masked and exact requests, replayed", [asdict(row) for row in rows])
+        typer.echo(traffic_verdict(rows), err=True)
+        answer({"traffic": [asdict(row) for row in rows], "verdicts": [traffic_verdict(rows)]}, as_json)
+        return
     arms = bench_cache(model or bundled_model(), keep or (0.5, 0.25, 0.125), requests, scorer)
     table("recorded routing, replayed", [asdict(arm) for arm in arms])
     for line in verdicts(arms):

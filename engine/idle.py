@@ -1,110 +1,133 @@
-"""Slots whose experts no request uses now, and in which order they are given up. Knows slots and uses, no experts."""
+"""Experts that are resident though no request uses them now, and in which order they are given up. Knows no slots."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
 from math import inf, log2
 
-HALF_LIFE = 32  # turns after which a lease counts half
-FADED = -2.0  # log2 of the worth, in fresh leases, below which a leased expert has lost its privilege
+from store.records import ExpertKey
+
+HALF_LIFE = 32  # turns after which a use counts half
+SPARED = 0.75  # of all slots: more is never spared
+
+
+@dataclass(slots=True)
+class _Uses:
+    """Of one expert. `worth` is log2 of the uses, each halved every HALF_LIFE turns, times the cost of a read."""
+
+    worth: float = -inf
+    turn: int = -1  # of the last use
+    stamp: int = 0  # grows with every use of any expert
 
 
 class Idle:
-    """First goes what leases used long ago, then what visits paged through, the least recently used first, then what
-    leases use: the lowest worth first, which is the leases that it served, each halved every HALF_LIFE turns, times
-    the cost of reading it again.
+    """First goes what is worth least: the requests that used it, by a lease or by visits, each counting half every
+    HALF_LIFE turns, times what reading it again costs; of equals, the least recently used.
 
-    A turn is a request. Worths are kept as logarithms that grow with the turn of a use: waiting does not change them.
+    What visits used in the present turn is spared as long as there is anything else, since the experts of a token are
+    likely to be those of the next: the most recently used of it, three quarters of the slots at most. A turn is a
+    request. Uses are remembered of what is given up, too. Worths are logarithms that grow with the turn of a use:
+    waiting does not change them.
     """
 
     def __init__(self, slots: int) -> None:
-        self._turn = 0
-        self._passing: OrderedDict[int, None] = OrderedDict()  # no lease used them; the least recently used first
-        self._kept: set[int] = set()  # leases used them
-        self._worth = [-inf] * slots  # of what a lease used, idle or not
-        self._cost = [0.0] * slots
-        self._queue: list[tuple[float, int]] = []  # (worth, slot), one each at most; worths may have risen since
-        self._queued: set[int] = set()
+        self._turn = self._stamp = 0
+        self._idle: set[ExpertKey] = set()
+        self._uses: dict[ExpertKey, _Uses] = {}
+        self._spared: OrderedDict[ExpertKey, None] = OrderedDict()  # the least recently used first
+        self._most_spared = int(SPARED * slots)
+        self._queue: list[tuple[float, int, ExpertKey]] = []  # worth and stamp, which may have risen since
+        self._queued: set[ExpertKey] = set()
 
     def __len__(self) -> int:
-        return len(self._passing) + len(self._kept)
+        return len(self._idle)
 
-    def __contains__(self, slot: int) -> bool:
-        return slot in self._passing or slot in self._kept
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self._idle
 
     def begin_turn(self) -> None:
         """A request begins."""
         self._turn += 1
+        while self._spared:
+            self._spare_no_more()
 
-    def lease(self, slot: int, cost: float) -> None:
-        """A lease uses the slot's expert. `cost` is log2 of what reading it takes, over that of the dearest expert."""
-        self._cost[slot] = cost
-        now, worth = self._now(slot), self._worth[slot]
-        high, low = max(now, worth), min(now, worth)
-        self._worth[slot] = high + log2(1 + 2 ** (low - high))
+    def lease(self, key: ExpertKey, cost: float) -> None:
+        """A lease uses the expert. `cost` is log2 of what reading it takes, over that of the dearest expert."""
+        self._use(key, cost)
 
-    def add(self, slot: int) -> None:
-        """Nobody uses its expert any more: it was used just now."""
-        if self._worth[slot] == -inf:
-            self._passing[slot] = None
-            return
-        self._kept.add(slot)
-        self.touch(slot)
-        if slot not in self._queued:
-            self._queued.add(slot)
-            heappush(self._queue, (self._worth[slot], slot))
+    def visit(self, key: ExpertKey, cost: float) -> None:
+        """A visit uses the expert, which no lease holds: one use in a turn, however many tokens it has."""
+        self._use(key, cost)
+        self._spared[key] = None
+        self._spared.move_to_end(key)
+        if len(self._spared) > self._most_spared:
+            self._spare_no_more()
 
-    def discard(self, slot: int) -> None:
-        """Somebody uses its expert, if it was idle."""
-        self._passing.pop(slot, None)
-        self._kept.discard(slot)
+    def add(self, key: ExpertKey) -> None:
+        """Nobody uses it any more."""
+        self._idle.add(key)
+        self._enqueue(key)
 
-    def touch(self, slot: int) -> None:
-        """A visit used the slot's expert: if it is idle, it is given up later than the others of its kind, or as late
-        as one that a lease has just used for the first time."""
-        if slot in self._passing:
-            self._passing.move_to_end(slot)
-        elif slot in self._kept:
-            self._worth[slot] = max(self._worth[slot], self._now(slot))
+    def discard(self, key: ExpertKey) -> None:
+        """Somebody uses it, if it was idle."""
+        self._idle.discard(key)
 
-    def pop(self) -> int:
-        """The slot that is given up first. There must be one."""
-        least = self._least()
-        if self._passing and least >= self._turn / HALF_LIFE + FADED:
-            slot, _ = self._passing.popitem(last=False)
-            return slot
-        _, slot = heappop(self._queue)
-        self._queued.discard(slot)
-        self._kept.discard(slot)
-        return slot
-
-    def forget(self, slot: int) -> None:
-        """Another expert will come into the slot."""
-        self._worth[slot] = -inf
+    def pop(self) -> ExpertKey:
+        """The one that is given up first. There must be one."""
+        key = self._least()
+        if key is None:
+            key = next(key for key in self._spared if key in self._idle)
+            del self._spared[key]
+        self._idle.remove(key)
+        return key
 
     def check(self) -> None:
-        """Assert that classes, worths and queue tell the same story."""
-        assert self._kept.isdisjoint(self._passing)
-        assert all(self._worth[slot] > -inf for slot in self._kept)
-        assert all(self._worth[slot] == -inf for slot in self._passing)
-        assert self._kept <= self._queued
-        assert sorted(slot for _, slot in self._queue) == sorted(self._queued)
-        assert all(worth <= self._worth[slot] for worth, slot in self._queue)
+        """Assert that sets, worths and queue tell the same story."""
+        assert len(self._spared) <= self._most_spared
+        assert self._idle <= self._queued | self._spared.keys()
+        assert sorted(key for _, _, key in self._queue) == sorted(self._queued)
+        assert all((worth, stamp) <= self._rank(key) for worth, stamp, key in self._queue)
 
-    def _least(self) -> float:
-        """The lowest worth of the kept, whose slot is then the queue's first; infinite if there are none."""
+    def _use(self, key: ExpertKey, cost: float) -> None:
+        """Of several uses in one turn, the first counts."""
+        uses = self._uses.setdefault(key, _Uses())
+        self._stamp += 1
+        uses.stamp = self._stamp
+        if uses.turn == self._turn:
+            return
+        uses.turn = self._turn
+        now = self._turn / HALF_LIFE + cost
+        high, low = max(now, uses.worth), min(now, uses.worth)
+        uses.worth = high + log2(1 + 2 ** (low - high))
+
+    def _spare_no_more(self) -> None:
+        """The least recently used of the spared."""
+        key, _ = self._spared.popitem(last=False)
+        if key in self._idle:
+            self._enqueue(key)
+
+    def _enqueue(self, key: ExpertKey) -> None:
+        if key not in self._queued and key not in self._spared:
+            self._queued.add(key)
+            heappush(self._queue, (*self._rank(key), key))
+
+    def _least(self) -> ExpertKey | None:
+        """Takes what is worth least of all that is idle and not spared from the queue, if there is any."""
         while self._queue:
-            worth, slot = self._queue[0]
-            if slot not in self._kept:  # in use: it is queued again when it is idle again
+            worth, stamp, key = self._queue[0]
+            if key not in self._idle or key in self._spared:  # it is queued again when that ends
                 heappop(self._queue)
-                self._queued.discard(slot)
-            elif worth < self._worth[slot]:
-                heapreplace(self._queue, (self._worth[slot], slot))
+                self._queued.remove(key)
+            elif (worth, stamp) < self._rank(key):
+                heapreplace(self._queue, (*self._rank(key), key))
             else:
-                return worth
-        return inf
+                heappop(self._queue)
+                self._queued.remove(key)
+                return key
+        return None
 
-    def _now(self, slot: int) -> float:
-        """The worth of one use at this turn."""
-        return self._turn / HALF_LIFE + self._cost[slot]
+    def _rank(self, key: ExpertKey) -> tuple[float, int]:
+        uses = self._uses[key]
+        return uses.worth, uses.stamp

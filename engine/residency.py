@@ -61,7 +61,7 @@ class Residency:
 
     def room_beside(self, keys: Collection[ExpertKey]) -> int:
         """Slots that new experts could take while `keys`, all resident, are pinned."""
-        return self.available - sum(self.slot(key) in self._idle for key in keys)
+        return self.available - sum(key in self._idle for key in keys)
 
     def slot(self, key: ExpertKey) -> int:
         return self.table[key.layer][key.expert]
@@ -74,12 +74,12 @@ class Residency:
     def plan(self, wanted: Collection[ExpertKey], *, passing: bool = False) -> list[Load]:
         """Pin `wanted` and return the loads that make all of it resident. Changes nothing if it raises BudgetError.
 
-        For a lease, whose experts are given up later than others once they are idle, or `passing`, for one visit.
+        For a lease or, `passing`, for one visit: that tells when they will be given up (engine/idle.py).
         """
         keys = sorted(set(wanted))
-        present = [slot for key in keys if (slot := self.slot(key)) != ABSENT]
+        present = [key for key in keys if self.slot(key) != ABSENT]
         missing = [key for key in keys if self.slot(key) == ABSENT]
-        room = self.available - sum(slot in self._idle for slot in present)
+        room = self.room_beside(present)
         if len(missing) > room:
             raise BudgetError(
                 f"{len(keys)} experts were asked for, {len(present)} of them are resident and {len(missing)} need a "
@@ -87,12 +87,13 @@ class Residency:
                 f"but only {room} of the {self.slots} slots are free: leases of other requests hold {self.leased}. "
                 "Wait for them to end, use a smaller selection, or raise the memory budget."
             )
-        for slot in present:
-            self._pin(slot)
-        loads = [Load(key, self._take(key)) for key in missing]
-        if not passing:
+        if passing:
+            self._visit([key for key in keys if key in self._idle or self.slot(key) == ABSENT])
+        else:
             self._lease(keys)
-        return loads
+        for key in present:
+            self._pin(key)
+        return [Load(key, self._take(key)) for key in missing]
 
     def landed(self, key: ExpertKey) -> None:
         """The bytes of a planned load are there."""
@@ -116,11 +117,13 @@ class Residency:
                 self._clear(slot)
                 self._empty.append(slot)
             else:
-                self._idle.add(slot)
+                self._idle.add(key)
 
     def touch(self, slot: int) -> None:
-        """An unleased expert was used: it is evicted later than the others of its kind."""
-        self._idle.touch(slot)
+        """A visit uses the slot's expert. Where it is leased, its lease speaks for it."""
+        key = self._keys[slot]
+        if not self._pins[slot] and key is not None:
+            self._visit([key])
 
     def begin_turn(self) -> None:
         """A request begins that takes no lease. A lease is a turn by itself."""
@@ -138,22 +141,27 @@ class Residency:
         for slot, key in enumerate(self._keys):
             assert (key is None) == (slot in self._empty), (slot, key)
             assert key is None or self.slot(key) == slot, (slot, key)
-            assert (slot in self._idle) == (key is not None and self._pins[slot] == 0), (slot, key)
+            assert key is None or (key in self._idle) == (self._pins[slot] == 0), (slot, key)
             assert self._pins[slot] >= 0, slot
             assert slot not in self.unfilled or self._pins[slot] > 0, slot
         filled = sum(slot != ABSENT for row in self.table for slot in row)
         assert filled == self.resident, (filled, self.resident)
+        assert len(self._idle) == sum(key is not None and not self._pins[slot] for slot, key in enumerate(self._keys))
         assert len(set(self._empty)) == len(self._empty)
         self._idle.check()
 
-    def _pin(self, slot: int) -> None:
-        self._pins[slot] += 1
-        self._idle.discard(slot)
+    def _pin(self, key: ExpertKey) -> None:
+        self._pins[self.slot(key)] += 1
+        self._idle.discard(key)
 
     def _lease(self, keys: Iterable[ExpertKey]) -> None:
         self._idle.begin_turn()
         for key in keys:
-            self._idle.lease(self.slot(key), self._costs[key.layer])
+            self._idle.lease(key, self._costs[key.layer])
+
+    def _visit(self, keys: Iterable[ExpertKey]) -> None:
+        for key in keys:
+            self._idle.visit(key, self._costs[key.layer])
 
     def _take(self, key: ExpertKey) -> int:
         slot = self._empty.pop() if self._empty else self._evict()
@@ -164,7 +172,7 @@ class Residency:
         return slot
 
     def _evict(self) -> int:
-        slot = self._idle.pop()
+        slot = self.slot(self._idle.pop())
         self._clear(slot)
         return slot
 
@@ -174,4 +182,3 @@ class Residency:
         self.table[key.layer][key.expert] = ABSENT
         self._keys[slot] = None
         self.unfilled.discard(slot)
-        self._idle.forget(slot)

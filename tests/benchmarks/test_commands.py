@@ -32,3 +32,9 @@ def test_one_family_is_tried_and_told() -> None:
 def test_a_family_that_nobody_knows_is_refused_by_name() -> None:
     with pytest.raises(InvalidInput, match="no MoE family 'nosuch'"):
         CliRunner().invoke(app, ["families", "--family", "nosuch"], catch_exceptions=False)
+
+
+def test_mixes_of_masked_and_exact_requests_are_replayed_at_one_share_of_the_experts() -> None:
+    result = CliRunner().invoke(app, ["cache", "--traffic", "--keep", "0.5", "--keep", "0.25"])
+    assert result.exit_code == 2
+    assert "takes one --keep, 2 were given" in result.output

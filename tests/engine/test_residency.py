@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from engine.idle import SPARED
 from engine.residency import ABSENT, Load, Residency
 from store.errors import BudgetError
 from store.records import ExpertKey
@@ -113,15 +114,15 @@ KEYS = st.builds(ExpertKey, st.integers(0, LAYERS - 1), st.integers(0, EXPERTS -
 
 
 class ResidencyMachine(RuleBasedStateMachine):
-    """Leases and visits come and go, loads fail; the model is a counter of pins, the set of what is resident, and which
-    of it a lease ever used."""
+    """Leases and visits come and go, loads fail; the model is a counter of pins, the set of what is resident, and what
+    visits used since the last lease, the most recent last."""
 
     def __init__(self) -> None:
         super().__init__()
         self.residency = Residency(LAYERS, EXPERTS, SLOTS)
         self.leases: list[frozenset[ExpertKey]] = []
         self.resident: set[ExpertKey] = set()
-        self.used: set[ExpertKey] = set()
+        self.visited: list[ExpertKey] = []
 
     def pins(self) -> Counter[ExpertKey]:
         return Counter(key for lease in self.leases for key in lease)
@@ -139,9 +140,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert len({load.slot for load in loads}) == len(loads)
         for load in loads:
             self.residency.landed(load.key)
-        self.leases.append(wanted)
+        self.visited.clear()
         self.sync(wanted)
-        self.used |= wanted
+        self.leases.append(wanted)
 
     @rule(wanted=st.frozensets(KEYS, min_size=1, max_size=3))
     def visit(self, wanted: frozenset[ExpertKey]) -> None:
@@ -153,6 +154,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         for load in loads:
             self.residency.landed(load.key)
         self.residency.release(wanted)
+        self.see(wanted)
         self.sync(wanted)
         assert wanted <= self.resident
 
@@ -170,13 +172,14 @@ class ResidencyMachine(RuleBasedStateMachine):
             return
         self.residency.release(wanted)
         assert all(self.residency.slot(load.key) == ABSENT for load in loads)
+        self.visited.clear()
         self.sync(wanted)
-        self.used |= wanted & self.resident
 
     @rule(key=KEYS)
     def touch(self, key: ExpertKey) -> None:
         if self.residency.slot(key) != ABSENT:
             self.residency.touch(self.residency.slot(key))
+            self.see([key])
 
     @rule()
     def evict_idle(self) -> None:
@@ -184,13 +187,21 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.sync(self.resident)
         assert self.resident == set(self.pins())
 
+    def see(self, keys: Collection[ExpertKey]) -> None:
+        """A visit uses `keys`; leases speak for those that they hold."""
+        for key in sorted(set(keys) - self.pins().keys()):
+            if key in self.visited:
+                self.visited.remove(key)
+            self.visited.append(key)
+
     def sync(self, wanted: Collection[ExpertKey]) -> None:
-        """While `wanted` came in, what leases used went only where nothing else could go."""
+        """While `wanted` came in, what visits used of late went only where nothing else could go."""
         rows, before = enumerate(self.residency.table), self.resident
         self.resident = {ExpertKey(layer, e) for layer, row in rows for e, slot in enumerate(row) if slot != ABSENT}
-        spared = before & self.resident - self.used - self.pins().keys() - set(wanted)
-        assert not spared or not self.used & (before - self.resident)
-        self.used &= self.resident
+        spared = set(self.visited[-int(SPARED * SLOTS) :])
+        others = before & self.resident - spared - self.pins().keys() - set(wanted)
+        assert not others or not spared & (before - self.resident)
+        self.visited = [key for key in self.visited if key in self.resident]
 
     @invariant()
     def everything_leased_is_resident_and_the_table_is_sound(self) -> None:
