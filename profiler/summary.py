@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from profiler.scorers.registry import computable
@@ -37,8 +37,13 @@ def summary(store: Store, made: Profile) -> dict[str, Any]:
     }
 
 
+WIDTH = 110  # columns that the widest table needs
+
+
 def show(found: dict[str, Any]) -> None:
-    console = Console(width=None)
+    console = Console()
+    if console.width < WIDTH and not console.is_terminal:  # into a file nothing has to be cut off
+        console = Console(width=WIDTH)
     console.print(_evaluations(found))
     if found["prices"]:
         console.print(_prices(found))
@@ -112,9 +117,12 @@ def _prices(found: dict[str, Any]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, padding=(0, 0), collapse_padding=True)
     for column in columns:
-        table.add_column(column, justify="left" if column in LEFT else "right")
+        # Where a terminal is narrow, words are folded, so that no figure is cut.
+        left, folds = column in LEFT, column in LEFT or column == "draws"
+        justify: JustifyMethod = "left" if left else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=not folds, min_width=6 if folds else None)
     return table
 
 

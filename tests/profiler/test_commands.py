@@ -83,6 +83,12 @@ def test_without_json_a_table_shows_every_scorer_and_size(run, write):
     assert "{" not in shown
 
 
+def test_no_figure_is_cut_off_where_the_table_goes_into_a_file(run, write):
+    shown = run("--calibration", write("c", 4), "--eval", write("e", 3, start=50), "--keep", "0.5").stdout
+    assert "\u2026" not in shown
+    assert "frequency" in shown
+
+
 def test_a_search_says_what_it_chose_and_why(run, write):
     result = run(
         "--calibration", write("c", 4), "--eval", write("e", 10, start=50), "--keep", "0.5", "--search", "--json"
