@@ -109,5 +109,7 @@ def _shown(measured: Measured) -> str:
 
 
 def _identity(profile: Profile, candidates: Sequence[StoredSelection], held_out: HeldOut) -> str:
-    parts = "\x1e".join([held_out.content_hash, *sorted(one.id for one in candidates)])
+    """Of what was searched. It goes on to a profile that grows from this one, so no profile's id is in the hash."""
+    names = sorted(one.id.removeprefix(profile.id) for one in candidates)
+    parts = "\x1e".join([held_out.content_hash, *names])
     return f"{profile.id}-{PREFIX}-{hashlib.sha256(parts.encode()).hexdigest()[:12]}"

@@ -7,16 +7,18 @@ from typing import Any
 from sqlalchemy import inspect, select
 from sqlalchemy.orm import Session
 
-from store.schema import EvaluationRow, PriceRow, Row, SelectionRow
+from store.schema import EvaluationRow, JobRow, PriceRow, Row, SelectionRow
 from store.writing import insert_once
 
 
 def inherit(session: Session, old: str, new: str) -> None:
-    """Copies selections, evaluations and prices of profile `old` to `new`; the old ones stay.
+    """Copies selections, evaluations, prices and the reasons of searches of profile `old` to `new`; the old ones stay.
 
     Only for profiles of one text whose shared statistics are equal: else the new one would not choose those experts.
-    A selection's id begins with its profile's.
+    A selection's id begins with its profile's, and so does that of a job that tells why one was chosen.
     """
+    for job in session.scalars(select(JobRow).where(JobRow.id.startswith(f"{old}-", autoescape=True))).all():
+        insert_once(session, JobRow, _values(job) | {"id": new + job.id.removeprefix(old)})
     names: dict[str, str] = {}
     for row in session.scalars(select(SelectionRow).where(SelectionRow.profile == old)).all():
         name = new + row.id.removeprefix(old)

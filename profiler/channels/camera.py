@@ -18,7 +18,6 @@ class Camera:
     name = "camera"
     version = "1"
     needs: Needs = frozenset({"channel_gated", "channel_peaks", "down_norms"})
-    across = False
 
     def __init__(self, peak_share: float = PEAK_SHARE) -> None:
         self._share = peak_share

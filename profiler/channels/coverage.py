@@ -19,7 +19,6 @@ class Coverage:
     name = "coverage"
     version = "1"
     needs: Needs = frozenset({"channel_squares", "channel_inputs"})
-    across = True
 
     def score(self, statistics: Statistics) -> F64:
         h = np.sqrt(statistics.total("channel_squares"))  # [L, E, F]

@@ -20,7 +20,6 @@ class Heapr:
 
     version = "1"
     needs: Needs = frozenset({"channel_squares", "channel_gradients"})
-    across = True
 
     def __init__(self, *, by_use: bool = False) -> None:
         self.name = "heapr_used" if by_use else "heapr"

@@ -19,7 +19,6 @@ class HeaprJoint:
     name = "heapr_joint"
     version = "1"
     needs: Needs = frozenset({"channel_products"})
-    across = True
 
     def score(self, statistics: Statistics) -> F64:
         return np.where(statistics.total("selected")[:, :, None] > 0, statistics.total("channel_products"), -1.0)

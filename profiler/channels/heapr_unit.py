@@ -20,7 +20,6 @@ class HeaprUnit:
     name = "heapr_unit"
     version = "1"
     needs: Needs = frozenset({"channel_directions"})
-    across = False
 
     def score(self, statistics: Statistics) -> F64:
         return np.where(statistics.total("selected")[:, :, None] > 0, statistics.total("channel_directions"), -1.0)

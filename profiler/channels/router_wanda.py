@@ -20,7 +20,6 @@ class RouterWanda:
     name = "router_wanda"
     version = "1"
     needs: Needs = frozenset({"channel_gated", "down_sums"})
-    across = False
 
     def score(self, statistics: Statistics) -> F64:
         return statistics.total("down_sums") * np.sqrt(statistics.total("channel_gated"))

@@ -20,7 +20,6 @@ class Wifv:
     name = "wifv"
     version = "1"
     needs: Needs = frozenset({"channel_sums", "channel_squares", "down_norms"})
-    across = False
 
     def score(self, statistics: Statistics) -> F64:
         squares, mean = per_token(statistics, "channel_squares"), per_token(statistics, "channel_sums")

@@ -96,6 +96,21 @@ def test_the_same_search_again_runs_nothing_and_another_gives_the_same_choice(ru
     assert calls
 
 
+def test_a_profile_that_grows_knows_why_it_was_chosen_and_is_not_searched_again(
+    engine, store, run, monkeypatch, tmp_path
+):
+    old = run()
+    grown = profile_task(
+        engine, store, TaskRecord("t"), texts(1, 8), None, embedder=HashEmbedder(),
+        options=Options(scorers=["mone"], keeps=(0.5,), runs=tmp_path),
+    )  # fmt: skip
+    assert grown.id != old.id
+    assert reasons_of(store, grown.id) == reasons_of(store, old.id)
+    monkeypatch.setattr(search_module, "evaluate", lambda *each: pytest.fail("it was searched again"))
+    assert run().id == grown.id
+    assert len(reasons_of(store, grown.id)) == 1
+
+
 def test_a_search_without_held_out_items_is_refused(engine, store, tmp_path):
     options = Options(runs=tmp_path, search=True)
     with pytest.raises(InvalidInput, match="give --eval"):

@@ -12,6 +12,7 @@ from profiler.channels.coverage import Coverage
 from profiler.channels.heapr import Heapr
 from profiler.channels.heapr_joint import HeaprJoint
 from profiler.channels.heapr_unit import HeaprUnit
+from profiler.channels.random import Random
 from profiler.channels.registry import CHANNEL_SCORERS, choose, needs_of
 from profiler.channels.router_wanda import RouterWanda
 from profiler.channels.widths import covered_by, equal_coverage
@@ -111,6 +112,12 @@ def test_coverage_is_the_mean_of_three_norms_as_a_share_of_the_layers_mean() -> 
     found = _scores(Coverage(), 2, channel_squares=[9, 0], channel_inputs=[[36, 0], [0, 81]])
     assert found == [1, 1]  # (3 + 6 + 0) / 3 and (0 + 0 + 9) / 3, both the layer's mean
     assert _scores(Coverage(), 2, channel_squares=[0, 0], channel_inputs=[[0, 0], [0, 0]]) == [0, 0]
+
+
+def test_random_channels_are_the_same_for_one_text_and_others_for_another() -> None:
+    first, again, other = (_scores(Random(), tokens, down_norms=[1] * 9) for tokens in (3, 3, 4))
+    assert first == again
+    assert sorted(first) != sorted(other)
 
 
 def test_widths_of_equal_coverage() -> None:
