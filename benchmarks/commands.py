@@ -114,6 +114,10 @@ def quality_command(
     automatic: Annotated[
         bool, typer.Option(help="Also what `profile --search` would choose, from each draw of the text.")
     ] = False,
+    evolve: Annotated[
+        int,
+        typer.Option(min=0, help="Also what `profile --evolve` breeds of these scorers' choices, so many children."),
+    ] = 0,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A folder that keeps what is measured: a killed run goes on from it.")
     ] = None,
@@ -126,7 +130,7 @@ def quality_command(
     from benchmarks.quality_means import means
     from profiler.bar import bar
 
-    grid = grid_of(items, task, scorer, allocator, stand_in, draws, few_shot, automatic)
+    grid = grid_of(items, task, scorer, allocator, stand_in, draws, few_shot, automatic, evolve)
     with bar() as report:
         rows = bench_quality(grid, report, checkpoint)
     averages = means(rows)

@@ -20,9 +20,11 @@ from engine.engine import Engine
 from profiler.allocation import UNIFORM, needs_of_allocators, select
 from profiler.allocators import PLAIN
 from profiler.batches import Encoded, encode_corpus
+from profiler.bred import room_for, spread
 from profiler.channels.weights import of_weights
 from profiler.draws import draw
 from profiler.evaluate import Measured, judged_role
+from profiler.evolution import ALLOCATOR, NAME, evolve, start_above
 from profiler.forced import evaluate_forced
 from profiler.gather import gather_statistics
 from profiler.progress import Progress, Report, ignore
@@ -89,6 +91,10 @@ class _Bench:
         kinds = (NOTHING,) if few else self.grid.stand_ins
         candidates = self._candidates(text, scorers, allocators, self.grid.keeps, kinds)
         rows = [self._row(text, one, self._measure(self._test, one.selection)) for one in candidates]
+        if self.grid.evolve and not few:
+            rows += [
+                self._row(text, one, self._measure(self._test, one.selection)) for one in self._bred(text, candidates)
+            ]
         if self.grid.automatic and not few:
             rows += [self._row(text, one, self._measure(self._test, one.selection)) for one in self._chosen(text)]
         return rows
@@ -115,6 +121,25 @@ class _Bench:
             kept = replace(select(scorer, allocator, statistics, budget, sizes), stand_in=stand_in)
             found.append(StoredSelection("", "", scorer.name, allocator, keep, kept, kind))
         return found
+
+    def _bred(self, text: _Text, candidates: Sequence[StoredSelection]) -> Iterator[StoredSelection]:
+        """What `profile --evolve` breeds on calibration items of what the grid's scorers chose, smallest size first."""
+        judged = spread(text.items)
+
+        def fitness(selection: Selection) -> Measured:
+            return self.runs.measured(
+                judged, selection, lambda part: evaluate_forced(self.engine, part, selection, ROWS)
+            )
+
+        smaller: Selection | None = None
+        for keep in sorted(keep for keep in self.grid.keeps if keep < 1):
+            here = [one for one in candidates if one.keep == keep and one.stand_in == NOTHING]
+            start = [one.selection for one in here if one.scorer not in BASELINES]
+            if not start:
+                return
+            start = start if smaller is None else start_above(smaller, start)
+            smaller = evolve(start, room_for(self.engine, start), self.grid.evolve, fitness)
+            yield StoredSelection("", "", NAME, ALLOCATOR, keep, smaller)
 
     def _chosen(self, text: _Text) -> Iterator[StoredSelection]:
         """What the search finds at each size on the evaluation split, by the scorers and allocators it tries."""

@@ -22,7 +22,8 @@ class Grid:
     """What is measured. `draws` bootstrap draws of the calibration text stand beside the text itself (draw 0).
 
     `few_shot` numbers of items are drawn as often, for `scorers` that need no extras, with one allocator. The automatic
-    choice is made from every draw and from the text as it is, never from a few items.
+    choice is made from every draw and from the text as it is, never from a few items; so are the selections that are
+    bred by so many children as `evolve` says (0: none).
     """
 
     items: int = 100
@@ -34,6 +35,7 @@ class Grid:
     draws: int = 0
     few_shot: tuple[int, ...] = ()
     automatic: bool = False
+    evolve: int = 0
 
     def __post_init__(self) -> None:
         known = [task.name for task in TASKS]
@@ -70,6 +72,7 @@ def grid_of(
     draws: int,
     few_shot: str,
     automatic: bool,
+    evolve: int = 0,
 ) -> Grid:
     """From a command's options. Raises InvalidInput for a name that nobody knows and numbers that are none."""
     names = [name for name, one in SCORERS.items() if not one.needs & UNAVAILABLE]
@@ -87,4 +90,5 @@ def grid_of(
         draws=draws,
         few_shot=tuple(int(part) for part in parts),
         automatic=automatic,
+        evolve=evolve,
     )

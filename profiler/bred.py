@@ -8,7 +8,7 @@ from engine.engine import Engine
 from profiler.batches import Encoded
 from profiler.evaluate import Measured
 from profiler.evidence import HeldOut, put_evaluations
-from profiler.evolution import ALLOCATOR, NAME, VERSION, evolve, grown
+from profiler.evolution import ALLOCATOR, NAME, VERSION, Room, evolve, start_above
 from profiler.forced import evaluate_forced
 from profiler.progress import Progress, Report
 from profiler.scorers.registry import BASELINES
@@ -29,11 +29,12 @@ def put_evolved(
     held_out: HeldOut | None,
     report: Report,
 ) -> None:
-    """One selection a size, the smallest size first: a larger one starts with what the smaller one found, too.
+    """One selection a size, the smallest size first: a larger one starts with what the smaller one found, too, and
+    keeps it where nothing larger is fitter.
 
     Its evidence comes from the held-out items, as everybody's. What is stored already is not bred again.
     """
-    judged = _spread(text)
+    judged = spread(text)
 
     def fitness(selection: Selection) -> Measured:
         return evaluate_forced(engine, judged, selection, engine.plan.max_batch)
@@ -44,16 +45,22 @@ def put_evolved(
         report(Progress(profile.task, "evaluate", done, len(starts)))
         start = starts[keep]
         if found:
-            start = [*start, *(grown(found[-1].selection, one) for one in start)]
+            start = start_above(found[-1].selection, start)
         name = f"{profile.id}-{NAME}.{VERSION}-{ALLOCATOR}-{keep:g}-{evaluations}"
         try:
             found.append(store.selections.get(name))
         except NotFound:
-            best = evolve(start, engine.card.experts, evaluations, fitness)
+            best = evolve(start, room_for(engine, start), evaluations, fitness)
             found.append(StoredSelection(name, profile.id, NAME, ALLOCATOR, keep, best))
             store.selections.put(found[-1])
     if held_out is not None:
         put_evaluations(engine, store, profile, found, held_out, report)
+
+
+def room_for(engine: Engine, start: Sequence[Selection]) -> Room:
+    """As many bytes as the largest of `start` takes: all were chosen for one size."""
+    card, slot = engine.card, engine.plan.slot_bytes
+    return Room(card.experts, card.top_k, [slot] * card.layers, max(len(one) for one in start) * slot)
 
 
 def _starts(store: Store, profile: Profile, whole: int) -> dict[float, list[Selection]]:
@@ -65,7 +72,8 @@ def _starts(store: Store, profile: Profile, whole: int) -> dict[float, list[Sele
     return starts
 
 
-def _spread(text: Sequence[Encoded]) -> list[Encoded]:
+def spread(text: Sequence[Encoded]) -> list[Encoded]:
+    """The items on which fitness is measured, spread evenly over the text; the shortest first."""
     ordered = sorted(text, key=lambda one: one.number)
     count = min(ITEMS, len(ordered))
     picked = [ordered[at * len(ordered) // count] for at in range(count)]
