@@ -1,8 +1,8 @@
 """Channel scorers, packs and stand-ins at equal bytes of experts, on the demo's held-out test items.
 
 Every row is one way at one share of the experts' bytes on one task: a selection that the router is limited to, a
-selection whose other experts are replaced by their means, or a packed model. Rows that a folder holds are not measured
-again.
+selection whose other experts are replaced by their mean outputs, or by the mean experts of their clusters, a packed
+model, or one in which each expert has a width of its own. Rows that a folder holds are not measured again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.overlays import ClusterStandIns, OwnWidths
 from demo.prepare import DTYPE, THREADS, corpus
 from engine.config import EngineConfig
 from engine.engine import Engine
-from profiler.allocation import allocate
+from profiler.allocation import allocate, kept
 from profiler.batches import encode_corpus
 from profiler.channels import gradients
+from profiler.channels.registry import CHANNEL_SCORERS
 from profiler.channels.weights import of_weights
 from profiler.draws import draw
 from profiler.evaluate import Measured, judged_role
@@ -29,7 +31,8 @@ from profiler.extras import NOTHING, Needs
 from profiler.forced import evaluate_forced
 from profiler.gather import gather_statistics
 from profiler.pack import write_pack
-from profiler.pack_ways import WAYS, Pack, make_recipe, pack_of
+from profiler.pack_recipes import Recipe, rounded
+from profiler.pack_ways import WAYS, Pack, make_recipe, pack_of, sampled_outputs
 from profiler.progress import Progress, Report, ignore
 from profiler.run import Run
 from profiler.scorers.registry import choose as choose_scorers
@@ -43,6 +46,9 @@ ROWS = 50
 SCORERS = ("gate", "peu", "mone", "frequency", "random")
 ALLOCATOR = "coverage"
 PACK = "pack"  # where others name what stands in
+CLUSTERS = {"cluster_mean, one": 0.0, "cluster_mean, a quarter": 0.25}  # of the bytes for merged experts; at least one
+OWN = ", own widths"
+ACROSS = frozenset({"heapr", "heapr_joint", "heapr_unit"})  # their unit is loss, the same in every layer
 BOTH = {0.25: ((0.5, 0.5),), 0.125: ((0.5, 0.25), (0.25, 0.5))}  # shares of experts and channels, at equal bytes
 
 
@@ -79,13 +85,13 @@ def bench_packs(
 ) -> list[PackRow]:  # fmt: skip
     """Ways: names of profiler/pack_ways.py. `draws` 0 takes the whole calibration text, else so many samples of it."""
     with tempfile.TemporaryDirectory(prefix="moepager-packs-") as beside:
-        kept = folder or Path(beside)
-        kept.mkdir(parents=True, exist_ok=True)
+        results = folder or Path(beside)
+        results.mkdir(parents=True, exist_ok=True)
         with _open(bundled_model(), DTYPE) as engine, _open(bundled_model(), "auto") as packer:
             found: list[PackRow] = []
             for number in range(1, draws + 1) if draws else [0]:
                 for task in tasks:
-                    bench = _Bench(engine, packer, task, number, items, kept)
+                    bench = _Bench(engine, packer, task, number, items, results)
                     for row in bench.rows(keeps, ways):
                         found.append(row)
                         report(Progress(f"{task}, draw {number}", "evaluate", len(found), len(found)))
@@ -117,11 +123,13 @@ class _Bench:
 
     def rows(self, keeps: Sequence[float], ways: Sequence[str]) -> Iterator[PackRow]:
         for keep in keeps:
-            for stand_in in KINDS:
+            for stand_in in (*KINDS, *CLUSTERS):
                 for scorer in SCORERS:
                     yield self._row(scorer, stand_in, keep, ways)
             for way in ways:
                 yield self._row(way, PACK, keep, ways)
+                if way in CHANNEL_SCORERS:
+                    yield self._row(way + OWN, PACK, keep, ways)
             for experts, channels in BOTH.get(keep, ()):
                 yield self._row(f"camera, experts {experts:g} x channels {channels:g}", PACK, keep, ways)
 
@@ -129,9 +137,7 @@ class _Bench:
         if (way, stand_in, keep) not in self._known:
             if self._whole is None:
                 self._whole = self._accuracy(self._measure(self._engine, None))
-            measured = (
-                self._packed(way, keep, ways) if stand_in == "pack" else self._selected(way, stand_in, keep, ways)
-            )
+            measured = self._measured(way, stand_in, keep, ways)
             row = PackRow(
                 way, stand_in, self._task, keep, self._draw, measured.items, self._accuracy(measured), self._whole,
                 measured.nll, measured.coverage,
@@ -141,6 +147,31 @@ class _Bench:
                 file.write(json.dumps(asdict(row)) + "\n")
         return PackRow(**self._known[way, stand_in, keep])
 
+    def _measured(self, way: str, stand_in: str, keep: float, ways: Sequence[str]) -> Measured:
+        if stand_in in CLUSTERS:
+            return self._written(self._clustered(way, CLUSTERS[stand_in], keep, ways))
+        if stand_in != PACK:
+            return self._selected(way, stand_in, keep, ways)
+        if way.endswith(OWN):
+            return self._written(self._own_widths(way.removesuffix(OWN), keep, ways))
+        return self._written(self._packed(way, keep, ways))
+
+    def _clustered(self, scorer: str, share: float, keep: float, ways: Sequence[str]) -> Recipe:
+        """Merged experts are paid for like others: so many fewer stay."""
+        statistics, slot = self._gathered(ways), self._engine.plan.slot_bytes
+        count, layers = kept(statistics.experts, keep, statistics.top_k), statistics.layers
+        merged = max(1, round(share * count))
+        scores = choose_scorers([scorer])[0].score(statistics)
+        left = (count - merged) * layers * slot
+        selection = allocate(ALLOCATOR, scores, left, statistics.top_k, [slot] * layers, statistics)
+        outputs = sampled_outputs(self._engine, self._text, ROWS)
+        width = self._engine.layers.channels.width
+        return ClusterStandIns(selection, merged, outputs, statistics.total("selected"), width)
+
+    def _own_widths(self, way: str, keep: float, ways: Sequence[str]) -> Recipe:
+        scores = CHANNEL_SCORERS[way].score(self._gathered(ways))
+        return OwnWidths(scores, rounded(scores.shape[-1], keep), way in ACROSS)
+
     def _selected(self, scorer: str, stand_in: str, keep: float, ways: Sequence[str]) -> Measured:
         statistics, sizes = self._gathered(ways), [self._engine.plan.slot_bytes] * self._engine.card.layers
         scores = choose_scorers([scorer])[0].score(statistics)
@@ -148,14 +179,16 @@ class _Bench:
         selection = allocate(ALLOCATOR, scores, left, statistics.top_k, sizes, statistics)
         return self._measure(self._engine, replace(selection, stand_in=vectors))
 
-    def _packed(self, way: str, keep: float, ways: Sequence[str]) -> Measured:
+    def _packed(self, way: str, keep: float, ways: Sequence[str]) -> Recipe:
         name, _, shares = way.partition(", experts ")
         if shares:
             experts, channels = map(float, shares.split(" x channels "))
             pack = Pack(name, channels=channels, experts=experts)
         else:
             pack = pack_of(name, keep)
-        recipe = make_recipe(self._engine, self._gathered(ways), pack, self._text, ROWS)
+        return make_recipe(self._engine, self._gathered(ways), pack, self._text, ROWS)
+
+    def _written(self, recipe: Recipe) -> Measured:
         with tempfile.TemporaryDirectory(prefix="moepager-pack-") as beside:
             write_pack(self._packer, recipe, Path(beside) / "pack", lambda _: {})
             with _open(Path(beside) / "pack", DTYPE) as packed:

@@ -125,7 +125,7 @@ class ClusterMeans:
         rows = torch.zeros(self.kept, len(experts), dtype=torch.float64)
         rows[found, torch.arange(len(experts))] = weights
         rows = rows / rows.sum(dim=1, keepdim=True)  # [E', E]
-        return NewLayer([_mean(experts, row) for row in rows], rows)
+        return NewLayer([mean_of(experts, row) for row in rows], rows)
 
 
 def clusters(outputs: Tensor, count: int) -> Tensor:
@@ -145,8 +145,8 @@ def clusters(outputs: Tensor, count: int) -> Tensor:
     return found
 
 
-def _mean(experts: Sequence[Expert], shares: Tensor) -> Expert:
-    """`shares` [E], which sum up to 1; an expert alone stays bit for bit."""
+def mean_of(experts: Sequence[Expert], shares: Tensor) -> Expert:
+    """The experts' weights, averaged by `shares` f64 [E], which sum up to 1; an expert alone stays bit for bit."""
     members: list[int] = shares.nonzero().squeeze(1).tolist()
     first = experts[members[0]]
     if len(members) == 1:

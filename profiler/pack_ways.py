@@ -80,7 +80,7 @@ def make_recipe(engine: Engine, statistics: Statistics, pack: Pack, text: Sequen
         return Recombined(statistics.total("gates"), kept, width, said | {"scorer": "gates"})
     if pack.way == SUB_MOE:
         frequency = statistics.total("selected")
-        return ClusterMeans(_outputs(engine, text, rows), frequency, kept, width, said | {"scorer": "selected"})
+        return ClusterMeans(sampled_outputs(engine, text, rows), frequency, kept, width, said | {"scorer": "selected"})
     if pack.way == EXPERTS:
         return FewerChannels(_flat(statistics, width), width, selection, said=said)
     return _fewer_channels(statistics, pack, selection, rounded(width, pack.channels), said)
@@ -121,6 +121,7 @@ def _unseen(statistics: Statistics) -> int:
     return int((statistics.total("selected") == 0).sum())
 
 
-def _outputs(engine: Engine, text: Sequence[Encoded], rows: int) -> Outputs:
+def sampled_outputs(engine: Engine, text: Sequence[Encoded], rows: int) -> Outputs:
+    """Every expert's outputs on the same tokens of the text, of one layer after the other."""
     sample = sample_routing(engine, text, rows)
     return lambda layer: engine.layers.expert_outputs(layer, sample(layer)[0]).cpu()

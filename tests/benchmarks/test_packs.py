@@ -15,9 +15,10 @@ def test_every_row_of_one_task_is_measured_once_and_kept(tmp_path: Path) -> None
     rows = bench_packs(["music"], [0.5], ["random"], 2, 0, ignore, tmp_path)
     kinds = {(row.way, row.stand_in) for row in rows}
     assert ("random", "pack") in kinds
-    assert {("gate", "nothing"), ("gate", "novice")} <= kinds
+    assert {("gate", "nothing"), ("gate", "novice"), ("gate", "cluster_mean, one")} <= kinds
+    assert ("random, own widths", "pack") in kinds
     assert all(0 <= row.accuracy <= 1 and row.nll > 0 and row.items == 2 for row in rows)
-    assert [row.coverage for row in rows if row.stand_in == "pack"] == [1.0]
+    assert [row.coverage for row in rows if row.stand_in == "pack"] == [1.0, 1.0]
     before = next(tmp_path.glob("*.jsonl")).read_text()
     assert bench_packs(["music"], [0.5], ["random"], 2, 0, ignore, tmp_path) == rows
     assert next(tmp_path.glob("*.jsonl")).read_text() == before
