@@ -147,13 +147,15 @@ def quality_command(
 def rules_command(
     items: Annotated[int, typer.Option(min=1, help="Test items a task, at most 100.")] = 40, as_json: AsJson = False
 ) -> None:
-    """Rules that run fewer of the chosen experts (PESF, NAEE's skipping, LExI) on the demo's test items."""
+    """Rules that run fewer of the chosen experts (PESF, NAEE's skipping, LExI), and selections of a prompt's own."""
+    from benchmarks.prompt_selections import bench_prompts
     from benchmarks.routing_rules import bench_rules, rule_means
     from demo.tasks.registry import TASKS
     from profiler.bar import bar
 
     with bar() as report:
         rows = bench_rules([task.name for task in TASKS], items, report)
+        rows += bench_prompts([task.name for task in TASKS], items, report)
     averages = [asdict(row) for row in rule_means(rows)]
     table("mean over the tasks", averages)
     if as_json:
