@@ -14,8 +14,8 @@ ROUNDING = 1e-9  # a variance below this share of the mean square is none
 
 
 class ChannelScorer(Protocol):
-    """`score` gives f64 `[L, E, F]`: higher is worth more, comparable inside an expert, which is all that one
-    width for all experts asks of it (decision 58). A new formula is a new `version`.
+    """`score` gives f64 `[L, E, F]`: higher is worth more, comparable inside an expert. That is all that a pack asks of
+    it, which has one width for all experts. A new formula is a new `version`.
 
     `needs` names the extras (extras.py) that it reads beside what every profile has.
     """

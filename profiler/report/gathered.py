@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from profiler.allocation import UNIFORM, uniform
 from profiler.scorers.gate import Gate
-from profiler.scorers.registry import computable
+from profiler.scorers.registry import BASELINES, computable
 from profiler.search import reasons_of
 from profiler.stability import split_half_overlap
 from profiler.statistics import Statistics
@@ -47,6 +48,10 @@ class Measured:
     def share(self) -> float:
         return self.selection.keep
 
+    @property
+    def accuracy(self) -> float:
+        return self.evaluation.accuracy or 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
@@ -62,6 +67,22 @@ class TaskReport:
     @property
     def task(self) -> str:
         return self.profile.task
+
+    @property
+    def knee(self) -> tuple[Measured, Measured] | None:
+        """The last size, going down, that the evidence can't tell from the largest, and the first that it can, by the
+        best selection of each but the baselines (UNCURL looks for this factor, arXiv 2409.01483); None: nothing breaks.
+        """
+        best: dict[float, Measured] = {}
+        for one in self.measured:
+            known = best.get(one.share)
+            if one.evaluation.accuracy is not None and one.selection.scorer not in BASELINES:
+                best[one.share] = one if known is None or _order(one) < _order(known) else known
+        down = [best[share] for share in sorted(best, reverse=True)]
+        for above, below in pairwise(down):
+            if below.accuracy < (down[0].low or 0.0):
+                return above, below
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +138,11 @@ def _measured(store: Store, profile: str) -> tuple[Measured, ...]:
         elsewhere = None if others is None else others.accuracy
         found.append(Measured(selection, evaluation, size, low, high, elsewhere, draws))
     return tuple(found)
+
+
+def _order(one: Measured) -> tuple[float, float]:
+    """Better evidence first, as the service chooses."""
+    return -one.accuracy, one.evaluation.nll
 
 
 def _interval(evaluation: Evaluation, price: Price | None) -> tuple[float | None, float | None]:

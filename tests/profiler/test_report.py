@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from engine.card import ModelCard
 from engine.tiny import write_tiny
 from profiler.commands import app
-from profiler.report.gathered import gather_report
+from profiler.report.gathered import Measured, gather_report
 from profiler.report.page import render
 from profiler.statistics import Statistics
 from store.database import Store, open_store
@@ -207,6 +208,37 @@ def test_the_price_tells_memory_interval_draws_and_other_tasks(
     assert "41%–92%" in text
     assert "33.0%" in text
     assert "123 B" in text
+
+
+def _measured(scorer: str, keep: float, accuracy: float | None, low: float | None, nll: float = 1.0) -> Measured:
+    stored = StoredSelection(f"{scorer}{keep}", "p", scorer, "uniform", keep, Selection.of([[0, 1]]))
+    return Measured(stored, Evaluation(stored.id, "e", 20, accuracy, 0.9, nll, 1.0), None, low, None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "knee"),
+    [
+        ([("gate", 1.0, 0.9, 0.7), ("gate", 0.5, 0.75, 0.5), ("gate", 0.25, 0.65, 0.4)], (0.5, 0.25)),
+        ([("gate", 1.0, 0.9, 0.7), ("gate", 0.5, 0.6, 0.5), ("peu", 0.5, 0.8, 0.5)], None),  # the best of a size counts
+        ([("gate", 1.0, 0.9, 0.7), ("random", 0.5, 0.9, 0.7), ("gate", 0.5, 0.1, 0.0)], (1.0, 0.5)),  # no baseline does
+        ([("gate", 1.0, None, None), ("gate", 0.5, None, None)], None),
+    ],
+)
+def test_the_knee_is_where_the_best_of_a_size_first_leaves_the_interval_of_the_largest(
+    store: Store,
+    put: Callable[..., Profile],
+    fingerprint: str,
+    rows: list[tuple[str, float, float | None, float | None]],
+    knee: tuple[float, float] | None,
+) -> None:
+    put("cooking")
+    report = gather_report(store, fingerprint, 0.5)
+    task = replace(report.tasks[0], measured=tuple(_measured(*row) for row in rows))
+    assert (task.knee and tuple(one.share for one in task.knee)) == knee
+    said = Page(render(replace(report, tasks=(task,)), 2**20, store.name)).text
+    sentence = "" if knee is None else f"It breaks between {knee[0]:.1%} and {knee[1]:.1%} of the experts"
+    assert sentence in said
+    assert ("At none of these sizes" in said) == (knee is None and rows[0][2] is not None)
 
 
 def test_a_task_without_evidence_and_one_that_can_not_be_scored_say_so(
