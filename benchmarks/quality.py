@@ -159,7 +159,7 @@ class _Bench:
                 run = Run(Path(folder), "pass", plan="")
                 found = gather_statistics(self.engine, text.items, run, self.task, ROWS, ignore, needs)
             looks = second_looks(self.engine, text.items, ROWS, needs)
-            static = of_router(self.engine.card.folder, needs, None) | of_weights(self.engine, needs)
+            static = of_router(self.engine.checkpoint, needs, None) | of_weights(self.engine, needs)
             return found.with_extras(static | looks)
 
         return self.runs.statistics(name, make)

@@ -49,10 +49,11 @@ class Engine:
     """Use `Engine.open`. Every method but `residency` belongs to the thread that owns the device."""
 
     def __init__(
-        self, card: ModelCard, plan: MemoryPlan, tokenizer: Tokenizer, skeleton: Skeleton, bank: Bank, reader: Reader,
-        device: torch.device, kernels: Kernels,
+        self, checkpoint: CheckpointMap, card: ModelCard, plan: MemoryPlan, tokenizer: Tokenizer, skeleton: Skeleton,
+        bank: Bank, reader: Reader, device: torch.device, kernels: Kernels,
     ) -> None:  # fmt: skip
-        self.card, self.plan, self.tokenizer, self.bank, self.device = card, plan, tokenizer, bank, device
+        self.checkpoint, self.card, self.plan = checkpoint, card, plan
+        self.tokenizer, self.bank, self.device = tokenizer, bank, device
         self._reader = reader
         self.kernel = kernels.name
         experts = [PagedExperts(at, joint.experts, bank, kernels) for at, joint in enumerate(skeleton.joints)]
@@ -91,7 +92,7 @@ class Engine:
         assert skeleton.layout.slot_bytes <= plan.slot_bytes, (skeleton.layout.slot_bytes, plan.slot_bytes)
         reader = Reader(reader_bytes(card), READER_THREADS)
         try:
-            reader.hold(sorted({span.file for span in checkpoint.tensors.values()}))
+            reader.hold(checkpoint.identities)
             load_dense(skeleton.model, renaming, checkpoint, experts, reader, device)
             kernels.adopt(skeleton.model, skeleton.layout.dtype, device)
             if kernels.own is not None:
@@ -99,7 +100,7 @@ class Engine:
                     adopt_linear(joint.router, kernels.linear)
             ahead = _read_ahead(config, plan, skeleton.layout)
             bank = Bank(skeleton.layout, experts, plan.slots, device, reader, ahead)
-            return cls(card, plan, tokenizer, skeleton, bank, reader, device, kernels)
+            return cls(checkpoint, card, plan, tokenizer, skeleton, bank, reader, device, kernels)
         except BaseException:
             reader.close()
             raise

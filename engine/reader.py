@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 
 from engine.transfer import Bytes, Extent, Fetched, Pulse, Run, Transfer
 from store.errors import CheckpointError, DiskError
+from store.identity import Identity
 
 ALIGN = 4096  # offset, length and address of a direct read
 GAP = 64 * 1024  # reading over a hole this small is cheaper than a second request
@@ -77,7 +78,8 @@ class Meter:
 
 
 class Reader:
-    """Keeps one descriptor per file open, so a file that is replaced later is never mixed in. One owner's."""
+    """Keeps files open, so one that is replaced later is never mixed in; of one that is written to, nothing lands any
+    more. One owner's."""
 
     def __init__(self, staging_bytes: int, threads: int = 1, direct: bool = True, patience: float = PATIENCE) -> None:
         """`staging_bytes` is the size of one thread's buffer; it bounds the length of a single request."""
@@ -116,10 +118,13 @@ class Reader:
                 file.close()
             self._files.clear()
 
-    def hold(self, files: Iterable[Path]) -> None:
-        """Open these now: what is put in their place later is never read. Raises CheckpointError."""
-        for path in files:
-            self._file(path)
+    def hold(self, files: Mapping[Path, Identity]) -> None:
+        """Open these now: what is put in their place later is never read. Raises CheckpointError, or ShardChanged for
+        one that is not the file, in the state, that its identity is of."""
+        with self._lock:
+            for path, identity in files.items():
+                assert path not in self._files, path
+                self._files[path] = _File(path, self._direct, identity)
 
     def read(self, extents: Sequence[Extent]) -> ReadReport:
         """Fill every extent. Raises CheckpointError naming file, offset, wanted and got: then trust nothing of them."""
@@ -190,17 +195,29 @@ class Reader:
 class _File:
     """One open file and the way it is read: direct until the file system says no, then buffered."""
 
-    def __init__(self, path: Path, direct: bool) -> None:
+    def __init__(self, path: Path, direct: bool, identity: Identity | None = None) -> None:
+        """Without an identity, what is found at `path` now is taken."""
         self._path = path
         self._buffered = _open(path, 0)
         self._direct: int | None = None
         self._refused = False
-        if direct:
-            try:
-                self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-            except OSError as error:
-                if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
-                    raise _unreadable(path, error) from error
+        try:
+            self._identity = identity or Identity.of(self._buffered)
+            self._identity.check(path, self._buffered)
+            if direct:
+                self._open_direct()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_direct(self) -> None:
+        try:
+            self._direct = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+                raise _unreadable(self._path, error) from error
+        else:
+            self._identity.check(self._path, self._direct)
 
     def close(self) -> None:
         os.close(self._buffered)
@@ -208,7 +225,14 @@ class _File:
             os.close(self._direct)
 
     def fetch(self, run: Run, staging: Bytes) -> Fetched:
-        """The run's bytes in `staging`, and how they lie there."""
+        """The run's bytes in `staging`, and how they lie there. Raises ShardChanged where they may be of another state
+        of the file: compared after the read, for a write may begin at any time before it ends."""
+        try:
+            return self._fetch(run, staging)
+        finally:
+            self._identity.check(self._path, self._buffered)
+
+    def _fetch(self, run: Run, staging: Bytes) -> Fetched:
         if self._direct is not None and not self._refused:
             try:
                 return self._fetch_direct(self._direct, run, staging)
@@ -300,6 +324,6 @@ def _failed(run: Run, error: OSError) -> DiskError:
 
 def _short(run: Run, end: int) -> CheckpointError:
     return CheckpointError(
-        f"{run.file} is shorter than when it was opened: wanted {run.end - run.start} bytes at offset {run.start}, "
+        f"{run.file} ends early: wanted {run.end - run.start} bytes at offset {run.start}, "
         f"got {max(0, end - run.start)}. Put the whole file back and open the model again."
     )

@@ -49,7 +49,7 @@ def profile_generalist(
     with hold(options.folder, lock_name(engine.card, GENERALIST)):
         profile = _mean(store, engine.card.fingerprint, parts)
         task = TaskRecord(GENERALIST, f"The mean of {len(parts)} tasks: {', '.join(one.task for one in parts)}.")
-        put_profile(store, model_record(engine.card, options.model_name), task, profile)
+        put_profile(store, model_record(engine, options.model_name), task, profile)
         put_evidence(engine, store, profile, (scorers, allocators, sizes), held_out, options, report)
         if held_out is not None:  # made of profiles, not of text, so there is nothing to draw anew
             put_prices(engine, store, profile, held_out, Pricing([], None, replace(options, draws=0)), report)

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from engine.card import ModelCard
 from engine.embedder import Embedder
 from engine.engine import Engine
 from profiler.allocation import UNIFORM, choose_allocators
@@ -32,7 +31,6 @@ from profiler.second_looks import announce
 from profiler.stand_ins import choose as choose_stand_ins
 from profiler.statistics import Statistics
 from store.catalogue import check_name
-from store.checkpoint import CheckpointMap
 from store.database import Store
 from store.errors import BudgetError, InvalidInput
 from store.records import GENERALIST, Exemplar, ModelRecord, Profile, TaskRecord
@@ -129,8 +127,8 @@ def put_profile(
     store.profiles.put(profile, grown_from=grown_from)
 
 
-def model_record(card: ModelCard, name: str | None) -> ModelRecord:
-    parts = CheckpointMap.open(card.folder).fingerprint()
+def model_record(engine: Engine, name: str | None) -> ModelRecord:
+    card, parts = engine.card, engine.checkpoint.fingerprint()
     return ModelRecord(
         fingerprint=card.fingerprint,
         name=name or card.folder.name,
@@ -171,7 +169,7 @@ def _put_gathered(
     profile = wanted.ready or _gather(engine, store, wanted, calibration, text, options, report)
     profile = judged(profile)
     grown_from = None if wanted.grown_from is None else wanted.grown_from.id
-    put_profile(store, model_record(engine.card, options.model_name), task, profile, grown_from)
+    put_profile(store, model_record(engine, options.model_name), task, profile, grown_from)
     Run(options.folder, profile.id, plan="").forget()
     store.parts.forget(run_of(engine, profile.id))
     return profile

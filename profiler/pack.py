@@ -41,11 +41,12 @@ def write_pack(engine: Engine, recipe: Recipe, folder: Path, finish: Finish) -> 
     """Writes the pack and gives its card. `engine` holds the model to be packed, in the checkpoint's own type.
 
     Raises Conflict where `folder` exists, UnsupportedFamily where the pack could not be loaded, BudgetError where the
-    disk has no room; whatever goes wrong, nothing is left of it.
+    disk has no room, ShardChanged where the model's files changed meanwhile; whatever goes wrong, nothing is left of
+    it.
     """
     refuse_existing(folder)
     _check(engine, recipe)
-    source = CheckpointMap.open(engine.card.folder)
+    source = engine.checkpoint
     config = shrunken(engine.card.folder, engine.layers.channels, engine.card.experts, recipe.kept, recipe.width)
     with _beside(folder) as made:
         _check_room(made, source.weight_bytes)
@@ -160,6 +161,7 @@ def _write_weights(engine: Engine, recipe: Recipe, source: CheckpointMap, folder
         shards.add(_hub_tensors(engine, source, experts, layer, made.experts))
     for part in _dense(source, experts):
         shards.add({name: _routed(name, tensor, rows, engine.card.experts) for name, tensor in part.items()})
+    source.check()  # the dense tensors were read by their files' paths
     shards.close()
 
 

@@ -42,13 +42,13 @@ class Wanted:
 def want(engine: Engine, store: Store, task: str, calibration: Corpus, options: Options) -> Wanted:
     """The profile of exactly this text that has what `options` need: the youngest that is stored, or a new one."""
     model, needs = engine.card.fingerprint, options.needs
-    static = of_router(engine.card.folder, needs, options.base)
+    static = of_router(engine.checkpoint, needs, options.base)
     found = sorted(_profiles_of(store, model, task, calibration.content_hash, options.base), key=lambda p: p.created)
     if enough := [profile for profile in found if needs <= profile.statistics.keys()]:
         return Wanted(enough[-1].id, task, needs, static, enough[-1])
     if found:  # a profile may grow: what the youngest has, the new one has too
         needs |= found[-1].statistics.keys() & EXTRAS.keys()
-        static = of_router(engine.card.folder, needs, options.base)
+        static = of_router(engine.checkpoint, needs, options.base)
     identity = profile_id(model, task, calibration.content_hash, needs, options.base)
     return Wanted(identity, task, needs, static, grown_from=found[-1] if found else None)
 

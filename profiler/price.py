@@ -183,7 +183,7 @@ def _statistics(
     needs |= needs_of_allocators([one.allocator for one in selections])
     needs |= {SUMS for one in selections if one.stand_in != NOTHING}
     text, options = draw(pricing.text, number), pricing.options
-    static = {**of_router(engine.card.folder, needs, options.base), **of_weights(engine, needs)}
+    static = {**of_router(engine.checkpoint, needs, options.base), **of_weights(engine, needs)}
     wanted = Wanted(f"{profile.id}-draw{number}", profile.task, needs, static)
     found = collect(engine, text, wanted.identity, wanted, options, ignore)
     found = found.with_extras(static | looked(engine, text, wanted, options))

@@ -70,6 +70,7 @@ def relaxations(engine: Engine, text: Sequence[Encoded], kept: Unfinished = NOWH
         relaxed.watch(layer, router)
     batches = [pad(part) for part in cut(engine, text, ROWS)]
     train(model, relaxed, batches, kept=kept)
+    engine.checkpoint.check()
     found: F64 = relaxed.importance().detach().double().cpu().numpy()
     if not math.isfinite(found.sum()):
         raise CheckpointError(

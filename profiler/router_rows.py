@@ -17,14 +17,16 @@ from store.shard import TensorSpan
 WIDTHS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
 
-def router_rows(folder: Path) -> F64:
-    """Every router's rows, f64 `[L, E, H]`. Raises CheckpointError for a router that is not one plain matrix."""
-    checkpoint = CheckpointMap.open(folder)
+def router_rows(checkpoint: CheckpointMap) -> F64:
+    """Every router's rows, f64 `[L, E, H]`. Raises CheckpointError for a router that is not one plain matrix,
+    ShardChanged where files changed since they were mapped."""
     experts = ExpertMap.build(checkpoint)
-    return np.stack([_read(_router(checkpoint, experts, owner)) for owner in experts.modules])
+    rows = np.stack([_read(_router(checkpoint, experts, owner)) for owner in experts.modules])
+    checkpoint.check()
+    return rows
 
 
-def of_router(folder: Path, needs: Needs, base: Path | None) -> dict[str, F64]:
+def of_router(checkpoint: CheckpointMap, needs: Needs, base: Path | None) -> dict[str, F64]:
     """Those of `needs` that routers alone give. Raises InvalidInput without a base checkpoint where one is needed."""
     found: dict[str, F64] = {}
     if "router_growth" in needs:
@@ -34,9 +36,9 @@ def of_router(folder: Path, needs: Needs, base: Path | None) -> dict[str, F64]:
                 "Give that checkpoint's folder with --base.",
                 param="base",
             )
-        found["router_growth"] = growth(router_rows(folder), router_rows(base))
+        found["router_growth"] = growth(router_rows(checkpoint), router_rows(CheckpointMap.open(base)))
     if "router_distances" in needs:
-        found["router_distances"] = np.stack([_distances(rows) for rows in router_rows(folder)])
+        found["router_distances"] = np.stack([_distances(rows) for rows in router_rows(checkpoint)])
     return found
 
 

@@ -1,9 +1,11 @@
-"""The whole model loaded once more by plain transformers, for gradients: what that takes, and when it can't be had."""
+"""The whole model loaded once more by plain transformers, for gradients: what that takes, and when it can't be had.
+
+Whoever used the copy asks `engine.checkpoint.check()` before its numbers count: it was loaded by the files' paths.
+"""
 
 from __future__ import annotations
 
 from engine.engine import Engine
-from store.checkpoint import CheckpointMap
 from store.errors import BudgetError, UnsupportedFamily
 from store.sizes import show_bytes
 
@@ -14,7 +16,7 @@ def announce_copy(engine: Engine, who: str, instead: str) -> str:
     Raises UnsupportedFamily for a quantised checkpoint, BudgetError where the budget does not hold the copy beside all
     that the engine holds.
     """
-    if CheckpointMap.open(engine.card.folder).config.get("quantization_config"):
+    if engine.checkpoint.config.get("quantization_config"):
         raise UnsupportedFamily(
             f"{who} takes gradients, for which weights have to be plain numbers, and this checkpoint is quantised. Use "
             f"its bfloat16 version, or choose {instead}."

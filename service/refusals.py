@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from store.errors import Busy, DiskError, MoepagerError, NotFound, StoreUnreachable, TooMany, Unauthorized
+from store.errors import Busy, DiskError, MoepagerError, NotFound, ShardChanged, StoreUnreachable, TooMany, Unauthorized
 
 log = logging.getLogger("moepager.service")
 
@@ -65,7 +65,8 @@ def _headers(error: MoepagerError) -> dict[str, str]:
         return {"www-authenticate": "Bearer"}
     if isinstance(error, Busy | DiskError | StoreUnreachable):
         return {"retry-after": RETRY_AFTER, "x-should-retry": "true"}
-    return {"x-should-retry": "false"} if error.status in NO_RETRY else {}
+    vain = error.status in NO_RETRY or isinstance(error, ShardChanged)
+    return {"x-should-retry": "false"} if vain else {}
 
 
 async def _refuse_body(_request: Request, error: Exception) -> JSONResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 
 from store.errors import CheckpointError
 from store.fingerprint import Fingerprint, fingerprint
-from store.shard import TensorSpan, read_shard
+from store.identity import Identity
+from store.shard import Shard, TensorSpan, read_shard
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,7 +26,7 @@ class CheckpointMap:
 
     folder: Path
     config: Mapping[str, Any]
-    files: tuple[Path, ...]
+    shards: tuple[Shard, ...]  # those that hold a tensor, in order of their paths
     tensors: Mapping[str, TensorSpan]
 
     @classmethod
@@ -37,9 +38,28 @@ class CheckpointMap:
                 f"There is no model folder {folder}. Give a folder with config.json and safetensors files."
             )
         config = _read_config(folder)
-        tensors = read_shard(folder / SINGLE) if (folder / SINGLE).is_file() else _read_indexed(folder)
-        files = tuple(sorted({span.file for span in tensors.values()}))
-        return cls(folder, MappingProxyType(config), files, MappingProxyType(tensors))
+        single = (folder / SINGLE).is_file()
+        tensors, shards = _read_single(folder / SINGLE) if single else _read_indexed(folder)
+        used = {span.file for span in tensors.values()}
+        kept = tuple(sorted((shard for shard in shards if shard.file in used), key=lambda shard: shard.file))
+        return cls(folder, MappingProxyType(config), kept, MappingProxyType(tensors))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(shard.file for shard in self.shards)
+
+    @property
+    def identities(self) -> Mapping[Path, Identity]:
+        """Of every file, as it was when its header was read: the map says nothing of any other state."""
+        return {shard.file: shard.identity for shard in self.shards}
+
+    def check(self) -> None:
+        """Raises ShardChanged, or CheckpointError for one that is gone, unless all files are still as they were mapped.
+
+        After reading them by their paths: then what was read is what the map says.
+        """
+        for shard in self.shards:
+            shard.identity.check_path(shard.file)
 
     @property
     def weight_bytes(self) -> int:
@@ -52,7 +72,7 @@ class CheckpointMap:
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
-        return fingerprint(self.folder, self.config, self.files)
+        return fingerprint(self.folder, self.config, self.shards)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -76,7 +96,15 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_indexed(folder: Path) -> dict[str, TensorSpan]:
+Found = tuple[Mapping[str, TensorSpan], Collection[Shard]]
+
+
+def _read_single(file: Path) -> Found:
+    shard = read_shard(file)
+    return shard.tensors, [shard]
+
+
+def _read_indexed(folder: Path) -> Found:
     if not (folder / INDEX).is_file():
         raise CheckpointError(_why_no_weights(folder))
     weight_map = _read_object(folder / INDEX).get("weight_map")
@@ -84,12 +112,12 @@ def _read_indexed(folder: Path) -> dict[str, TensorSpan]:
         raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor to file. Download the file again.")
     shards = {name: read_shard(_shard_file(folder, name)) for name in sorted(set(map(str, weight_map.values())))}
     for tensor, shard in weight_map.items():
-        if tensor not in shards[str(shard)]:
+        if tensor not in shards[str(shard)].tensors:
             raise CheckpointError(
                 f"{INDEX} says that {tensor!r} is in {shard}, but that file does not hold it. "
                 "Index and shards are of different checkpoints: download both again."
             )
-    return {tensor: shards[str(shard)][tensor] for tensor, shard in weight_map.items()}
+    return {tensor: shards[str(shard)].tensors[tensor] for tensor, shard in weight_map.items()}, shards.values()
 
 
 def _shard_file(folder: Path, name: str) -> Path:

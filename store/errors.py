@@ -10,7 +10,8 @@ MoepagerError                 shown as it is: exit code 2 at the command line, `
 │  └─ Held                         a live process is at the same task; it may be tried again later
 ├─ MismatchError              409  a profile, index or store that belongs to another model or embedder
 ├─ CheckpointError            422  a model folder that can't be served: missing, truncated, pickled, unsupported
-│  └─ DiskError               503  the disk stalls or returns an error: what is in memory is served on
+│  ├─ DiskError               503  the disk stalls or returns an error: what is in memory is served on
+│  └─ ShardChanged            500  a weight file changed under the open model: until it is opened again
 ├─ BudgetError                422  a memory budget that can't hold what was asked
 ├─ TooMany                    429  a key has used up its requests of this minute
 ├─ Busy                       503  a bounded queue is full, or something is still loading
@@ -102,6 +103,13 @@ class CheckpointError(MoepagerError):
 class DiskError(CheckpointError):
     status = 503
     code = "disk_error"
+
+
+class ShardChanged(CheckpointError):
+    """Nobody's request is wrong, and trying again helps nobody until the model is opened again."""
+
+    status = 500
+    code = "checkpoint_changed"
 
 
 class UnsupportedFamily(CheckpointError):

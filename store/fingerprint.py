@@ -13,9 +13,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from store.shard import read_header
+from store.errors import CheckpointError
+from store.shard import Shard
 
 WHOLE_FILE = 64 * 2**20
 BLOCKS = 32
@@ -53,7 +54,8 @@ class Fingerprint:
     whole: str
 
 
-def fingerprint(folder: Path, config: Mapping[str, Any], shards: Iterable[Path]) -> Fingerprint:
+def fingerprint(folder: Path, config: Mapping[str, Any], shards: Iterable[Shard]) -> Fingerprint:
+    """Raises ShardChanged where weights changed since their headers were read."""
     parts = (hash_config(config), hash_weights(shards), hash_tokenizer(folder))
     return Fingerprint(*parts, whole=hashlib.sha256(" ".join(parts).encode()).hexdigest())
 
@@ -64,26 +66,30 @@ def hash_config(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def hash_weights(shards: Iterable[Path]) -> str:
+def hash_weights(shards: Iterable[Shard]) -> str:
     digest = hashlib.sha256()
-    for shard in sorted(shards, key=lambda shard: shard.name):
-        size = shard.stat().st_size
-        digest.update(f"{shard.name} {size}\n".encode())
-        digest.update(read_header(shard))
-        for block in _sampled(shard, size):
-            digest.update(block)
+    for shard in sorted(shards, key=lambda shard: shard.file.name):
+        digest.update(f"{shard.file.name} {shard.identity.size}\n".encode())
+        try:
+            with shard.file.open("rb") as stream:
+                digest.update(stream.read(shard.header_bytes))
+                for block in _sampled(stream, shard.identity.size):
+                    digest.update(block)
+                shard.identity.check(shard.file, stream.fileno())
+        except OSError as error:
+            raise CheckpointError(f"Can't read {shard.file}: {error.strerror}. Make the file readable.") from error
     return digest.hexdigest()
 
 
-def _sampled(shard: Path, size: int) -> Iterator[bytes]:
-    with shard.open("rb") as stream:
-        if size <= WHOLE_FILE:
-            while block := stream.read(2**20):
-                yield block
-            return
-        for index in range(BLOCKS):
-            stream.seek((size - BLOCK) * index // (BLOCKS - 1))
-            yield stream.read(BLOCK)
+def _sampled(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    if size <= WHOLE_FILE:
+        stream.seek(0)
+        while block := stream.read(2**20):
+            yield block
+        return
+    for index in range(BLOCKS):
+        stream.seek((size - BLOCK) * index // (BLOCKS - 1))
+        yield stream.read(BLOCK)
 
 
 def hash_tokenizer(folder: Path) -> str:

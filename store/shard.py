@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from store.errors import CheckpointError
+from store.identity import Identity
 
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
 PREFIX = 8
@@ -40,15 +41,28 @@ class TensorSpan:
     shape: tuple[int, ...]
 
 
-def read_header(file: Path) -> bytes:
-    """The length prefix and the JSON of `file`, as they stand. Raises CheckpointError when they can't be a header."""
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file as it was when its header was read: its identity, and its tensors by name."""
+
+    file: Path
+    identity: Identity
+    header_bytes: int  # with the length before them
+    tensors: Mapping[str, TensorSpan]
+
+
+def _read_header(file: Path) -> tuple[bytes, Identity]:
+    """The length prefix and the JSON, and which state of which file they are of. Raises CheckpointError when they can't
+    be a header, ShardChanged where somebody was writing."""
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
+            identity = Identity.of(stream.fileno())
             prefix = stream.read(PREFIX)
             length = int.from_bytes(prefix, "little")
-            _check_length(file, prefix, length, size)
-            return prefix + stream.read(length)
+            _check_length(file, prefix, length, identity.size)
+            header = prefix + stream.read(length)
+            identity.check(file, stream.fileno())
+            return header, identity
     except OSError as error:
         raise CheckpointError(
             f"Can't read {file}: {error.strerror}. Make the file readable, or download it again."
@@ -72,15 +86,15 @@ def _check_length(file: Path, prefix: bytes, length: int, size: int) -> None:
         )
 
 
-def read_shard(file: Path) -> dict[str, TensorSpan]:
-    """Every tensor of `file` by name. Raises CheckpointError unless header and file size agree to the byte."""
-    header = read_header(file)
+def read_shard(file: Path) -> Shard:
+    """Reads the header of `file`. Raises CheckpointError unless it and the file's size agree to the byte."""
+    header, identity = _read_header(file)
     spans = {
         name: _span(file, name, entry, data_start=len(header))
         for name, entry in _entries(file, header[PREFIX:]).items()
     }
-    _check_extent(file, spans.values(), len(header))
-    return spans
+    _check_extent(file, spans.values(), len(header), identity.size)
+    return Shard(file, identity, len(header), spans)
 
 
 def _entries(file: Path, text: bytes) -> dict[str, Any]:
@@ -129,7 +143,7 @@ def _span(file: Path, name: str, entry: Any, data_start: int) -> TensorSpan:
     return TensorSpan(name, file, data_start + begin, end - begin, dtype, tuple(shape))
 
 
-def _check_extent(file: Path, spans: Any, data_start: int) -> None:
+def _check_extent(file: Path, spans: Iterable[TensorSpan], data_start: int, size: int) -> None:
     """Ranges lie end to end: no overlap, no gap, and the last one ends where the file does."""
     end = data_start
     for span in sorted(spans, key=lambda span: (span.offset, span.nbytes)):
@@ -140,7 +154,6 @@ def _check_extent(file: Path, spans: Any, data_start: int) -> None:
                 "The header is corrupt: download the file again."
             )
         end += span.nbytes
-    size = file.stat().st_size
     if size < end:
         raise CheckpointError(
             f"{file} is truncated: its header lists {end:,} bytes, the file has {size:,} ({end - size:,} missing). "

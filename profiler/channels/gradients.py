@@ -75,6 +75,7 @@ def means(
         if wanted:
             part = kept.part("answer_gradients" if terms is OF_ANSWERS else "gradients")
             found |= _means(engine, model, text, rows, wanted, of_answers, part)
+    engine.checkpoint.check()
     return found
 
 

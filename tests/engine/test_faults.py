@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 
+from engine import engine as engine_module
 from engine import reader as reader_module
 from engine.engine import Engine
 from engine.requests import FinishedEvent, GenerationRequest
+from engine.skeleton import build_skeleton
 from engine.worker import EngineWorker
-from store.errors import CheckpointError
+from store.checkpoint import CheckpointMap
+from store.errors import CheckpointError, ShardChanged
 from store.records import Selection
 
 Checkpoint = Callable[..., Path]
@@ -30,12 +33,16 @@ OnThread = Callable[[Callable[[Engine], int]], int]
 
 EARLY, LATE = Selection.of([[0, 1, 2, 3]] * 3), Selection.of([[4, 5, 6, 7]] * 3)
 PROMPT = tuple(range(5, 25))
+WRITTEN = 5 * 10**9  # nanoseconds since 1970
 
 
 @pytest.fixture
 def folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    """A copy that a test may damage, in several shards."""
-    return Path(shutil.copytree(checkpoint("qwen2_moe", max_shard_size="15KB"), tmp_path / "model"))
+    """A copy that a test may damage, in several shards. It was written long ago, so every write gives another time."""
+    made = Path(shutil.copytree(checkpoint("qwen2_moe", max_shard_size="15KB"), tmp_path / "model"))
+    for shard in _shards(made):
+        os.utime(shard, ns=(0, WRITTEN))
+    return made
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
@@ -66,6 +73,18 @@ def answer(worker: EngineWorker, ask: Ask) -> Answer:
 def on_thread(worker: EngineWorker) -> OnThread:
     """Do something between two batches: a lease outlives its answer's last event by a moment."""
     return lambda function: worker.run(function).result()
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _overwrite(shard: Path) -> None:
+    """Other weights of the same shapes, in place."""
+    size = int.from_bytes(shard.read_bytes()[:8], "little") + 8
+    with shard.open("r+b") as file:
+        file.seek(size)
+        file.write(bytes(shard.stat().st_size - size))
 
 
 def _leased(engine: Engine) -> int:
@@ -115,18 +134,18 @@ def test_an_input_output_error_in_mid_swap_reaches_its_request_and_the_next_one_
 
 @pytest.mark.parametrize("number", [0, 2])
 @pytest.mark.parametrize("selection", [LATE, None])
-def test_a_shard_that_shrinks_in_mid_swap_is_named_resident_tasks_go_on_and_once_it_is_whole_all_do(
+def test_a_shard_that_shrinks_in_mid_swap_is_named_resident_tasks_go_on_and_once_it_is_as_it_was_all_do(
     on_thread: OnThread, folder: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch, number: int,
     selection: Selection | None,
 ) -> None:  # fmt: skip
     right = {one: answer(one) for one in (EARLY, selection)}
     on_thread(Engine.evict)
     answer(EARLY)
-    shards = {shard: shard.read_bytes() for shard in folder.glob("*.safetensors")}
+    shards = {shard: shard.read_bytes() for shard in _shards(folder)}
     monkeypatch.setattr(
         reader_module.os, "preadv", _from(number, lambda: [os.truncate(shard, 600) for shard in shards])
     )
-    with pytest.raises(CheckpointError, match=r"safetensors is shorter than when it was opened"):
+    with pytest.raises(ShardChanged, match=r"its size was [\d,]+ bytes and is 600 bytes"):
         answer(selection)
     monkeypatch.undo()
     assert answer(EARLY) == right[EARLY]
@@ -134,7 +153,68 @@ def test_a_shard_that_shrinks_in_mid_swap_is_named_resident_tasks_go_on_and_once
     for shard, content in shards.items():
         with shard.open("r+b") as file:
             file.write(content)
+    with pytest.raises(ShardChanged, match="its time of writing was 1970"):  # whole, but who knows of what
+        answer(selection)
+    for shard in shards:
+        os.utime(shard, ns=(0, WRITTEN))  # as a restore from a copy leaves it
     assert answer(selection) == right[selection]
+
+
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("selection", [LATE, None])
+def test_a_shard_that_is_overwritten_at_equal_size_in_mid_swap_is_served_no_more_until_the_model_is_opened_anew(
+    engine: Engine, on_thread: OnThread, folder: Path, answer: Answer, ask: Ask, open_engine: Open,
+    monkeypatch: pytest.MonkeyPatch, number: int, selection: Selection | None,
+) -> None:  # fmt: skip
+    right = {one: answer(one) for one in (EARLY, selection)}
+    on_thread(Engine.evict)
+    answer(EARLY)
+    overwritten = _from(number, lambda: [_overwrite(shard) for shard in _shards(folder)])
+    monkeypatch.setattr(reader_module.os, "preadv", overwritten)
+    with pytest.raises(ShardChanged, match=r"safetensors is not the file any more .*Open the model again"):
+        answer(selection)
+    monkeypatch.undo()
+    with pytest.raises(ShardChanged):
+        answer(selection)
+    assert answer(EARLY) == right[EARLY]  # of the old bytes, every one
+    assert on_thread(_leased) == 0
+    fresh = open_engine(folder, dtype=engine.plan.dtype)
+    *_, end = fresh.generate([ask(PROMPT, selection, max_tokens=4, ignore_eos=True)])
+    assert isinstance(end, FinishedEvent)
+    assert end.text != right[selection]
+
+
+def test_shards_that_are_swapped_between_their_headers_and_their_opening_are_not_opened(
+    folder: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swap(*args: Any) -> Any:
+        for shard in _shards(folder):
+            beside = Path(shutil.copy2(shard, folder / "beside"))
+            _overwrite(beside)
+            beside.rename(shard)
+        return build_skeleton(*args)
+
+    monkeypatch.setattr(engine_module, "build_skeleton", swap)
+    with pytest.raises(ShardChanged, match="its inode was"):
+        open_engine(folder)
+
+
+@pytest.mark.parametrize("number", [0, 7])
+def test_a_shard_that_is_overwritten_while_dense_weights_load_is_no_model(
+    folder: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    overwritten = _from(number, lambda: [_overwrite(shard) for shard in _shards(folder)])
+    monkeypatch.setattr(reader_module.os, "preadv", overwritten)
+    with pytest.raises(ShardChanged):
+        open_engine(folder)
+
+
+def test_a_model_whose_shards_change_before_its_fingerprint_is_taken_has_none(folder: Path) -> None:
+    checkpoint = CheckpointMap.open(folder)
+    _overwrite(_shards(folder)[-1])
+    with pytest.raises(ShardChanged):
+        checkpoint.fingerprint()
+    assert len(CheckpointMap.open(folder).fingerprint().whole) == 64
 
 
 @pytest.mark.parametrize("number", [0, 2])

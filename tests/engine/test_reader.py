@@ -14,7 +14,8 @@ import pytest
 from engine import reader as reader_module
 from engine.reader import ALIGN, Reader, coalesce
 from engine.transfer import Bytes, Extent
-from store.errors import CheckpointError
+from store.errors import CheckpointError, ShardChanged
+from store.identity import Identity
 
 
 @pytest.fixture
@@ -22,6 +23,7 @@ def file(tmp_path: Path) -> tuple[Path, Bytes]:
     content = np.random.default_rng(0).integers(0, 256, 300_007, dtype=np.uint8)
     path = tmp_path / "weights.bin"
     content.tofile(path)
+    os.utime(path, ns=(0, 5 * 10**9))  # long ago: every write from now on has another time
     return path, content
 
 
@@ -103,15 +105,23 @@ def test_short_reads_are_continued(file: tuple[Path, Bytes], monkeypatch: pytest
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_file_that_shrank_is_named_with_offset_wanted_and_got(file: tuple[Path, Bytes], direct: bool) -> None:
+def test_a_file_that_shrank_is_named_with_its_sizes(file: tuple[Path, Bytes], direct: bool) -> None:
     path, _ = file
     with Reader(64 * 1024, direct=direct) as reader:
         reader.read([_extent(path, 0, 10)])
         os.truncate(path, 5000)
-        with pytest.raises(
-            CheckpointError, match=r"weights\.bin is shorter .* wanted 2000 bytes at offset 4000, got 1000"
-        ):
+        with pytest.raises(ShardChanged, match=r"weights\.bin .*its size was 300,007 bytes and is 5,000 bytes"):
             reader.read([_extent(path, 4000, 2000)])
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_range_past_the_end_is_named_with_offset_wanted_and_got(file: tuple[Path, Bytes], direct: bool) -> None:
+    path, _ = file
+    with (
+        Reader(64 * 1024, direct=direct) as reader,
+        pytest.raises(CheckpointError, match=r"weights\.bin ends early: wanted 2000 bytes at offset 299007, got 1000"),
+    ):
+        reader.read([_extent(path, 299_007, 2000)])
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -127,9 +137,75 @@ def test_an_input_output_error_is_named(
     monkeypatch.setattr(reader_module.os, "preadv", fail)
     with (
         Reader(64 * 1024, threads=threads, direct=direct) as reader,
-        pytest.raises(CheckpointError, match=r"weights\.bin at offset 0 failed: Input/output error"),
+        pytest.raises(CheckpointError, match=r"weights\.bin at offset (0|250000) failed: Input/output error"),
     ):
         reader.read([_extent(path, 0, 10), _extent(path, 250_000, 10)])
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_nothing_lands_of_a_file_that_was_written_to_at_equal_size(file: tuple[Path, Bytes], direct: bool) -> None:
+    path, content = file
+    with Reader(64 * 1024, direct=direct) as reader:
+        reader.read([_extent(path, 0, 10)])
+        path.write_bytes(bytes(len(content)))
+        extent = Extent(path, 0, 10, np.full(10, 7, np.uint8))
+        for _ in range(2):  # and so it stays
+            with pytest.raises(
+                ShardChanged, match=r"weights\.bin .*its time of writing was 1970-01-01 00:00:05\.0+ UTC"
+            ):
+                reader.read([extent])
+    assert extent.into.tolist() == [7] * 10
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_nothing_lands_of_a_read_during_which_a_write_began(
+    file: tuple[Path, Bytes], direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, content = file
+    real = os.preadv
+
+    def torn(descriptor: int, buffers: Sequence[Bytes], offset: int) -> int:
+        got = real(descriptor, buffers, offset)  # type: ignore[arg-type]
+        path.write_bytes(bytes(len(content)))
+        return got
+
+    monkeypatch.setattr(reader_module.os, "preadv", torn)
+    extent = Extent(path, 0, 10, np.full(10, 7, np.uint8))
+    with Reader(64 * 1024, direct=direct) as reader, pytest.raises(ShardChanged, match=r"Open the model again"):
+        reader.read([extent])
+    assert extent.into.tolist() == [7] * 10
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_that_was_swapped_since_its_identity_was_taken_is_not_held(
+    file: tuple[Path, Bytes], direct: bool
+) -> None:
+    path, content = file
+    with path.open("rb") as opened:
+        identity = Identity.of(opened.fileno())
+    beside = path.with_name("beside")
+    beside.write_bytes(content)
+    os.utime(beside, ns=(identity.written, identity.written))  # of the same size and age: only the inode differs
+    beside.rename(path)
+    with (
+        Reader(64 * 1024, direct=direct) as reader,
+        pytest.raises(ShardChanged, match=r": its inode was \d+ on device"),
+    ):
+        reader.hold({path: identity})
+
+
+def test_a_file_is_compared_once_a_request(file: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = file
+    calls: list[str] = []
+    real_read, real_stat = os.preadv, os.fstat
+    monkeypatch.setattr(reader_module.os, "preadv", lambda *args: (calls.append("read"), real_read(*args))[1])
+    with Reader(64 * 1024, threads=2) as reader:
+        reader.read([_extent(path, 0, 10)])
+        calls.clear()
+        monkeypatch.setattr(os, "fstat", lambda *args: (calls.append("compare"), real_stat(*args))[1])
+        reader.read([_extent(path, 0, 200_000)])
+        monkeypatch.undo()
+    assert sorted(calls) == ["compare"] * 4 + ["read"] * 4
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

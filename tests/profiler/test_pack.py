@@ -21,7 +21,7 @@ from engine.tiny import FAMILIES, write_tiny
 from profiler import pack
 from profiler.pack import write_pack
 from profiler.pack_recipes import FewerChannels
-from store.errors import BudgetError, CheckpointError, Conflict, InvalidInput, UnsupportedFamily
+from store.errors import BudgetError, CheckpointError, Conflict, InvalidInput, ShardChanged, UnsupportedFamily
 from store.records import Selection
 
 IDS = torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -153,6 +153,27 @@ def test_nothing_is_overwritten_and_nothing_is_left_of_a_failure(
 
         with pytest.raises(KeyboardInterrupt):
             write_pack(engine, recipe, tmp_path / "pack", fails)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_model_that_changes_while_it_is_packed_leaves_no_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_tiny("qwen2_moe", tmp_path / "model") / "model.safetensors"
+    os.utime(file, ns=(0, 5 * 10**9))  # long ago: every write from now on has another time
+    real = pack._dense
+
+    def overwritten(*args: Any) -> Any:
+        weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+        return real(*args)
+
+    monkeypatch.setattr(pack, "_dense", overwritten)
+    with (
+        Engine.open(EngineConfig(file.parent, max_context=64)) as engine,
+        pytest.raises(ShardChanged, match="its time of writing was 1970"),
+    ):
+        write_pack(engine, _recipe(engine, 8), tmp_path / "pack", _nothing)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 

@@ -30,6 +30,7 @@ from profiler.sample import LayerSample, on_layers
 from profiler.scorers.registry import SCORERS
 from profiler.second_looks import announce
 from profiler.statistics import Statistics
+from store.checkpoint import CheckpointMap
 from store.database import open_store
 from store.errors import BudgetError, CheckpointError, InvalidInput, UnsupportedFamily
 from store.records import Selection, TaskRecord
@@ -299,6 +300,6 @@ def test_the_second_copy_has_to_fit_beside_the_engine(need, model):
     copy = plan.dense_bytes + plan.layers * plan.experts * plan.slot_bytes
     for spare, refused in ((-1, True), (0, False)):
         budget = replace(plan, budget=plan.total_bytes + copy + spare)
-        engine = type("Engine", (), {"card": ModelCard.read(model), "plan": budget})()
+        engine = type("Engine", (), {"checkpoint": CheckpointMap.open(model), "plan": budget})()
         with pytest.raises(BudgetError, match="beside the engine's") if refused else nullcontext():
             announce(engine, frozenset({need}))
