@@ -35,7 +35,7 @@ def load_command(
     runs: Annotated[int, typer.Option(min=1)] = 5,
     reader: Annotated[
         list[str] | None,
-        typer.Option(help="Repeatable: direct, safetensors, mmap, pread, beside raw and own, which always run."),
+        typer.Option(help="Repeatable: direct, safetensors, mmap, pread, runai, fastsafetensors, beside raw and own."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -1,9 +1,11 @@
 """Cold paging of a selection, beside a raw direct read of the same bytes from the same places and other readers.
 
 Two disjoint random selections take turns in a bank that holds just one of them, so that every lease reads all of its
-bytes. Arms take turns in every run, each run in another order; files are evicted from the page cache before each arm,
-and the eviction is checked. `raw` is the limit: it drops what it reads. `own` is the engine's lease, into the bank.
-The others (benchmarks/load_readers.py) fill an arena that was touched before, and what they brought is checked.
+bytes. Arms take turns in every run, each run in another order, and every arm has `raw` just before and just after it:
+a disk drifts within a minute by more than readers differ, so each is held to the mean of its two neighbours alone.
+Files are evicted from the page cache before each arm, and the eviction is checked. `raw` is the limit: it drops what it
+reads. `own` is the engine's lease, into the bank. The others (benchmarks/load_readers.py, load_peers.py) fill an arena
+that was touched before, and what they brought is checked.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks.load_readers import READERS, Arena, Read, arena_bytes, check, pieces, true_sums
+from benchmarks.load_peers import fastsafetensors, runai
+from benchmarks.load_readers import OURS, Arena, Read, arena_bytes, check, pieces, true_sums
 from benchmarks.own_counters import device_bytes
 from benchmarks.page_cache import PAGE, evict, resident_pages
 from benchmarks.raw_read import Range, Shape, best_shape, lanes, merged, read_seconds
@@ -30,17 +33,24 @@ from store.experts import ExpertMap
 from store.records import Selection
 
 Arm = Callable[[Selection], AbstractContextManager[None]]  # it has read when the block begins
+READERS = {**OURS, "runai": runai, "fastsafetensors": fastsafetensors}
 WARM_UP = 2  # runs, one for each selection
 
 
 @dataclass(frozen=True, slots=True)
 class ReaderFigures:
-    """Medians over the runs. `cache_left_bytes` is what stays in the page cache, by mincore, of the files read."""
+    """Medians over the runs. `cache_left_bytes` is what stays in the page cache, by mincore, of the files read.
+
+    `ratio_to_raw` is the median over the runs of the raw reads just before and after, over the reader; `ratio_least`
+    and `ratio_most` are the extremes, between which the true median lies with 1 - 2 / 2^runs (94% of five runs).
+    """
 
     name: str
     seconds: float
     gb_per_s: float
     ratio_to_raw: float
+    ratio_least: float
+    ratio_most: float
     cpu_seconds_per_gib: float
     read_amplification: float
     cache_left_bytes: int
@@ -48,7 +58,7 @@ class ReaderFigures:
 
 @dataclass(frozen=True, slots=True)
 class LoadFigures:
-    """Medians over the runs, GB being 1e9 bytes; `ratio_to_raw` is the median of the ratios run by run.
+    """Medians over the runs, GB being 1e9 bytes; ratios as in ReaderFigures.
 
     Figures outside `readers` are those of `own` and `raw`.
     """
@@ -62,6 +72,8 @@ class LoadFigures:
     raw_seconds: float
     raw_gb_per_s: float
     ratio_to_raw: float
+    ratio_least: float
+    ratio_most: float
     raw_block: int
     raw_depth: int
     read_amplification: float
@@ -76,10 +88,12 @@ class _Sample:
     cpu_seconds: float
     bytes_read: int  # from the device, by the kernel's own count
     cache_left: int
+    beside: float  # seconds of the raw reads just before and just after it, in the mean
 
 
 def bench_load(model: Path, keep: float, runs: int, readers: Sequence[str] = (), seed: int = 0) -> LoadFigures:
-    """`readers` are names of READERS, measured beside raw and own. Raises InvalidInput for another name or share."""
+    """`readers` are names of READERS, measured beside raw and own. Raises InvalidInput for another name or share,
+    NotFound for a peer that is not installed."""
     if not 0 < keep <= 0.5:
         raise InvalidInput(
             f"--keep must be above 0 and at most 0.5, so that two disjoint selections exist; got {keep}.", param="keep"
@@ -162,33 +176,40 @@ def _measure_all(
     arms: Mapping[str, Arm], turns: Sequence[Selection], files: Sequence[Path], runs: int
 ) -> dict[str, list[_Sample]]:
     samples: dict[str, list[_Sample]] = {name: [] for name in arms}
-    names = list(arms)
+    names = [name for name in arms if name != "raw"]
     for run in range(-WARM_UP, runs):
-        first = run % len(names)
+        turn, first = turns[run % 2], run % len(names)
+        before = _measure(arms["raw"], turn, files)
         for name in names[first:] + names[:first]:
-            evict(files)
-            sample = _measure(arms[name], turns[run % 2], files)
+            sample = _measure(arms[name], turn, files)
+            after = _measure(arms["raw"], turn, files)
             if run >= 0:
-                samples[name].append(sample)
+                samples[name].append(replace(sample, beside=(before.seconds + after.seconds) / 2))
+                samples["raw"].append(replace(after, beside=after.seconds))
+            before = after
     return samples
 
 
 def _measure(arm: Arm, turn: Selection, files: Sequence[Path]) -> _Sample:
+    evict(files)
     before, cpu, started = device_bytes(), time.process_time(), time.perf_counter()
     with arm(turn):
         seconds, used = time.perf_counter() - started, time.process_time() - cpu
         read = device_bytes() - before
-        return _Sample(seconds, used, read, PAGE * sum(resident_pages(file) for file in files))
+        return _Sample(seconds, used, read, PAGE * sum(resident_pages(file) for file in files), seconds)
 
 
 def _reader_figures(samples: Mapping[str, Sequence[_Sample]], size: int) -> dict[str, ReaderFigures]:
     def figures(name: str, own: Sequence[_Sample]) -> ReaderFigures:
         seconds = median(sample.seconds for sample in own)
+        ratios = [sample.beside / sample.seconds for sample in own]
         return ReaderFigures(
             name=name,
             seconds=seconds,
             gb_per_s=size / seconds / 1e9,
-            ratio_to_raw=median(raw.seconds / sample.seconds for raw, sample in zip(samples["raw"], own, strict=True)),
+            ratio_to_raw=median(ratios),
+            ratio_least=min(ratios),
+            ratio_most=max(ratios),
             cpu_seconds_per_gib=median(sample.cpu_seconds for sample in own) / (size / 2**30),
             read_amplification=median(sample.bytes_read for sample in own) / size,
             cache_left_bytes=int(median(sample.cache_left for sample in own)),
@@ -211,6 +232,8 @@ def _figures(
         raw_seconds=raw.seconds,
         raw_gb_per_s=raw.gb_per_s,
         ratio_to_raw=own.ratio_to_raw,
+        ratio_least=own.ratio_least,
+        ratio_most=own.ratio_most,
         raw_block=shape.block,
         raw_depth=shape.depth,
         read_amplification=own.read_amplification,

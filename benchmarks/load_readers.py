@@ -140,7 +140,7 @@ def safetensors(_: ModelCard) -> Iterator[Read]:
     yield read
 
 
-READERS: Mapping[str, Callable[[ModelCard], AbstractContextManager[Read]]] = {
+OURS: Mapping[str, Callable[[ModelCard], AbstractContextManager[Read]]] = {
     "direct": direct,
     "safetensors": safetensors,
     "mmap": mapped,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from benchmarks import load
 from benchmarks.commands import app
-from benchmarks.load import bench_load
-from benchmarks.load_readers import READERS, Arena, Piece, _rows, check, true_sums
+from benchmarks.load import READERS, _Sample, bench_load
+from benchmarks.load_readers import Arena, Piece, _rows, check, true_sums
 from engine.card import ModelCard
 from engine.tiny import write_tiny
-from store.errors import InvalidInput, MoepagerError
+from store.errors import InvalidInput, MoepagerError, NotFound
 from store.shard import TensorSpan
 
 
@@ -48,6 +50,30 @@ def test_without_a_reader_there_are_raw_and_own(model):
 def test_a_reader_that_nobody_knows_is_refused_with_those_there_are(model):
     with pytest.raises(InvalidInput, match=r"No reader 'nosuch'; .*safetensors"):
         bench_load(model, 0.5, 1, ["nosuch"])
+
+
+def test_a_reader_is_held_to_the_raw_reads_beside_it_and_not_to_those_of_another_minute(monkeypatch):
+    """The disk slows down by half in mid run: a reader that takes as long as raw is at 1, whenever it ran."""
+    clock, seconds = [0.0], {"raw": 1.0, "own": 1.0, "slow": 2.0}
+
+    def measured(arm, turn, files):
+        clock[0] += 1
+        spent = seconds[arm] * (1 + clock[0] / 5)
+        return _Sample(spent, 0.0, 100, 0, spent)
+
+    monkeypatch.setattr(load, "_measure", measured)
+    found = load._reader_figures(load._measure_all({name: name for name in seconds}, (None, None), [], 5), 100)
+    assert found["own"].ratio_to_raw == pytest.approx(1.0, abs=1e-9)
+    assert (found["own"].ratio_least, found["own"].ratio_most) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert found["slow"].ratio_to_raw == pytest.approx(0.5)
+    assert found["raw"].ratio_to_raw == 1.0
+
+
+@pytest.mark.parametrize("name", ["runai", "fastsafetensors"])
+def test_a_peer_that_is_not_installed_is_named_with_the_way_to_have_it(name, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, {"runai": "runai_model_streamer"}.get(name, name), None)
+    with pytest.raises(NotFound, match=r"not installed: pip install .*moepager\[readers\]"):
+        bench_load(model, 0.5, 1, [name])
 
 
 @pytest.mark.parametrize("name", READERS)
