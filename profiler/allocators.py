@@ -38,13 +38,17 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class Allocator:
-    """`needs` names at most one extra (extras.py) that the rule reads beside the scores."""
+    """`needs` names at most one extra (extras.py) that the rule reads beside the scores. A changed rule is a new
+    `version`, which makes new selections.
+    """
 
     rule: Callable[[Layers, int], list[int]]  # what is shared out, the budget in bytes -> experts of each layer [L]
     needs: Needs = NOTHING
+    version: str = "1"
 
 
 CELLS = 1 << 16  # of the knapsack's table, at most: above that, bytes are counted in coarser units, rounded up
+ROUNDING = 1e-12  # of a sum of shares
 NONE = 1e-300  # what a coverage of none counts as in a logarithm
 
 
@@ -84,7 +88,7 @@ def logistic(layers: Layers, budget: int) -> list[int]:
 
 def knapsack(layers: Layers, budget: int) -> list[int]:
     """The product of the layers' coverages as large as possible, exactly: a token passes all layers (ours)."""
-    covered = np.cumsum(layers.shares, axis=1)[:, layers.floor - 1 :]  # [L, E - floor + 1]
+    covered = _covered(layers.shares)[:, layers.floor - 1 :]  # [L, E - floor + 1]
     return _largest_sum(np.log(np.maximum(covered, NONE)), layers, budget)
 
 
@@ -109,8 +113,8 @@ def learned(layers: Layers, budget: int) -> list[int]:
 ALLOCATORS: Mapping[str, Allocator] = {
     "uniform": Allocator(uniform),
     "global": Allocator(one_threshold),
-    "coverage": Allocator(equal_coverage),
-    "knapsack": Allocator(knapsack),
+    "coverage": Allocator(equal_coverage, version="2"),
+    "knapsack": Allocator(knapsack, version="2"),
     "logistic": Allocator(logistic),
     "lexi": Allocator(least_error, frozenset({"elimination"})),
     "diep": Allocator(learned, frozenset({"relaxation"})),
@@ -142,8 +146,18 @@ def _spend(order: Iterable[int], layers: Layers, budget: int) -> list[int]:
     return counts
 
 
+def _covered(shares: F64) -> F64:
+    """A layer's coverage with its best 1, 2, ... E experts, f64 `[L, E]`.
+
+    What is covered but for rounding is covered: else noise in the last bit would say which layer gets the next expert.
+    """
+    sums = np.cumsum(shares, axis=1)
+    covered: F64 = np.where(sums > 1 - ROUNDING, 1.0, sums)
+    return covered
+
+
 def _least_covered_first(shares: F64, floor: int) -> Iterator[int]:
-    covered = np.cumsum(shares, axis=1)  # [L, E]
+    covered = _covered(shares)
     queue = [(float(row[floor - 1]), floor, layer) for layer, row in enumerate(covered)]
     heapq.heapify(queue)
     while queue:

@@ -11,6 +11,7 @@ from itertools import product
 
 from engine.engine import Engine
 from profiler.allocation import UNIFORM, kept, select
+from profiler.allocators import ALLOCATORS
 from profiler.batches import Encoded
 from profiler.evaluate import Measured, evaluate
 from profiler.progress import Progress, Report
@@ -110,7 +111,7 @@ def make_selections(
             budget, stand_in = pay(kind, asked, statistics, sizes, profile.id)
             selection = select(scorer, allocator, statistics, budget, sizes)
             size = f"{asked}B" if isinstance(asked, int) else f"{asked:g}"
-            name = f"{profile.id}-{scorer.name}.{scorer.version}-{allocator}-{size}"
+            name = f"{profile.id}-{scorer.name}.{scorer.version}-{allocator}.{ALLOCATORS[allocator].version}-{size}"
             name += "" if kind == NOTHING else f"-{kind}"
             kept_here = replace(selection, stand_in=stand_in)
             made.append(StoredSelection(name, profile.id, scorer.name, allocator, keep, kept_here, kind))
