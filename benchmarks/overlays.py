@@ -53,12 +53,12 @@ class ClusterStandIns:
 
 @dataclass(frozen=True)
 class OwnWidths:
-    """Every expert keeps its channels above one threshold of `scores` [L, E, F], so many that there are `mean` of them
-    an expert on the average: over all layers, or where scores do not compare those, in each layer (`across`).
+    """Every expert keeps its channels above one threshold of `scores` [L, E, F], so many that the share `keep` of all
+    is left: over all layers, or where scores do not compare those, in each layer (`across`).
     """
 
     scores: F64
-    mean: int
+    keep: float
     across: bool
     said: dict[str, Any] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ class OwnWidths:
         """Which channels stay, bool [L, E, F]; among equals those of the lower layer, expert and number."""
         groups = 1 if self.across else len(self.scores)
         flat = self.scores.reshape(groups, -1)
-        best = np.argsort(-flat, axis=1, kind="stable")[:, : self.mean * self.scores[..., 0].size // groups]
+        best = np.argsort(-flat, axis=1, kind="stable")[:, : round(self.keep * flat.shape[1])]
         stays = np.zeros(flat.shape, np.bool_)
         np.put_along_axis(stays, best, values=True, axis=1)
         return stays.reshape(self.scores.shape)

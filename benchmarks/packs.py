@@ -31,7 +31,7 @@ from profiler.extras import NOTHING, Needs
 from profiler.forced import evaluate_forced
 from profiler.gather import gather_statistics
 from profiler.pack import write_pack
-from profiler.pack_recipes import Recipe, rounded
+from profiler.pack_recipes import Recipe
 from profiler.pack_ways import WAYS, Pack, make_recipe, pack_of, sampled_outputs
 from profiler.progress import Progress, Report, ignore
 from profiler.run import Run
@@ -169,8 +169,9 @@ class _Bench:
         return ClusterStandIns(selection, merged, outputs, statistics.total("selected"), width)
 
     def _own_widths(self, way: str, keep: float, ways: Sequence[str]) -> Recipe:
+        """As many channels as the share says to the last one: no width has to be a multiple of anything."""
         scores = CHANNEL_SCORERS[way].score(self._gathered(ways))
-        return OwnWidths(scores, rounded(scores.shape[-1], keep), way in ACROSS)
+        return OwnWidths(scores, keep, way in ACROSS)
 
     def _selected(self, scorer: str, stand_in: str, keep: float, ways: Sequence[str]) -> Measured:
         statistics, sizes = self._gathered(ways), [self._engine.plan.slot_bytes] * self._engine.card.layers

@@ -48,10 +48,10 @@ def test_others_get_the_mean_of_their_cluster_by_how_often_they_were_chosen() ->
 
 def test_own_widths_spend_the_same_channels_over_all_layers_or_in_each() -> None:
     scores = np.array([[[9.0, 8, 7], [6, 1, 1]], [[5.0, 4, 1], [1, 1, 1]]])  # [L 2, E 2, F 3]
-    across = OwnWidths(scores, 1, across=True).chosen()
+    across = OwnWidths(scores, 1 / 3, across=True).chosen()
     assert across.sum(axis=2).tolist() == [[3, 1], [0, 0]]
-    assert OwnWidths(scores, 1, across=False).chosen().sum(axis=2).tolist() == [[2, 0], [2, 0]]
+    assert OwnWidths(scores, 1 / 3, across=False).chosen().sum(axis=2).tolist() == [[2, 0], [2, 0]]
     expert = _expert(0)
-    made = OwnWidths(scores, 1, across=True).layer(0, [expert, expert]).experts
+    made = OwnWidths(scores, 1 / 3, across=True).layer(0, [expert, expert]).experts
     assert torch.equal(made[0].down, expert.down)
     assert made[1].down.count_nonzero(dim=1).tolist() == [H, 0, 0]
