@@ -3,37 +3,40 @@
 import { h, svg } from "./dom.js";
 import { bytes, percent } from "./format.js";
 
-const [WIDTH, HEIGHT] = [640, 300];
+const HEIGHT = 300;
+const [WIDE, NARROW] = [640, 330];  // on a small screen fewer numbers stand on the axis, as large as elsewhere
 const [LEFT, RIGHT, TOP, BOTTOM] = [46, 22, 14, 40];
 const APART = 5;  // pixels between the points of two series at one size, so that equal ones don't hide each other
 
 // series: [{ name, points: [{ x, y, low, high, title }] }]; marks: [{ x | y, name }]
 export function chart(label, series, marks = []) {
   const widest = Math.max(1, ...series.flatMap(({ points }) => points.map(({ x }) => x)), ...marks.map(({ x }) => x ?? 0));
-  const across = (x) => LEFT + (x / widest) * (WIDTH - LEFT - RIGHT);
+  const small = window.matchMedia("(max-width: 46rem)").matches;
+  const width = small ? NARROW : WIDE;
+  const across = (x) => LEFT + (x / widest) * (width - LEFT - RIGHT);
   const up = (y) => HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM);
-  const picture = svg("svg", { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label },
-    axes(widest, across, up),
-    marks.map((mark) => line(mark, across, up)),
+  const picture = svg("svg", { class: "chart", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": label },
+    axes(widest, width, small ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1], across, up),
+    marks.map((mark) => line(mark, width, across, up)),
     series.map(({ points }, at) => curve(points, at, (x) => across(x) + APART * (at - (series.length - 1) / 2), up)));
   return h("div", {}, h("div", { class: "scroll", role: "region", "aria-label": "Chart", tabindex: "0" }, picture),
     legend(series, marks));
 }
 
-function axes(widest, across, up) {
+function axes(widest, width, shares, across, up) {
   const grid = [0, 0.25, 0.5, 0.75, 1].map((y) => [
-    svg("line", { class: y === 0 ? "axis" : "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: up(y), y2: up(y) }),
+    svg("line", { class: y === 0 ? "axis" : "grid", x1: LEFT, x2: width - RIGHT, y1: up(y), y2: up(y) }),
     svg("text", { x: LEFT - 8, y: up(y) + 4, "text-anchor": "end" }, percent(y, 0))]);
-  const ticks = [0, 0.25, 0.5, 0.75, 1].map((share) =>
+  const ticks = shares.map((share) =>
     svg("text", { x: across(share * widest), y: HEIGHT - BOTTOM + 18, "text-anchor": share === 0 ? "start" : share === 1 ? "end" : "middle" },
       share === 0 ? "0" : bytes(share * widest)));
-  return [...grid, ...ticks, svg("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" },
+  return [...grid, ...ticks, svg("text", { x: (LEFT + width - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" },
     "memory of the experts")];
 }
 
-function line({ x, y }, across, up) {
+function line({ x, y }, width, across, up) {
   return svg("line", x === undefined
-    ? { class: "mark", x1: LEFT, x2: WIDTH - RIGHT, y1: up(y), y2: up(y) }
+    ? { class: "mark", x1: LEFT, x2: width - RIGHT, y1: up(y), y2: up(y) }
     : { class: "mark", x1: across(x), x2: across(x), y1: TOP, y2: up(0) });
 }
 

@@ -3,6 +3,7 @@
 import { call } from "./api.js";
 import { h, replace, setText } from "./dom.js";
 import { askForKey } from "./key.js";
+import { Decisions } from "./decisions.js";
 import { Jobs } from "./jobs.js";
 import { Plan } from "./plan.js";
 import { Playground } from "./playground.js";
@@ -18,6 +19,7 @@ const SECTIONS = [
   ["tasks", "Tasks", Tasks],
   ["jobs", "Jobs", Jobs],
   ["plan", "Plan", Plan],
+  ["decisions", "Decisions", Decisions],
   ["proposals", "Proposals", Proposals],
   ["api", "API", Reference],
 ];

@@ -14,14 +14,14 @@ const REASONS = {
 
 const ROWS = [
   ["task", "Task", (r) => r.task ?? "none"],
-  ["reason", "Why this task", (r) => REASONS[r.reason] ?? r.reason],
+  ["reason", "Why this task", (r) => reasonOf(r.reason)],
   ["similarity", "Similarity", (r) => fixed(r.similarity, 3)],
   ["served_task", "Profile of", (r) => r.served_task ?? "none: every expert was within reach"],
   ["mode", "Mode", (r) => r.mode],
   ["escalated", "Escalated", (r) => (r.escalated ? escalation(r.escalated) : "no")],
   ["keep", "Experts kept", (r) => percent(r.keep)],
   ["scorer", "Scorer", (r) => r.scorer ?? "–"],
-  ["stand_in", "Stands in for the rest", (r) => r.stand_in],
+  ["stand_in", "Stands in for the rest", (r) => r.stand_in || "nothing"],
   ["coverage", "Coverage", (r) => percent(r.coverage)],
   ["level", "Lowest level", (r) => percent(r.level)],
   ["guard", "Guard", (r) => (r.guard ? `bound ${percent(r.guard.bound)}, from ${r.guard.items} items` : "none")],
@@ -39,17 +39,23 @@ const ROWS = [
   ["priority", "Priority", (r) => r.priority],
   ["model", "Model", (r) => r.model],
   ["profile_id", "Profile", (r) => r.profile_id ?? "–"],
-  ["doubts", "Doubts about it", (r) => r.doubts.join(" ") || "none"],
   ["selection", "Selection", (r) => r.selection ?? "–"],
   ["ignored", "Ignored fields", (r) => r.ignored.join(", ") || "none"],
+  ["doubts", "Doubts about the profile", (r) => r.doubts.join(" ") || "none"],  // sentences: a line of their own, the last
 ];
+
+export function reasonOf(reason) {
+  return REASONS[reason] ?? reason;
+}
 
 export function receiptList(receipt) {
   const known = ROWS.filter(([name]) => name in receipt).map(([name, label, show]) => row(name, label, show(receipt)));
   const names = new Set(ROWS.map(([name]) => name));
   const others = Object.entries(receipt).filter(([name]) => !names.has(name));
-  return h("dl", {}, known, others.map(([name, value]) =>
-    row(name, name.replaceAll("_", " "), typeof value === "string" ? value : JSON.stringify(value))));
+  const rest = others.map(([name, value]) =>
+    row(name, name.replaceAll("_", " "), typeof value === "string" ? value : JSON.stringify(value)));
+  const wide = known.filter((each) => each.dataset.field === "doubts");
+  return h("dl", {}, known.filter((each) => !wide.includes(each)), rest, wide);
 }
 
 function escalation({ at_token, coverage, bound }) {

@@ -171,7 +171,7 @@ export class Tasks {
 
 const NOT_YET = () => h("p", { class: "hint" }, "Its text is stored; it has no profile of this model. Profile it, and it is in service.");
 
-function link(name) {
+export function link(name) {
   return h("a", { href: `#/tasks/${encodeURIComponent(name)}`, class: "clip" }, name);
 }
 

@@ -29,7 +29,7 @@ Visit = Callable[..., Page]
 Live = Callable[[FastAPI], AbstractContextManager[str]]
 
 EGG = "how long do I boil an egg"
-SECTIONS = ("Playground", "Residency", "Tasks", "Jobs", "Plan", "Proposals", "API")
+SECTIONS = ("Playground", "Residency", "Tasks", "Jobs", "Plan", "Decisions", "Proposals", "API")
 NAMES = ("beans", "kale", "leeks", "peas", "corn", "mint", "dill", "sage", "chard")
 PLANTS = [f"when do I plant {name} in the garden" for name in NAMES]
 HOSTILE = "<img src=x onerror=hacked=1><script>hacked=1</script>"
@@ -112,6 +112,41 @@ def test_the_apis_own_page_tells_every_route_and_a_call_to_copy(site: str, visit
     call = page.locator("details").filter(has=page.get_by_text("/v1/query", exact=True)).locator("pre").text_content()
     body = json.loads(re.search(r"-d '(.*)'", call or "")[1])  # type: ignore[index]
     assert httpx.post(f"{site}/v1/query", json={**body, "max_tokens": 1}).status_code == 200
+
+
+def test_decisions_are_shown_page_by_page_and_of_one_task(site: str, visit: Visit) -> None:
+    body = {"model": "tiny:cooking", "messages": [{"role": "user", "content": EGG}], "max_tokens": 1}
+    for _ in range(51):
+        assert httpx.post(f"{site}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    ask_id = httpx.post(f"{site}/v1/query", json={"query": EGG, "max_tokens": 1}, timeout=60).headers["x-request-id"]
+    page = visit(site)
+    section(page, "Decisions")
+    rows = page.locator("tbody tr")
+    expect(rows).to_have_count(50)
+    expect(rows.first).to_contain_text(ask_id)
+    expect(rows.first).to_contain_text("retrieved by the query")
+    expect(rows.nth(1)).to_contain_text("named in the request")
+    expect(page.get_by_role("button", name="Newer")).to_be_disabled()
+    page.get_by_role("button", name="Older").press("Enter")
+    expect(page.get_by_text("Page 2")).to_be_visible()
+    expect(page.get_by_text(ask_id)).to_have_count(0)
+    page.get_by_role("button", name="Newer").press("Enter")
+    expect(rows.first).to_contain_text(ask_id)
+    page.get_by_label("Only of the task").select_option("sql")
+    expect(page.get_by_text("No query was given this task.").or_(rows.first)).to_be_visible()
+    expect(page.locator("tbody").get_by_role("link", name="cooking")).to_have_count(0)
+
+
+def test_on_a_small_screen_the_chart_is_as_wide_as_the_screen_and_its_words_are_as_large(
+    site: str, visit: Visit
+) -> None:
+    page = visit(site, viewport={"width": 360, "height": 640})
+    page.goto(f"{site}/console/#/tasks/cooking")
+    expect(page.locator("svg.chart")).to_be_visible()
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].filter((one) => one.querySelector('.chart'))"
+                         ".every((one) => one.scrollWidth <= one.clientWidth)")  # fmt: skip
+    height = page.evaluate("document.querySelector('.chart text').getBoundingClientRect().height")
+    assert height >= 11, height
 
 
 def test_a_task_is_paged_in_from_its_page(site: str, visit: Visit) -> None:
