@@ -28,7 +28,12 @@ SLICE_SECONDS = 0.02  # of reading in one `read_slice`, where it can't be done b
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """A pass that waited for experts was broken off, because there is something to do that needs none of them."""
+    """A pass that waited for experts was broken off, because there is something to do that needs none of them.
+
+    Its reads go on: what they bring is pinned, for whoever catches this to let go.
+    """
+
+    keys: Sequence[ExpertKey] = ()
 
 
 class Arrivals:
@@ -41,7 +46,7 @@ class Arrivals:
     ) -> None:  # fmt: skip
         """`memory` u8 [S, slot_bytes] are the slots, `views` their parameters."""
         self.paged = Paged()
-        self.interrupted: Callable[[], bool] | None = None  # asked while a pass waits for experts
+        self.interrupted: Callable[[float], bool] | None = None  # asked while a pass waits: for how many seconds by now
         self.direct = layout.direct and memory.device.type == "cpu"
         self.staging = None if self.direct else Staging(layout, experts.staged_bytes, memory.device)
         self._views = views
@@ -96,7 +101,7 @@ class Arrivals:
             while not delivery.transfer.wait(delivery.group[key], GLANCE_SECONDS if self.interrupted else seconds):
                 if self.interrupted is None:
                     return
-                if self.interrupted():
+                if self.interrupted(time.perf_counter() - began):
                     raise Interrupted
         except Interrupted:  # the read goes on
             raise

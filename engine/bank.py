@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from engine.arrivals import Arrivals
+from engine.arrivals import Arrivals, Interrupted
 from engine.delivery import Delivery
 from engine.guesses import Guesses
 from engine.layout import SlotLayout
@@ -112,18 +112,26 @@ class Bank:
 
         Reads that somebody else gave up are begun anew. Raises what made a read fail.
         """
-        missing = self._missing(lease)
+        return self.bring(lease.keys, seconds)
+
+    def bring(self, keys: Sequence[ExpertKey], seconds: float = 0.0) -> bool:
+        """As `poll`, of `keys` that somebody has pinned."""
+        missing = self._missing(keys)
         if not missing:
             return True
         self.arrivals.look_after(missing)
         if lost := [Load(key, self.residency.slot(key)) for key in missing if self.arrivals.is_lost(key)]:
             self.arrivals.begin(lost, urgent=False)
         self.arrivals.read_slice()
-        missing = self._missing(lease)
+        missing = self._missing(keys)
         if seconds and missing and self.arrivals.is_under_way(missing[-1]):
             self.arrivals.wait_for(missing[-1], seconds)
-            missing = self._missing(lease)
+            missing = self._missing(keys)
         return not missing
+
+    def let_go(self, keys: Collection[ExpertKey]) -> None:
+        """Unpin what a visit had pinned that was broken off."""
+        self._let_go(keys)
 
     def holds(self, keys: Iterable[ExpertKey]) -> bool:
         """Whether all of them are in memory, to the last byte."""
@@ -133,7 +141,7 @@ class Bank:
 
     def missing_bytes(self, lease: Lease) -> int:
         """What has still to come of a lease that was taken ahead."""
-        return self.arrivals.nbytes(self._missing(lease))
+        return self.arrivals.nbytes(self._missing(lease.keys))
 
     def at_hand(self, layer: int, experts: Sequence[int]) -> list[int] | None:
         """The slots of `experts`, NOBODY for what is no expert, good until another is read in; None where a byte of
@@ -151,7 +159,8 @@ class Bank:
         """Each of `experts` once, with its slot: what is there first, while the others are read.
 
         A slot is good until the next pair is asked for. Raises BudgetError where every slot is leased, CheckpointError
-        where a read fails. What `guesses` expects of the next layer begins to be read once all of `experts` have slots.
+        where a read fails, Interrupted where the wait for one is broken off. What `guesses` expects of the next layer
+        begins to be read once all of `experts` have slots.
         """
         for delivery in self.guesses.judge(layer, experts):
             self.arrivals.hurry(delivery)
@@ -167,7 +176,8 @@ class Bank:
     def _visit(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         row, residency = self.residency.table[layer], self.residency
         missing = [expert for expert in experts if row[expert] == ABSENT]
-        if not missing and not self.guesses.useful:
+        here = not missing and residency.unfilled.isdisjoint(row[expert] for expert in experts)
+        if here and not self.guesses.useful:
             yield from self._ready(layer, experts)
             return
         present = [expert for expert in experts if row[expert] != ABSENT]
@@ -199,12 +209,16 @@ class Bank:
     def _page(self, layer: int, experts: Sequence[int], *, last: bool) -> Iterator[tuple[int, int]]:
         keys = [ExpertKey(layer, expert) for expert in experts]
         self._acquire(keys, ahead=True, visit=True)
+        pinned = keys
         try:
             if last:
                 self.guesses.begin()
             yield from self._ready(layer, experts)
+        except Interrupted as broken:
+            broken.keys, pinned = keys, []
+            raise
         finally:
-            self._let_go(keys)
+            self._let_go(pinned)
 
     def _begin_guess(self, key: ExpertKey) -> Delivery:
         """A transfer of its own, so that it can be given up alone."""
@@ -239,9 +253,9 @@ class Bank:
         self.arrivals.give_up(keys)
         self.residency.release(keys)
 
-    def _missing(self, lease: Lease) -> list[ExpertKey]:
+    def _missing(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         unfilled, residency = self.residency.unfilled, self.residency
-        return [key for key in lease.keys if residency.slot(key) in unfilled] if unfilled else []
+        return [key for key in keys if residency.slot(key) in unfilled] if unfilled else []
 
     def _no_room(self, layer: int, missing: int) -> str:
         return (

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from engine.arrivals import GLANCE_SECONDS, Interrupted
 from engine.group import Group
+from engine.pause import Pause
 from engine.prompts import Prompts
 from engine.requests import Event, FailedEvent, GenerationRequest, Submission
 from engine.row import Row
@@ -48,6 +49,7 @@ class Batch:
         self._arrived: list[Row] = []
         self._joining: Prompts | None = None
         self._running: Group
+        self._pause = Pause(engine)  # while it has rows, no exact row goes on
 
     def __enter__(self) -> Batch:
         self._pool = self._stack.enter_context(self._engine.kv.lend())
@@ -57,6 +59,7 @@ class Batch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for row in self._rows():
             row.close()
+        self._pause.end()
         self._stack.close()
 
     def __len__(self) -> int:
@@ -106,6 +109,7 @@ class Batch:
     def step(self) -> Iterator[Event | FailedEvent]:
         """One token boundary: a chunk or a layer of the prompts that join, and a token of every row that runs."""
         yield from self._drop_cancelled()
+        yield from self._look_after_pause()
         yield from self._prefill()
         yield from self._look_after()
         yield from self._join()
@@ -140,31 +144,90 @@ class Batch:
             self._joining = None
 
     def _prefill(self) -> Sequence[Event | FailedEvent]:
+        joining = self._joining
+        if joining is not None and joining.waits_exactly and self._pause.rows and self._others_arrived:
+            self._put_back(joining)
         group = self._joining = self._joining or self._gather()
-        if group is None or group.logits is not None:
+        if group is None or group.logits is not None or (self._pause.rows and group.exact):
             return []
-        bank = self._engine.bank
-        if not all(row.there for row in group.rows):
-            bank.arrivals.interrupted = partial(self._gives_way, group)
         try:
-            self._advance(group)
-        except Interrupted:
-            self._joining = None
-            self._arrived = [*group.rows, *self._arrived]
-            for row in group.rows:
-                row.begin_anew()
+            with self._watched(group):
+                self._advance(group)
+        except Interrupted as broken:
+            self._break_off(group, broken)
         except MoepagerError as error:
             self._joining = None
             return _failed(group, range(len(group.rows)), error)
-        finally:
-            bank.arrivals.interrupted = None
         return []
 
-    def _gives_way(self, group: Group) -> bool:
+    def _break_off(self, group: Prompts, broken: Interrupted) -> None:
+        """Exact prompts go on when what they wait for is there; others, whose bytes their rows lease, begin anew."""
+        if group.exact:
+            self._pause.begin(group.exact, broken)
+        else:
+            self._engine.bank.let_go(broken.keys)
+            self._put_back(group)
+
+    def _put_back(self, group: Prompts) -> None:
+        """They begin anew later."""
+        self._joining = None
+        self._arrived = [*group.rows, *self._arrived]
+        for row in group.rows:
+            row.begin_anew()
+
+    @contextmanager
+    def _watched(self, group: Group) -> Iterator[None]:
+        """A pass that waits for experts may be broken off; an exact one that was not has got through."""
+        arrivals, exact = self._engine.bank.arrivals, group.exact
+        if exact:
+            arrivals.interrupted = partial(self._holds_up, exact, self._pause.patience)
+        elif not all(row.there for row in group.rows):
+            arrivals.interrupted = partial(self._gives_way, group)
+        try:
+            yield
+        finally:
+            arrivals.interrupted = None
+        if exact:
+            self._pause.got_through()
+
+    def _gives_way(self, group: Group, _: float) -> bool:
         """Whether prompts that wait for their experts are broken off: nobody wants them, or others could run."""
         if all(row.request.cancelled.is_set() for row in group.rows):
             return True
         return self._pressing(self) and max(row.missing_seconds for row in group.rows) > PATIENT_SECONDS
+
+    def _holds_up(self, exact: Sequence[Row], patience: float, seconds: float) -> bool:
+        """Whether a pass that waits for experts of `exact`, for `seconds` by now, is broken off: one of them is wanted
+        no more, or others who need nothing from the disk have stood still for long enough."""
+        if any(row.request.cancelled.is_set() for row in exact):
+            return True
+        return seconds >= patience and (self._others or self._pressing(self))
+
+    @property
+    def _others_arrived(self) -> bool:
+        """Whether a prompt could go through now, if there were a place."""
+        return any(map(self._may_begin, self._arrived))
+
+    @property
+    def _others(self) -> bool:
+        """Whether there are rows that need nothing from the disk."""
+        return any(row.there and row.request.mode != "exact" for row in self._rows())
+
+    def _look_after_pause(self) -> Sequence[FailedEvent]:
+        """Exact rows go on when what they wait for is there, and end where it can't be read."""
+        if not self._pause.rows:
+            return []
+        alive = self._rows()
+        self._pause.rows = waiting = [row for row in self._pause.rows if row in alive]
+        try:
+            if waiting:
+                self._pause.poll(0.0 if self._others else GLANCE_SECONDS)
+            else:
+                self._pause.end()
+        except MoepagerError as error:
+            self._leave(waiting)
+            return [FailedEvent(row.number, error) for row in waiting]
+        return []
 
     def _look_after(self) -> Sequence[FailedEvent]:
         """See what was read; rows whose experts can't be read end, all that wait for the same with one error.
@@ -196,13 +259,18 @@ class Batch:
 
     def _decode(self) -> Sequence[Event | FailedEvent]:
         group = self._running
-        if not group.rows:
+        exact = group.exact
+        standing = exact if self._pause.rows else []
+        if len(standing) == len(group.rows):
             return []
         try:
-            logits = group.decode()
+            with nullcontext() if standing else self._watched(group):
+                logits = group.decode(standing)
+        except Interrupted as broken:
+            self._pause.begin(exact, broken)
+            return []
         except MoepagerError as error:  # those that page while they decode, where there are any; the others try again
-            exact = [place for place, row in enumerate(group.rows) if row.request.mode == "exact"]
-            return _failed(group, exact or range(len(group.rows)), error)
+            return _failed(group, [group.rows.index(row) for row in exact] or range(len(group.rows)), error)
         return self._take(group, logits)
 
     def _take(self, group: Group, logits: Tensor) -> list[Event | FailedEvent]:
@@ -219,7 +287,7 @@ class Batch:
         Those whose experts are there go first. Others only where nothing runs, and then with their like alone: a pass
         waits for the experts of all its rows.
         """
-        there = [row for row in self._arrived if row.there and self._reaches(row)]
+        there = [row for row in self._arrived if self._may_begin(row)]
         reading = [] if self._running.rows else [row for row in self._arrived if not (row.there or row.gave_way)]
         ready = there or [row for row in reading if row.request.selection == reading[0].request.selection]
         if not ready:
@@ -230,9 +298,12 @@ class Batch:
         self._arrived = [row for row in self._arrived if row not in rows]
         return Prompts(self._engine, rows, self._pool.window(len(self._running.rows), len(rows)))
 
-    def _reaches(self, row: Row) -> bool:
-        """Whether its experts can be paged in, if it is exact: one that was escalated may find all slots leased."""
-        return row.request.selection is not None or self._engine.bank.reaches_all
+    def _may_begin(self, row: Row) -> bool:
+        """Whether its experts are there or, if it is exact, can be paged in: one that was escalated may find all slots
+        leased, and one that was broken off waits for its bytes."""
+        if row.request.selection is not None:
+            return row.there
+        return self._engine.bank.reaches_all and not self._pause.rows
 
     def _advance(self, group: Prompts) -> None:
         """Few tokens while others wait for them, unless each pass would page everything again: then all, for one layer.

@@ -5,7 +5,7 @@ Knows the model's call, the cache and the rows, not who joins when. B rows, S co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class Group:
-    """Rows that decode. `mask` i64 [B, S] has a 0 where a row is padded, always on its left."""
+    """Rows that decode. `mask` i64 [B, S] has a 0 where a row is padded: on its left and, while it stands still, on its
+    right."""
 
     def __init__(self, engine: Engine, rows: Sequence[Row], cache: KvCache) -> None:
         self.rows = list(rows)
@@ -33,14 +34,28 @@ class Group:
         self.mask = torch.zeros(len(rows), 0, dtype=torch.long, device=engine.device)  # [B, S]
         self.routing = Routing(engine.board, self._selections(), engine.device)
         self._engine = engine
+        self._standing: frozenset[Row] = frozenset()  # in the last pass
 
-    def decode(self) -> Tensor:
-        """Send each row's newest token through. Logits [B, V]. An error leaves the group as it was."""
+    @property
+    def exact(self) -> list[Row]:
+        """The rows that page experts in while they run."""
+        return [row for row in self.rows if row.request.mode == "exact"]
+
+    def decode(self, standing: Collection[Row] = ()) -> Tensor:
+        """Send each row's newest token through. Logits [B, V]. An error leaves the group as it was.
+
+        Rows that are `standing` wait: padding goes through in their place, and their logits mean nothing.
+        """
+        if not standing:
+            self._catch_up()
         self._make_room()
         tokens = torch.tensor([[row.last] for row in self.rows], device=self.mask.device)  # [B, 1]
-        mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], 1)  # [B, S + 1]
+        moving = torch.tensor([[row not in standing] for row in self.rows], device=self.mask.device)  # [B, 1]
+        mask = torch.cat([self.mask, moving.to(self.mask)], 1)  # [B, S + 1]
         logits = self._forward(tokens, mask)
-        self.mask = mask
+        self.mask, self._standing = mask, frozenset(standing)
+        for row in standing:
+            row.lag += 1
         return logits
 
     def take(self, logits: Tensor) -> tuple[list[Event | FailedEvent], list[int]]:
@@ -54,6 +69,9 @@ class Group:
         coverage: list[float] | None = self.coverage() if strayed else None
         for place, (highest, best) in enumerate(zip(*(each.tolist() for each in logits.max(-1)), strict=True)):
             row = self.rows[place]
+            if row in self._standing:
+                left.append(place)
+                continue
             if not isfinite(highest):  # of numbers that are none the first is the highest
                 events.append(FailedEvent(row.number, row.no_numbers))
                 continue
@@ -141,8 +159,17 @@ class Group:
         There is one: every row's prompt and answer fit the context, and this row still has a token to send.
         """
         if self.cache.length == self._engine.kv.context:
+            self._catch_up()
             self._shift(self._spare())
             assert self.cache.length < self._engine.kv.context
+
+    def _catch_up(self) -> None:
+        """Rows that stood still end where the others do again, padded on their left alone."""
+        for place, row in enumerate(self.rows):
+            if row.lag:
+                self.cache.push(place, row.lag)
+                self.mask[place] = self.mask[place].roll(row.lag)
+                row.lag = 0
 
     def _narrow(self) -> None:
         """Columns that only the departed needed cost every row's attention: drop them once they are half of all."""

@@ -79,6 +79,11 @@ class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
             self._move(self.first + row, 0, self.first + self.batch_size, 0, self.length)
             self.batch_size += 1
 
+    def push(self, row: int, by: int) -> None:
+        """Move one row `by` columns to the right; its last ones are dropped."""
+        self._move(self.first + row, 0, self.first + row, by, self.length - by)
+        self._clear(self.first + row, by)
+
     def _move(self, row: int, start: int, place: int, target: int, columns: int) -> None:
         """A row at a time and a layer at a time, so that no copy of the cache is made."""
         if (row, start) == (place, target):
@@ -158,6 +163,10 @@ class KvCache(Cache):  # type: ignore[misc]
     def shift(self, by: int) -> None:
         for layer in self.layers:
             layer.shift(by)
+
+    def push(self, row: int, by: int) -> None:
+        for layer in self.layers:
+            layer.push(row, by)
 
     def absorb(self, other: KvCache) -> None:
         for layer, theirs in zip(self.layers, other.layers, strict=True):

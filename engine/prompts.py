@@ -48,6 +48,11 @@ class Prompts(Group):
         for place, (text, _) in enumerate(stems):
             self._ids[place, width - len(text) :] = torch.tensor(text, device=engine.device)
 
+    @property
+    def waits_exactly(self) -> bool:
+        """Whether exact prompts are on their way."""
+        return self.logits is None and bool(self.exact)
+
     def advance(self, tokens: int) -> None:
         """Send the next columns of about `tokens` tokens through. After the last one there are `logits`."""
         start, (stems, width) = self.cache.length, self._ids.shape

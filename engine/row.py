@@ -32,6 +32,7 @@ class Row:
         self.experts_paged = self.bytes_paged = 0
         self.paging_seconds = self._ttft_seconds = 0.0
         self.there = request.selection is None  # whether all experts that it leased are in memory
+        self.lag = 0  # columns of the cache since its last one, in which it stood still
         self.gave_way = False  # its prompt was on its way before its experts were there, and made room for others
         self._engine = engine
         self._level = 1.0  # the lowest that its guard saw
@@ -53,8 +54,9 @@ class Row:
 
     @property
     def columns(self) -> int:
-        """The columns of the cache that it needs once its prompt went through: all it was sent."""
-        return len(self.request.prompt) + max(0, self.tokens - 1)
+        """The columns of the cache that it needs once its prompt went through: all it was sent, and those since then in
+        which it stood still."""
+        return len(self.request.prompt) + max(0, self.tokens - 1) + self.lag
 
     @property
     def sent_first(self) -> tuple[int, ...]:

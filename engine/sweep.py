@@ -23,7 +23,7 @@ class Sweep:
         self._passes = passes
         self._chunks = [(first, min(end, first + columns)) for first in range(start, end, columns)]
         self._carried: list[Tensor | None] = [None] * len(self._chunks)  # [B, columns, H] a chunk
-        self._layer = 0
+        self._layer = self._chunk = 0  # what goes through next
 
     @property
     def at_last(self) -> bool:
@@ -31,25 +31,37 @@ class Sweep:
         return self._layer == len(self._passes.decoders) - 1
 
     def carry(self, ids: Tensor, full: Tensor, cache: KvCache, routing: Routing) -> None:
-        """All chunks through the next layer, which is not the last. `ids` and `full` i64 [B, all columns]."""
-        for number, (start, end) in enumerate(self._chunks):
-            cache.rewind(start)
-            columns = ids[:, start:end], full[:, :end]
-            self._carried[number] = self._passes.layer(self._layer, self._carried[number], *columns, cache, routing)
-        self._layer += 1
-        cache.leave(self._layer, self.end, self.start)
+        """All chunks through the next layer, which is not the last. `ids` and `full` i64 [B, all columns].
+
+        Where it is interrupted, the chunks that went through have done so for good: the next call goes on.
+        """
+        try:
+            while self._chunk < len(self._chunks):
+                start, end = self._chunks[self._chunk]
+                cache.rewind(start)
+                columns, carried = (ids[:, start:end], full[:, :end]), self._carried[self._chunk]
+                self._carried[self._chunk] = self._passes.layer(self._layer, carried, *columns, cache, routing)
+                self._chunk += 1
+        finally:
+            cache.leave(self._layer + 1, self.end, self.start)
+        self._layer, self._chunk = self._layer + 1, 0
 
     def end_chunks(
         self, ids: Tensor, full: Tensor, cache: KvCache, routing: Routing
     ) -> Iterator[tuple[int, int, Tensor]]:
         """All chunks through the last layer: of each its first column, the one after its last, and the logits of its
-        last one, [B, V]."""
-        for number, (start, end) in enumerate(self._chunks):
-            cache.rewind(start)
-            columns = ids[:, start:end], full[:, :end]
-            yield start, end, self._passes.last(self._carried[number], *columns, cache, routing)
-            self._carried[number] = None
-        cache.rewind(self.end)
+        last one, [B, V]. Interrupted, it goes on as `carry` does."""
+        try:
+            while self._chunk < len(self._chunks):
+                start, end = self._chunks[self._chunk]
+                cache.rewind(start)
+                columns, carried = (ids[:, start:end], full[:, :end]), self._carried[self._chunk]
+                logits = self._passes.last(carried, *columns, cache, routing)
+                self._carried[self._chunk] = None
+                self._chunk += 1
+                yield start, end, logits
+        finally:
+            cache.rewind(self.end)
 
     def keep(self, order: Sequence[int]) -> None:
         """Only these rows go on, in this order."""

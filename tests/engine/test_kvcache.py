@@ -113,6 +113,15 @@ def test_nothing_of_an_earlier_request_is_left_where_padding_hides_it() -> None:
     _assert_holds(_append(cache, [[1.0]] * 3), [[6.0, 1.0], [7.0, 1.0], [7.0, 1.0]])
 
 
+def test_a_row_that_is_pushed_to_the_right_drops_its_last_columns_and_is_clean_on_its_left() -> None:
+    cache = _pool().window(1, 2)
+    _append(cache, [[5.0, 1.0, 2.0, 7.0], [3.0, 4.0, 5.0, 6.0]])
+    cache.push(0, 2)
+    given = _append(cache, [[8.0], [9.0]])
+    assert not any(tensor[0, :, :2].any() for layer in given for tensor in layer)
+    _assert_holds(given, [[5, 1, 8], [3, 4, 5, 6, 9]])
+
+
 def test_a_pass_that_failed_half_way_is_forgotten() -> None:
     cache = _pool().window(0, 1)
     _append(cache, [[1.0, 2.0]])

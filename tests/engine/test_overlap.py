@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_disk import Disk
 
 from engine import arrivals as arrivals_module
 from engine import reader as reader_module
@@ -31,31 +30,6 @@ Ask = Callable[..., GenerationRequest]
 EARLY, LATE = Selection.of([[0, 1, 2, 3]] * 3), Selection.of([[4, 5, 6, 7]] * 3)
 BOTH = Selection.of([[2, 3, 4, 5]] * 3)  # shares experts with either
 PROMPT = tuple(range(5, 25))
-
-
-class Disk:
-    """Stands in for preadv. While the gate is closed every read waits; `fails` reads, once begun, are I/O errors."""
-
-    def __init__(self) -> None:
-        self.gate, self.asked = threading.Event(), threading.Event()
-        self.gate.set()
-        self.fails = 0
-        self.dawdles = 0.0
-        self._real, self._lock = os.preadv, threading.Lock()
-
-    def __call__(self, descriptor: int, buffers: Sequence[Any], offset: int) -> int:
-        self.asked.set()
-        self.gate.wait(20)
-        time.sleep(self.dawdles)
-        with self._lock:
-            fails, self.fails = self.fails > 0, self.fails - 1
-        if fails:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return self._real(descriptor, buffers, offset)
-
-    def hold(self) -> None:
-        self.asked.clear()
-        self.gate.clear()
 
 
 @pytest.fixture
@@ -319,6 +293,8 @@ def test_on_a_disk_that_dawdles_and_fails_whoever_is_answered_is_answered_right(
     """Random arrivals over selections that share experts; some are cancelled, some reads fail."""
     rng = random.Random(seed)
     monkeypatch.setattr("engine.generate.PATIENT_SECONDS", 0.0)
+    monkeypatch.setattr("engine.arrivals.GLANCE_SECONDS", 0.0005)
+    monkeypatch.setattr("engine.pause.HELD_UP_SECONDS", 0.0005)
     disk.dawdles = 0.001
     waiting = [
         (number, rng.randrange(40), ask(PROMPT, rng.choice([EARLY, LATE, BOTH, None]), max_tokens=8))
