@@ -114,8 +114,12 @@ class Admission:
 
     @property
     def bytes_per_second(self) -> float:
-        """Of experts that are read: measured, the model's other weights at open included."""
-        return self._meter.bytes_per_second or GUESSED_BYTES_PER_SECOND
+        """Of experts that come: measured, the model's other weights at open included.
+
+        Where bytes change on their way, both are done at once, and the slower one is what takes the time.
+        """
+        measured = (self._meter.bytes_per_second, self._bank.arrivals.way.bytes_per_second)
+        return min((speed for speed in measured if speed is not None), default=GUESSED_BYTES_PER_SECOND)
 
     @property
     def holds_all(self) -> bool:

@@ -7,10 +7,9 @@ slots.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -35,12 +34,11 @@ class Lease:
     keys: tuple[ExpertKey, ...]
     delivery: Delivery | None
     waited: float  # seconds from the wish to the lease
-    staged: Callable[[], float]  # seconds of those reads that go through a host buffer, one after the other
 
     @property
     def seconds(self) -> float:
         """How long the reads took; of a lease that was taken ahead of them, so far."""
-        return max(self.waited, self.staged(), 0.0 if self.delivery is None else self.delivery.transfer.seconds)
+        return max(self.waited, 0.0 if self.delivery is None else self.delivery.passage.seconds)
 
     def __hash__(self) -> int:
         return id(self)
@@ -53,7 +51,7 @@ class Bank:
         self, layout: SlotLayout, experts: ExpertMap, slots: int, device: torch.device, reader: Reader,
         read_ahead: int = 0,
     ) -> None:  # fmt: skip
-        """`read_ahead` is how many experts at most are read on a guess at a time; 0 where bytes need staging."""
+        """`read_ahead` is how many experts at most are read on a guess at a time."""
         self.layout = layout
         self.residency = Residency(len(experts.layers), experts.experts, slots, experts.expert_bytes)
         self.expert_bytes: Sequence[int] = experts.expert_bytes  # of one expert in the file, per layer
@@ -62,7 +60,6 @@ class Bank:
         self.views = layout.views(self.memory)
         self.arrivals = Arrivals(layout, experts, self.memory, self.views, self.residency, reader)
         self.paged = self.arrivals.paged
-        assert self.arrivals.direct or not read_ahead, read_ahead
         self.guesses = Guesses(self.residency, read_ahead, self._begin_guess, lambda key, _: self._let_go([key]))
 
     @property
@@ -97,8 +94,7 @@ class Bank:
         try:
             size = self.arrivals.nbytes(load.key for load in loads)
             waited = time.perf_counter() - started
-            staged = partial(self.arrivals.staged_seconds, loads)
-            yield Lease(len(keys), len(loads), size, keys, delivery, waited, staged)
+            yield Lease(len(keys), len(loads), size, keys, delivery, waited)
         finally:
             self._let_go(keys)
 
@@ -107,10 +103,19 @@ class Bank:
         for key in lease.keys if self.residency.unfilled else ():
             self.arrivals.wait_for(key)
 
+    def work(self) -> None:
+        """Some of what only the owner can do for experts that are on their way, whoever wants them: a slice of time.
+
+        At a token boundary, once, however many leases wait.
+        """
+        if self.residency.unfilled:
+            self.arrivals.work()
+
     def poll(self, lease: Lease, seconds: float = 0.0) -> bool:
         """Whether all experts of a lease that was taken ahead are there, after waiting for at most `seconds`.
 
-        Reads that somebody else gave up are begun anew. Raises what made a read fail.
+        Reads that somebody else gave up are begun anew. Without `seconds` nothing comes that needs the owner's work,
+        see `work`. Raises what made a read fail.
         """
         return self.bring(lease.keys, seconds)
 
@@ -122,7 +127,6 @@ class Bank:
         self.arrivals.look_after(missing)
         if lost := [Load(key, self.residency.slot(key)) for key in missing if self.arrivals.is_lost(key)]:
             self.arrivals.begin(lost, urgent=False)
-        self.arrivals.read_slice()
         missing = self._missing(keys)
         if seconds and missing and self.arrivals.is_under_way(missing[-1]):
             self.arrivals.wait_for(missing[-1], seconds)

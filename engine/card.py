@@ -33,7 +33,8 @@ class Geometry:
     stored: str  # of the experts' bytes, "mixed" where parts differ
     dense: int  # in tensors that every token needs
     expert: tuple[int, ...]  # of each part of one expert
-    staged: int  # bytes that an expert takes on its way where its bytes are not those of its slot
+    staged: int  # bytes that an expert takes in a buffer as it is stored
+    scratch: int  # bytes that turning FP8 into the serving dtype needs besides, 0 where nothing is FP8
     expert_width: int  # columns of the widest activation inside an expert
     kv_per_token: int  # keys and values of all layers, as transformers keeps them
     decoder_layers: int
@@ -118,7 +119,8 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
         stored=_stored(experts),
         dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
         expert=tuple(part.nbytes // itemsize.get(part.dtype, 1) for part in parts),
-        staged=experts.staged_bytes + _scratch(parts, experts),
+        staged=experts.staged_bytes,
+        scratch=_scratch(parts, experts),
         expert_width=max(length for part in parts for length in part.shape),
         kv_per_token=cached,
         decoder_layers=layers,
@@ -139,9 +141,7 @@ def _stored(experts: ExpertMap) -> str:
 
 def _scratch(parts: Sequence[Part], experts: ExpertMap) -> int:
     """What turning one FP8 part of an expert into the serving dtype needs besides both."""
-    if experts.scales is None:
-        return 0
-    return max(scratch_bytes(part.shape, experts.scales.block) for part in parts)
+    return 0 if experts.scales is None else scratch_bytes([part.shape for part in parts], experts.scales.block)
 
 
 def _attention_shape(

@@ -23,8 +23,7 @@ class EngineConfig:
     512 under a budget and 4096 without one.
 
     `read_ahead` bounds how many experts exact mode reads at a time for the layer after the present one, on the word of
-    that layer's router run early; 0 reads none. Only where an expert goes from the file straight into its slot: bytes
-    that must be changed on the way (another dtype or device) are read by the computing thread itself.
+    that layer's router run early; 0 reads none.
 
     `stand_ins` is how many tasks' stand-ins (one vector for each expert of the model) are on the device at once;
     0 serves no selection that has them.

@@ -26,7 +26,6 @@ from engine.head import Head
 from engine.kernels import Kernels
 from engine.kvcache import KvPool
 from engine.layers import Layers
-from engine.layout import SlotLayout
 from engine.lookahead import Lookahead
 from engine.observer import Observer
 from engine.occupancy import Occupancy, ResidencySnapshot
@@ -40,7 +39,7 @@ from engine.skeleton import Skeleton, build_skeleton
 from engine.stand_ins import DeviceStandIns
 from engine.text import Tokenizer
 from store.checkpoint import CheckpointMap
-from store.errors import InvalidInput, UnsupportedFamily
+from store.errors import UnsupportedFamily
 from store.experts import ExpertMap
 from store.records import Selection
 
@@ -98,7 +97,8 @@ class Engine:
             if kernels.own is not None:
                 for joint in skeleton.joints:
                     adopt_linear(joint.router, kernels.linear)
-            ahead = _read_ahead(config, plan, skeleton.layout)
+            pages = plan.slots < plan.layers * plan.experts  # else nothing is ever read twice
+            ahead = config.read_ahead if pages else 0
             bank = Bank(skeleton.layout, experts, plan.slots, device, reader, ahead)
             return cls(checkpoint, card, plan, tokenizer, skeleton, bank, reader, device, kernels)
         except BaseException:
@@ -187,19 +187,6 @@ class Engine:
                     if isinstance(event, FailedEvent):
                         raise event.error
                     yield event
-
-
-def _read_ahead(config: EngineConfig, plan: MemoryPlan, layout: SlotLayout) -> int:
-    """How many experts exact mode may read on a guess at a time. Raises InvalidInput where it was asked for in vain."""
-    direct = layout.direct and config.device == "cpu"
-    if config.read_ahead and not direct:
-        raise InvalidInput(
-            f"read_ahead ({config.read_ahead}) needs experts that go from the file straight into their slots; here "
-            f"their bytes change on the way (dtype {plan.dtype}, device {config.device}). Leave it out, or serve in "
-            "the checkpoint's own dtype on the CPU.",
-            param="read_ahead",
-        )
-    return 0 if plan.slots >= plan.layers * plan.experts else config.read_ahead  # then nothing is ever paged twice
 
 
 def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:

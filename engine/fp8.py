@@ -5,7 +5,7 @@ N rows, K columns, in blocks of n x k that share a scale; m rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
@@ -14,23 +14,56 @@ from torch import Tensor
 from store.block_scales import STRIP
 
 
-def dequantise(stored: Tensor, scales: Tensor, block: tuple[int, int], target: Tensor) -> None:
+class Scratch:
+    """What `dequantise` works in: a few rows as numbers of their codes and as values, and the scales of a row."""
+
+    def __init__(self, shapes: Iterable[tuple[int, ...]], device: torch.device) -> None:
+        """For weights of `shapes` [..., N, K]."""
+        sizes = [shape[-2:] for shape in shapes]
+        largest = max(min(rows, STRIP) * columns for rows, columns in sizes)
+        self._codes = torch.zeros(largest, dtype=torch.int32, device=device)
+        self._values = torch.zeros(largest, device=device)
+        self._wide = torch.zeros(max(columns for _, columns in sizes), device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self._codes.nbytes + self._values.nbytes + self._wide.nbytes
+
+    def strip(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """For codes i32 and values f32, [rows, columns] each."""
+        length = rows * columns
+        return self._codes[:length].view(rows, columns), self._values[:length].view(rows, columns)
+
+    def widen(self, scales: Tensor, block: int, columns: int) -> Tensor:
+        """`scales` [ceil(columns / block)] -> f32 [columns], each as often as it is used."""
+        wide = self._wide[:columns]
+        full = columns // block
+        wide[: full * block].view(full, block).copy_(scales[:full, None])
+        wide[full * block :] = scales[-1]
+        return wide
+
+
+def dequantise(
+    stored: Tensor, scales: Tensor, block: tuple[int, int], target: Tensor, scratch: Scratch | None = None
+) -> None:
     """`stored` FP8 [N, K] x `scales` [ceil(N / n), ceil(K / k)] -> `target` [N, K], rounded once.
 
-    A few rows at a time, in float32, which needs what store.block_scales.scratch_bytes says. Leading dimensions
-    are taken one by one.
+    A few rows at a time, in float32, which needs what store.block_scales.scratch_bytes says: in `scratch`, which is
+    made here where it is not given. Leading dimensions are taken one by one.
     """
+    scratch = scratch or Scratch([tuple(stored.shape)], stored.device)
     if stored.dim() > 2:
         for one, its_scales, its_target in zip(stored, scales, target, strict=True):
-            dequantise(one, its_scales, block, its_target)
+            dequantise(one, its_scales, block, its_target, scratch)
         return
     rows, columns = block
     meanings = _meanings(stored.device)
     for at, row in enumerate(scales.float()):  # [K / k]
-        wide = row.repeat_interleave(columns)[: stored.shape[1]]  # [K]
+        wide = scratch.widen(row, columns, stored.shape[1])  # [K]
         for strip in _strips(at * rows, min((at + 1) * rows, len(stored))):
-            codes = stored[strip].view(torch.uint8).int()  # [m, K]
-            values = torch.index_select(meanings, 0, codes.flatten()).view_as(codes)  # [m, K]
+            codes, values = scratch.strip(strip.stop - strip.start, stored.shape[1])  # [m, K]
+            codes.copy_(stored[strip].view(torch.uint8))
+            torch.index_select(meanings, 0, codes.view(-1), out=values.view(-1))
             target[strip].copy_(values.mul_(wide))
 
 

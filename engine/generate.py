@@ -109,6 +109,7 @@ class Batch:
     def step(self) -> Iterator[Event | FailedEvent]:
         """One token boundary: a chunk or a layer of the prompts that join, and a token of every row that runs."""
         yield from self._drop_cancelled()
+        self._engine.bank.work()
         yield from self._look_after_pause()
         yield from self._prefill()
         yield from self._look_after()

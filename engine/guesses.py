@@ -79,10 +79,10 @@ class Guesses:
         urgent = []
         for key in self._about(layer):
             delivery = self._under_way[key]
-            failed = delivery.transfer.over and not delivery.transfer.landed
+            failed = delivery.passage.over and not delivery.passage.landed
             if key.expert not in experts or failed:
                 self._drop(key)
-            elif not delivery.transfer.landed:
+            elif not delivery.passage.landed:
                 urgent.append(delivery)
         return urgent
 
@@ -110,4 +110,4 @@ class Guesses:
     def _drop(self, key: ExpertKey) -> None:
         delivery = self._under_way.pop(key)
         self._end(key, delivery)
-        self.totals.wasted_bytes += delivery.transfer.read
+        self.totals.wasted_bytes += delivery.passage.read

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.core_model_loading import rename_source_key as rename
 
-from engine.fp8 import dequantise
+from engine.fp8 import Scratch, dequantise
 from store.block_scales import FP8, is_scale, scale_name
 from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
@@ -78,8 +78,11 @@ class SlotLayout:
             columns.append(flat[:, start : start + length].view(-1, *parameter.shape).unbind(0))
         return list(zip(*columns, strict=True))
 
-    def fill(self, views: Sequence[Tensor], span: ExpertSpan, stored: Tensor) -> None:
-        """One expert's slot from its parts as they lie in the files, at their places in the u8 tensor `stored`."""
+    def fill(self, views: Sequence[Tensor], span: ExpertSpan, stored: Tensor, scratch: Scratch | None = None) -> None:
+        """One expert's slot from its parts as they lie in the files, at their places in the u8 tensor `stored`.
+
+        FP8 parts are worked on in `scratch`, which is made anew where it is not given.
+        """
         held = {
             part.projection: stored[start:end].view(DTYPES[part.dtype]).view(part.shape)
             for part, start, end in span.places()
@@ -87,7 +90,7 @@ class SlotLayout:
         for projection in self.landings:
             target = self.target(projection, views)
             if held[projection].dtype == DTYPES[FP8] and self.block is not None:
-                dequantise(held[projection], held[scale_name(projection)], self.block, target)
+                dequantise(held[projection], held[scale_name(projection)], self.block, target, scratch)
             else:
                 target.copy_(held[projection])
 

@@ -2,7 +2,7 @@
 
 dense      every tensor that all tokens need, in the serving dtype
 kv         max_batch rows x max_context tokens x the model's keys and values (sliding windows counted in full)
-staging    the reader's aligned buffers, and an expert's own where bytes need a cast or another device
+staging    the reader's aligned buffers, and a ring of more (RingShape) where bytes need a cast or another device
 stand-ins  one vector of H float32 for each expert, as many sets as the config allows at once
 routers    sliced copies of the routers, for at most max_batch different selections at once
 workspace  activations of chunk_tokens tokens, see `_workspace`
@@ -12,6 +12,7 @@ slots      the rest of the budget, at most one slot for each expert
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.card import ITEMSIZE, ModelCard
 from engine.config import EngineConfig
@@ -23,6 +24,23 @@ DEFAULT_CONTEXT = 2048
 SLOT_ALIGN = 64
 READER_THREADS = 4  # one copies out of its buffer while three requests are with the disk
 MIB = 2**20
+BUFFER_BYTES = 2 * MIB  # of small experts of a layer that are staged together
+RING_BYTES = 64 * MIB  # of staged experts on their way, unless two of them are more
+BUFFERS = 5  # one is emptied while every thread fills another
+PAGE = 4096
+
+
+class RingShape(NamedTuple):
+    """The buffers between files and slots: each holds one expert as stored, or several small ones of a layer."""
+
+    buffers: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, staged: int, experts: int) -> RingShape:
+        """For `experts` experts a layer that take `staged` bytes each. Two at least: one is read, one is emptied."""
+        size = -(-max(staged, min(BUFFER_BYTES, experts * staged)) // PAGE) * PAGE
+        return cls(max(2, min(BUFFERS, RING_BYTES // size)), size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +166,12 @@ def needs_staging(card: ModelCard, config: EngineConfig, dtype: str) -> bool:
 
 
 def _staging(card: ModelCard, config: EngineConfig, dtype: str) -> int:
-    own = card.geometry.staged if needs_staging(card, config, dtype) else 0
-    return READER_THREADS * reader_bytes(card) + own
+    """The reader's buffers; the ring's, as many bytes as one of them on a device of its own, and scratch for FP8."""
+    reader = READER_THREADS * reader_bytes(card)
+    if not needs_staging(card, config, dtype):
+        return reader
+    ring = RingShape.of(card.geometry.staged, card.experts)
+    return reader + (ring.buffers + (config.device != "cpu")) * ring.nbytes + card.geometry.scratch
 
 
 def _kernels(card: ModelCard, chunk: int) -> int:

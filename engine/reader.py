@@ -41,7 +41,7 @@ class ReadReport:
 
 
 class Meter:
-    """How fast the files give what is asked of them: bytes over the seconds in which anything was being read.
+    """How fast bytes are read or converted: what was asked for over the seconds in which any of it was under way.
 
     What was long ago counts less: once `WINDOW` bytes were read, all that came before counts half.
     """
@@ -49,7 +49,7 @@ class Meter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._bytes, self._seconds = 0.0, 0.0
-        self._reading, self._since = 0, 0.0
+        self._working, self._since = 0, 0.0
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -57,24 +57,32 @@ class Meter:
         with self._lock:
             return self._bytes / self._seconds if self._bytes and self._seconds else None
 
+    def begin(self) -> None:
+        """Some bytes are worked on from now."""
+        with self._lock:
+            self._since = self._since if self._working else time.monotonic()
+            self._working += 1
+
+    def end(self, nbytes: int) -> None:
+        """They are done, or failed, which counts as none."""
+        with self._lock:
+            now = time.monotonic()
+            self._working -= 1
+            self._bytes, self._seconds = self._bytes + nbytes, self._seconds + (now - self._since) * (nbytes > 0)
+            self._since = now
+            if self._bytes > WINDOW:
+                self._bytes, self._seconds = self._bytes / 2, self._seconds / 2
+
     @contextmanager
     def reading(self, run: Run) -> Iterator[None]:
-        """Around one thread's work on a run; one that fails counts as no bytes."""
-        with self._lock:
-            self._since = self._since if self._reading else time.monotonic()
-            self._reading += 1
+        """Around one thread's work on a run."""
+        self.begin()
         read = 0
         try:
             yield
             read = sum(extent.nbytes for extent in run.extents)
         finally:
-            with self._lock:
-                now = time.monotonic()
-                self._reading -= 1
-                self._bytes, self._seconds = self._bytes + read, self._seconds + (now - self._since) * (read > 0)
-                self._since = now
-                if self._bytes > WINDOW:
-                    self._bytes, self._seconds = self._bytes / 2, self._seconds / 2
+            self.end(read)
 
 
 class Reader:
@@ -136,12 +144,17 @@ class Reader:
             raise
         return ReadReport(sum(extent.nbytes for extent in extents), transfer.read, transfer.seconds)
 
-    def start(self, groups: Sequence[Sequence[Extent]], urgent: bool = False) -> Transfer:
-        """Begin to fill every extent, group by group, and return at once. What is urgent overtakes what is not."""
+    def start(
+        self, groups: Sequence[Sequence[Extent]], urgent: bool = False, changed: threading.Condition | None = None
+    ) -> Transfer:
+        """Begin to fill every extent, group by group, and return at once. What is urgent overtakes what is not.
+
+        `changed` is notified of all that happens to it: one for several lets the owner wait for any of them.
+        """
         runs = [list(coalesce(extents, self._longest)) for extents in groups]
         for run in (run for group in runs for run in group):
             self._file(run.file)  # a file that is not there is an error of the caller's, now
-        transfer = Transfer(runs, self._pulse, self._patience)
+        transfer = Transfer(runs, self._pulse, self._patience, changed)
         with self._work:
             assert not self._closed, "a read after close"
             self._transfers.insert(0 if urgent else len(self._transfers), transfer)
@@ -149,12 +162,12 @@ class Reader:
             self._work.notify_all()
         return transfer
 
-    def hurry(self, transfer: Transfer) -> None:
-        """It overtakes all others that still wait for a thread."""
+    def hurry(self, transfer: object) -> None:
+        """If it is one of this reader's, it overtakes all others that still wait for a thread."""
         with self._work:
-            if transfer in self._transfers:
-                self._transfers.remove(transfer)
-                self._transfers.insert(0, transfer)
+            for mine in [mine for mine in self._transfers if mine is transfer]:
+                self._transfers.remove(mine)
+                self._transfers.insert(0, mine)
 
     def _begin_threads(self) -> None:
         """At the first read: a reader that is never used costs no thread."""

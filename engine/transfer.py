@@ -62,19 +62,31 @@ class Pulse:
 class Transfer:
     """`wait` and `cancel` are the owner's; `take`, `land` and `fail` the threads'."""
 
-    def __init__(self, groups: Sequence[Sequence[Run]], pulse: Pulse, patience: float) -> None:
-        """`patience` is the longest, in seconds, that one request may take before the disk counts as stalled."""
+    def __init__(
+        self, groups: Sequence[Sequence[Run]], pulse: Pulse, patience: float,
+        changed: threading.Condition | None = None,
+    ) -> None:  # fmt: skip
+        """`patience` is the longest, in seconds, that one request may take before the disk counts as stalled.
+
+        `changed` may be shared by transfers of one owner.
+        """
         self.read = 0
         self.seconds = 0.0  # from start to the last byte that landed
         self._left = [len(runs) for runs in groups]
         self._queue = deque((group, run) for group, runs in enumerate(groups) for run in runs)
-        self._changed = threading.Condition()
+        self._runs = len(self._queue)
+        self._changed = changed or threading.Condition()
         self._under_way: dict[int, tuple[float, Run]] = {}  # by thread: since when
         self._copying = 0
         self._error: BaseException | None = None
         self._given_up = False
         self._pulse, self._patience = pulse, patience
         self._started = time.monotonic()
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of it was asked of the disk."""
+        return len(self._queue) < self._runs
 
     @property
     def landed(self) -> bool:

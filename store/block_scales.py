@@ -6,7 +6,7 @@ Stacked experts have both with a leading E. Every other kind of quantised checkp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,10 @@ def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def scratch_bytes(shape: tuple[int, ...], block: tuple[int, int]) -> int:
-    """What multiplying a weight of `shape` by its scales needs besides both: a few rows twice, and the scales."""
-    rows, columns = shape[-2:]
-    return (2 * min(rows, STRIP) + 2) * columns * 4 + (block[1] + -(-rows // block[0]) * -(-columns // block[1])) * 4
+def scratch_bytes(shapes: Iterable[tuple[int, ...]], block: tuple[int, int]) -> int:
+    """What multiplying weights of `shapes` [..., N, K] by their scales needs besides both: a few rows twice, the scales
+    of a row, and those of a weight in float32."""
+    sizes = [shape[-2:] for shape in shapes]
+    strip = max(min(rows, STRIP) * columns for rows, columns in sizes)
+    scales = max(-(-rows // block[0]) * -(-columns // block[1]) for rows, columns in sizes)
+    return 4 * (2 * strip + max(columns for _, columns in sizes) + scales)

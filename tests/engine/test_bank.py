@@ -40,17 +40,20 @@ def _budget(folder: Path, engine: Engine, slots: int) -> dict[str, int]:
     return {"memory": plan.fixed_bytes + slots * plan.slot_bytes, "chunk_tokens": 64}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_expert_lands_as_transformers_would_have_it(
-    family: str, checkpoint: Checkpoint, open_engine: Open, plain_model: Callable[[Path], Any]
+    family: str, dtype: str, checkpoint: Checkpoint, open_engine: Open, plain_model: Callable[[Path], Any]
 ) -> None:
+    """Bytes go straight from the file into their slot, or by way of a buffer, where they are cast."""
     folder = checkpoint(family, max_shard_size="15KB")
-    engine = open_engine(folder)
+    engine = open_engine(folder, dtype=dtype)
     wanted = _stock_experts(plain_model(folder))
     with engine.lease(Selection.whole(engine.card.layers, engine.card.experts)):
         for layer, row in enumerate(engine.bank.residency.table):
             for expert, slot in enumerate(row):
                 for parameter, view in zip(engine.bank.layout.parameters, engine.bank.views[slot], strict=True):
-                    assert torch.equal(view, getattr(wanted[layer], parameter.name)[expert]), (layer, expert)
+                    plain = getattr(wanted[layer], parameter.name)[expert]
+                    assert torch.equal(view, plain.to(view.dtype)), (layer, expert)
 
 
 def test_a_lease_reads_what_is_missing_and_nothing_else(checkpoint: Checkpoint, open_engine: Open) -> None:

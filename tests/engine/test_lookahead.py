@@ -139,20 +139,31 @@ def test_a_pass_that_fails_leaves_no_read_ahead_behind(
     engine.forward(ids, torch.ones_like(ids), [None])
 
 
-def test_reading_ahead_in_vain_is_refused_and_the_default_leaves_it_out(
+def test_the_default_reads_nothing_ahead_and_neither_does_an_engine_that_holds_everything(
+    checkpoint: Checkpoint, open_engine: Open
+) -> None:
+    folder = checkpoint("olmoe", **SHAPE)
+    assert open_engine(folder, **_slots(folder, 20)).bank.guesses.most == 0
+    assert open_engine(folder, read_ahead=4).bank.guesses.most == 0  # everything is resident in the end
+    with pytest.raises(InvalidInput, match="at least 0"):
+        EngineConfig(folder, read_ahead=-1)
+
+
+def test_experts_that_are_cast_on_their_way_are_read_ahead_like_others(
     checkpoint: Checkpoint, open_engine: Open
 ) -> None:
     folder = checkpoint("olmoe", **SHAPE)
     plan = plan_memory(
         ModelCard.read(folder), EngineConfig(folder, memory=2**40, chunk_tokens=64, dtype="bfloat16", max_batch=2)
     )
-    fields = {"memory": plan.memory_for(0.5), "chunk_tokens": 64, "dtype": "bfloat16", "max_batch": 2}
-    with pytest.raises(InvalidInput, match="straight into their slots"):
-        open_engine(folder, **fields, read_ahead=4)
-    assert open_engine(folder, **fields).bank.guesses.most == 0  # bytes change on the way
-    assert open_engine(folder).bank.guesses.most == 0  # everything is resident in the end
-    with pytest.raises(InvalidInput, match="at least 0"):
-        EngineConfig(folder, read_ahead=-1)
+    fields = {"memory": plan.memory_for(0.4), "chunk_tokens": 64, "dtype": "bfloat16", "max_batch": 2}
+    request = GenerationRequest(tuple(range(30, 50)), None, "exact", Sampling(max_tokens=12))
+    ahead = open_engine(folder, **fields, read_ahead=4)
+    assert not ahead.bank.arrivals.direct
+    assert _tokens(ahead, request) == _tokens(open_engine(folder, **fields), request)
+    guessed = ahead.residency()
+    assert 0 < guessed.guessed_right <= guessed.experts_guessed
+    assert guessed.bytes_read >= guessed.bytes_paged + guessed.bytes_wasted
 
 
 class _Transfer:

@@ -36,9 +36,10 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     disk.gate.set()
 
 
-@pytest.fixture
-def engine(checkpoint: Checkpoint, open_engine: Open) -> Engine:
-    engine = open_engine(checkpoint("qwen2_moe"))
+@pytest.fixture(params=["float32", "bfloat16"])
+def engine(request: pytest.FixtureRequest, checkpoint: Checkpoint, open_engine: Open) -> Engine:
+    """Bytes go straight from the file into their slot, or by way of a buffer, where they are cast."""
+    engine = open_engine(checkpoint("qwen2_moe"), dtype=request.param)
     engine.tokenizer.eos = frozenset()
     return engine
 

@@ -23,13 +23,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from engine import plan as plan_module
 from engine import reader as reader_module
 from engine.bank import Bank, Lease
 from engine.layout import SlotLayout
 from engine.reader import Reader
 from engine.residency import ABSENT
+from engine.ring import Ring
 from engine.skeleton import build_skeleton
 from engine.tiny import write_tiny
+from engine.tiny_fp8 import write_fp8
 from store.checkpoint import CheckpointMap
 from store.errors import BudgetError, CheckpointError
 from store.experts import ExpertMap
@@ -40,20 +43,21 @@ PATIENCE = 0.15
 
 
 @cache
-def _folder() -> Path:
-    return write_tiny("qwen2_moe", Path(tempfile.mkdtemp(prefix="moepager-swaps-")))
+def _folder(kind: str) -> Path:
+    folder = write_tiny("qwen2_moe", Path(tempfile.mkdtemp(prefix="moepager-swaps-")))
+    return write_fp8(folder, (8, 5)) if kind == "fp8" else folder
 
 
 @cache
-def _checkpoint(dtype: str) -> tuple[SlotLayout, ExpertMap]:
-    checkpoint = CheckpointMap.open(_folder())
+def _checkpoint(dtype: str, kind: str = "plain") -> tuple[SlotLayout, ExpertMap]:
+    checkpoint = CheckpointMap.open(_folder(kind))
     experts = ExpertMap.build(checkpoint)
     return build_skeleton(checkpoint, experts, dtype)[0].layout, experts
 
 
 @cache
-def _truth(dtype: str) -> dict[ExpertKey, tuple[torch.Tensor, ...]]:
-    layout, experts = _checkpoint(dtype)
+def _truth(dtype: str, kind: str = "plain") -> dict[ExpertKey, tuple[torch.Tensor, ...]]:
+    layout, experts = _checkpoint(dtype, kind)
     with Reader(2**16) as reader:
         bank = Bank(layout, experts, LAYERS * EXPERTS, torch.device("cpu"), reader)
         with bank.lease(Selection.whole(LAYERS, EXPERTS)):
@@ -92,12 +96,12 @@ class SwapMachine(RuleBasedStateMachine):
     Several are under way at once. Bytes go straight into their slots.
     """
 
-    dtype = "float32"
+    dtype, kind = "float32", "plain"
 
     def __init__(self) -> None:
         super().__init__()
-        layout, experts = _checkpoint(self.dtype)
-        self.truth = _truth(self.dtype)
+        layout, experts = _checkpoint(self.dtype, self.kind)
+        self.truth = _truth(self.dtype, self.kind)
         self.disk = Disk()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(reader_module.os, "preadv", self.disk)
@@ -157,6 +161,11 @@ class SwapMachine(RuleBasedStateMachine):
         else:
             assert there == self.bank.holds(selection)
             assert there == (self.bank.missing_bytes(lease) == 0)
+
+    @rule()
+    def work(self) -> None:
+        """A slice of the owner's own work at a token boundary."""
+        self.bank.work()
 
     @rule(layer=st.integers(0, LAYERS - 1), experts=st.frozensets(st.integers(0, EXPERTS - 1), min_size=1, max_size=5))
     def compute_exactly(self, layer: int, experts: frozenset[int]) -> None:
@@ -230,13 +239,51 @@ TestSwaps = SwapMachine.TestCase
 
 
 class StagedSwapMachine(SwapMachine):
-    """Bytes go through a host buffer, where they are cast: the owner reads them itself, in slices."""
+    """Bytes go by way of a ring of buffers, where they are cast; all experts of a layer fit one of them."""
 
     dtype = "bfloat16"
 
+    @invariant()
+    def every_buffer_is_free_or_holds_experts_that_somebody_wants(self) -> None:
+        ring = self.bank.arrivals.way
+        assert isinstance(ring, Ring)
+        used = [cargo.buffer for cargo in ring._busy]
+        assert len({id(buffer) for buffer in (*used, *ring._free)}) == len(ring.staging.buffers)
+        for cargo in (*ring._busy, *ring._queue):
+            assert not cargo.there
+            for load in cargo.loads:
+                assert self.bank.residency.slot(load.key) == load.slot
+                assert load.slot in self.bank.residency.unfilled
+                assert self.bank.arrivals.is_under_way(load.key)
 
-StagedSwapMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+    def teardown(self) -> None:
+        super().teardown()
+        ring = self.bank.arrivals.way
+        assert isinstance(ring, Ring)
+        assert len(ring._free) == len(ring.staging.buffers)
+
+
+class NarrowSwapMachine(StagedSwapMachine):
+    """Two buffers of one expert each: every lease asks for more than the ring holds."""
+
+    def __init__(self) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan_module, "BUFFER_BYTES", 1)
+            patch.setattr(plan_module, "BUFFERS", 2)
+            super().__init__()
+
+
+class Fp8SwapMachine(StagedSwapMachine):
+    """Bytes are multiplied by the scales of their blocks on their way."""
+
+    kind = "fp8"
+
+
+for machine in (StagedSwapMachine, NarrowSwapMachine, Fp8SwapMachine):
+    machine.TestCase.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
 TestStagedSwaps = StagedSwapMachine.TestCase
+TestNarrowSwaps = NarrowSwapMachine.TestCase
+TestFp8Swaps = Fp8SwapMachine.TestCase
 
 
 ONE, OTHER = Selection.of([[0, 1, 2, 3]] * LAYERS), Selection.of([[4, 5, 6, 7]] * LAYERS)
@@ -262,24 +309,10 @@ def test_bytes_that_come_back_after_their_lease_was_given_up_spoil_no_slot(monke
         assert given_up.delivery is not None
         with bank.lease(OTHER):
             gate.set()
-            while given_up.delivery.transfer._under_way:
+            while given_up.delivery.passage._under_way:
                 time.sleep(0.001)
             reader.close()  # its threads have done all they ever will
             for key in OTHER:
                 held = zip(bank.views[bank.residency.slot(key)], _truth("float32")[key], strict=True)
                 assert all(torch.equal(*pair) for pair in held), key
         assert bank.residency.leased == 0
-
-
-def test_what_waits_to_be_read_by_the_owner_is_forgotten_with_its_lease() -> None:
-    layout, experts = _checkpoint("bfloat16")
-    with Reader(2**16, threads=2) as reader:
-        bank = Bank(layout, experts, len(ONE) + len(OTHER), torch.device("cpu"), reader)
-        with bank.lease(ONE, ahead=True):
-            manager = bank.lease(OTHER, ahead=True)
-            lease = manager.__enter__()
-        while not bank.poll(lease):
-            pass
-        assert (bank.paged.experts, bank.residency.resident) == (len(OTHER), len(OTHER))
-        manager.__exit__(None, None, None)
-        bank.residency.check()

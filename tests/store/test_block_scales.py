@@ -77,5 +77,5 @@ def test_the_other_eight_bit_float_is_refused() -> None:
 
 
 def test_scratch_is_a_few_rows_and_the_scales() -> None:
-    assert scratch_bytes((300, 200), (128, 128)) == (66 * 200 + 128 + 3 * 2) * 4
-    assert scratch_bytes((8, 10, 200), (128, 128)) == (22 * 200 + 128 + 2) * 4
+    assert scratch_bytes([(300, 200)], (128, 128)) == (65 * 200 + 3 * 2) * 4
+    assert scratch_bytes([(8, 10, 200), (4, 20)], (128, 128)) == (21 * 200 + 2) * 4
