@@ -22,7 +22,7 @@ from benchmarks.load_peers import fastsafetensors, runai
 from benchmarks.load_readers import OURS, Arena, Read, arena_bytes, check, pieces, true_sums
 from benchmarks.own_counters import device_bytes
 from benchmarks.page_cache import PAGE, evict, resident_pages
-from benchmarks.raw_read import Range, Shape, best_shape, lanes, merged, read_seconds
+from benchmarks.raw_read import Range, Shape, best_shape, is_direct, lanes, merged, read_seconds
 from engine.card import ModelCard
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -60,7 +60,8 @@ class ReaderFigures:
 class LoadFigures:
     """Medians over the runs, GB being 1e9 bytes; ratios as in ReaderFigures.
 
-    Figures outside `readers` are those of `own` and `raw`.
+    Figures outside `readers` are those of `own` and `raw`. Where the file system refuses direct reads, both are
+    buffered, and say so.
     """
 
     model: str
@@ -79,6 +80,8 @@ class LoadFigures:
     read_amplification: float
     cpu_seconds_per_gib: float
     runs: int
+    reads: str  # of `own`: direct, buffered or mixed
+    raw_reads: str
     readers: tuple[ReaderFigures, ...]
 
 
@@ -109,14 +112,16 @@ def bench_load(model: Path, keep: float, runs: int, readers: Sequence[str] = (),
     shape = best_shape(merged(_parts(experts, turns[0])))
     with ExitStack() as stack:
         arms: dict[str, Arm] = {"raw": _raw(experts, shape)}
-        arms["own"] = _own(stack.enter_context(Engine.open(_fitting(model, card, turns[0]))), experts)
+        engine = stack.enter_context(Engine.open(_fitting(model, card, turns[0])))
+        arms["own"] = _own(engine, experts)
         arena = Arena(arena_bytes(part.length for part in _parts(experts, turns[0])) if readers else PAGE)
         for name in dict.fromkeys(readers):
             read = stack.enter_context(READERS[name](card))
             arms[name] = _other(name, read, checkpoint, experts, turns, arena)
         samples = _measure_all(arms, turns, files, runs)
+        ways = engine.access.name, "direct" if is_direct(files) else "buffered"
     size = experts.selection_bytes(turns[0])
-    return _figures(model, keep, len(turns[0]), shape, _reader_figures(samples, size), size, runs)
+    return _figures(model, keep, len(turns[0]), shape, _reader_figures(samples, size), size, runs, ways)
 
 
 def disjoint_selections(card: ModelCard, per_layer: int, seed: int) -> tuple[Selection, Selection]:
@@ -219,8 +224,9 @@ def _reader_figures(samples: Mapping[str, Sequence[_Sample]], size: int) -> dict
 
 
 def _figures(
-    model: Path, keep: float, experts: int, shape: Shape, found: Mapping[str, ReaderFigures], size: int, runs: int
-) -> LoadFigures:
+    model: Path, keep: float, experts: int, shape: Shape, found: Mapping[str, ReaderFigures], size: int, runs: int,
+    ways: tuple[str, str],
+) -> LoadFigures:  # fmt: skip
     own, raw = found["own"], found["raw"]
     return LoadFigures(
         model=model.name,
@@ -239,6 +245,8 @@ def _figures(
         read_amplification=own.read_amplification,
         cpu_seconds_per_gib=own.cpu_seconds_per_gib,
         runs=runs,
+        reads=ways[0],
+        raw_reads=ways[1],
         readers=tuple(found.values()),
     )
 

@@ -45,9 +45,25 @@ def load_dense(
             )
         sources[target] = checkpoint.tensors[hub_name]
     _check_complete(wanted, sources)
-    for name, span in sources.items():
-        _read(span, _scales_of(span, checkpoint, experts, reader), wanted[name], reader)
+    _fill(sources, wanted, checkpoint, experts, reader)
     model.eval().requires_grad_(False)
+
+
+def _fill(
+    sources: Mapping[str, TensorSpan], wanted: Mapping[str, Tensor], checkpoint: CheckpointMap, experts: ExpertMap,
+    reader: Reader,
+) -> None:  # fmt: skip
+    """Straight into the tensors where dtype and device agree, all of those at once, as experts are read; the others by
+    a host copy, one after the other."""
+    last = {id(wanted[name]): name for name in sources}  # of names that share a tensor, one is read
+    straight = []
+    for name in last.values():
+        span, target = sources[name], wanted[name]
+        if target.device.type == "cpu" and target.dtype == DTYPES[span.dtype]:
+            straight.append(_extent(span, target))
+        else:
+            _convert(span, _scales_of(span, checkpoint, experts, reader), target, reader)
+    reader.read(straight)
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
@@ -89,6 +105,7 @@ def _materialise(model: Any, device: torch.device) -> dict[str, Tensor]:
 
 def _real(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     real = torch.empty(tensor.shape, dtype=dtype, device=device)
+    real.fill_(0)  # touched: else the reader's threads fault it in, and the disk seems slow
     return torch.nn.Parameter(real, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else real
 
 
@@ -121,11 +138,7 @@ def _scales_of(span: TensorSpan, checkpoint: CheckpointMap, experts: ExpertMap, 
     return _on_host(checkpoint.tensors[experts.scales.pairs[span.name]], reader), experts.scales.block
 
 
-def _read(span: TensorSpan, scales: Scales | None, target: Tensor, reader: Reader) -> None:
-    """Straight into the tensor where dtype and device agree, else through a host copy of this one tensor."""
-    if target.device.type == "cpu" and target.dtype == DTYPES[span.dtype]:
-        reader.read([_extent(span, target)])
-        return
+def _convert(span: TensorSpan, scales: Scales | None, target: Tensor, reader: Reader) -> None:
     host = _on_host(span, reader)
     if scales is None:
         target.copy_(host)

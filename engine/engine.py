@@ -31,7 +31,7 @@ from engine.observer import Observer
 from engine.occupancy import Occupancy, ResidencySnapshot
 from engine.passes import Passes
 from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
-from engine.reader import Reader
+from engine.reader import Access, Reader
 from engine.requests import Event, FailedEvent, GenerationRequest, Submission
 from engine.restriction import adopt_linear
 from engine.routing import Routing, Switchboard
@@ -122,6 +122,11 @@ class Engine:
     def occupancy(self) -> Occupancy:
         """Which slot every expert is in; callable from any thread, exact only between tokens."""
         return Occupancy.of(self.bank)
+
+    @property
+    def access(self) -> Access:
+        """How the checkpoint's files are read; callable from any thread."""
+        return self._reader.access
 
     def evict(self) -> int:
         """Forget every expert that no lease holds, so that the next lease reads all of its own. Gives their number."""

@@ -40,6 +40,15 @@ class ReadReport:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How files are read: "direct", "buffered" (through the page cache), or "mixed"; `why` says what refused direct
+    reads, None where nothing did."""
+
+    name: str
+    why: str | None = None
+
+
 class Meter:
     """How fast bytes are read or converted: what was asked for over the seconds in which any of it was under way.
 
@@ -134,6 +143,17 @@ class Reader:
                 assert path not in self._files, path
                 self._files[path] = _File(path, self._direct, identity)
 
+    @property
+    def access(self) -> Access:
+        """Of the files that are open; some systems refuse as late as at the first read. Callable from any thread."""
+        with self._lock:
+            files = list(self._files.values())
+        if not any(file.refusal for file in files):
+            return Access("direct")
+        first = next(file for file in files if file.refusal)
+        name = "buffered" if all(file.refusal for file in files) else "mixed"
+        return Access(name, f"{first.path.name}: {first.refusal}")
+
     def read(self, extents: Sequence[Extent]) -> ReadReport:
         """Fill every extent. Raises CheckpointError naming file, offset, wanted and got: then trust nothing of them."""
         transfer = self.start([extents], True)
@@ -210,10 +230,10 @@ class _File:
 
     def __init__(self, path: Path, direct: bool, identity: Identity | None = None) -> None:
         """Without an identity, what is found at `path` now is taken."""
-        self._path = path
+        self.path = path
+        self.refusal = None if direct else "direct reads were not asked for, or this system has none"
         self._buffered = _open(path, 0)
         self._direct: int | None = None
-        self._refused = False
         try:
             self._identity = identity or Identity.of(self._buffered)
             self._identity.check(path, self._buffered)
@@ -225,12 +245,13 @@ class _File:
 
     def _open_direct(self) -> None:
         try:
-            self._direct = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            self._direct = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as error:
             if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
-                raise _unreadable(self._path, error) from error
+                raise _unreadable(self.path, error) from error
+            self.refusal = f"its file system opens no file for direct reads ({error.strerror})"
         else:
-            self._identity.check(self._path, self._direct)
+            self._identity.check(self.path, self._direct)
 
     def close(self) -> None:
         os.close(self._buffered)
@@ -243,16 +264,17 @@ class _File:
         try:
             return self._fetch(run, staging)
         finally:
-            self._identity.check(self._path, self._buffered)
+            self._identity.check(self.path, self._buffered)
 
     def _fetch(self, run: Run, staging: Bytes) -> Fetched:
-        if self._direct is not None and not self._refused:
+        if self._direct is not None and self.refusal is None:
             try:
                 return self._fetch_direct(self._direct, run, staging)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise _failed(run, error) from error
-                self._refused = True  # the descriptor stays open: another thread may be reading from it
+                # The descriptor stays open: another thread may be reading from it.
+                self.refusal = f"its file system refuses direct reads ({error.strerror})"
         return self._fetch_buffered(run, staging)
 
     def _fetch_direct(self, descriptor: int, run: Run, staging: Bytes) -> Fetched:

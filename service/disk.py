@@ -1,52 +1,74 @@
-"""How fast the disk under a model gives its bytes: a short direct read of the checkpoint itself."""
+"""How fast the disk under a model gives its experts: a short cold read of them, by the engine's own reader."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from engine.reader import Reader
-from engine.transfer import Extent
-from store.errors import CheckpointError
+from engine.card import ModelCard
+from engine.plan import READER_THREADS, reader_bytes
+from engine.reader import Access, Reader
+from engine.transfer import Bytes, Extent, Transfer
+from store.checkpoint import CheckpointMap
+from store.experts import ExpertMap
 
-BLOCK = 4 * 2**20
+BATCH = 32 * 2**20  # bytes of a transfer; two are under way, so that no thread waits for the end of one
 SECONDS = 0.5  # long enough to be right within tens of percent, short enough for a command that only plans
-MOST = 256 * 2**20
+MOST = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class DiskSpeed:
     bytes: int
     seconds: float
+    access: Access
 
     @property
     def bytes_per_second(self) -> float:
         return self.bytes / self.seconds
 
 
-def measure_disk(files: Sequence[Path], seconds: float = SECONDS) -> DiskSpeed:
-    """Read blocks from the files, the largest first, past the page cache where the file system allows it."""
-    blocks = _blocks(files)
-    block = np.zeros(BLOCK, np.uint8)
-    read, started = 0, time.perf_counter()
-    with Reader(BLOCK + 8192) as reader:
-        for file, offset, length in itertools.cycle(blocks):  # a small model is read again: direct reads are not cached
-            reader.read([Extent(file, offset, length, block[:length])])
-            read += length
-            if time.perf_counter() - started > seconds or read >= MOST:
-                break
-    return DiskSpeed(read, time.perf_counter() - started)
+def measure_disk(card: ModelCard, seconds: float = SECONDS) -> DiskSpeed:
+    """Read every other expert, layer after layer, as a swap does: so many threads, requests of that length, past the
+    page cache where the file system allows it. A small model is read again and again."""
+    checkpoint = CheckpointMap.open(card.folder)
+    read, under_way = 0, deque[tuple[Transfer, int]]()
+    with Reader(reader_bytes(card), READER_THREADS) as reader:
+        reader.hold(checkpoint.identities)
+        batches = itertools.cycle(_batches(ExpertMap.build(checkpoint)))
+        started = time.perf_counter()
+        while (going := time.perf_counter() - started < seconds and read < MOST) or under_way:
+            if going and len(under_way) < 2:
+                batch = next(batches)
+                under_way.append((reader.start([batch]), sum(extent.nbytes for extent in batch)))
+                continue
+            transfer, size = under_way.popleft()
+            transfer.wait_all()
+            read += size
+        return DiskSpeed(read, time.perf_counter() - started, reader.access)
 
 
-def _blocks(files: Sequence[Path]) -> list[tuple[Path, int, int]]:
-    """File, offset and length of every block, those of the largest file first."""
-    sizes = sorted(((file.stat().st_size, file) for file in files), reverse=True)
-    found = [(file, at, min(BLOCK, size - at)) for size, file in sizes for at in range(0, size, BLOCK)]
-    if not found:
-        raise CheckpointError("No bytes to measure the disk with: the model folder has no safetensors files.")
-    return found
+def show_access(access: Access) -> str:
+    """For people."""
+    if access.why is None:
+        return "by direct reads, past the page cache"
+    some = "some files " if access.name == "mixed" else ""
+    return f"{some}through the page cache ({access.why}): a local file system such as ext4 or xfs reads faster"
+
+
+def _batches(experts: ExpertMap) -> Iterator[list[Extent]]:
+    """What is read is dropped: all of it goes to the same place."""
+    scrap: Bytes = np.zeros(max(experts.expert_bytes), np.uint8)
+    batch: list[Extent] = []
+    for span in (span for layer in experts.spans for span in layer[::2]):
+        batch += [Extent(part.file, part.offset, part.nbytes, scrap[: part.nbytes]) for part in span.parts]
+        if sum(extent.nbytes for extent in batch) >= BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

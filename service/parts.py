@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.scheduler import Rules
 from engine.worker import EngineWorker, TokenStream
 from service.discovery import Discovery
+from service.disk import show_access
 from service.keys import KeyRing
 from service.metrics import Metrics
 from service.model import engine_config, model_id
@@ -81,6 +82,8 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         embedder = open_embedder(settings.embedder)
         engine = stack.enter_context(Engine.open(config))
         log.info("Kernel of few rows, as in decoding: %s", engine.kernel)
+        access = engine.access
+        log.log(logging.WARNING if access.why else logging.INFO, "Experts are read %s", show_access(access))
         changes = store.changes.count()  # before the rest: what changes in between is read again
         catalogue = Catalogue.read(store, engine.card.fingerprint)
         warn_of_doubts(catalogue)

@@ -90,6 +90,7 @@ class ModelPlan:
             "total_bytes": plan.total_bytes,
             "floor_bytes": plan.floor_bytes,
             "disk_bytes_per_second": self.disk.bytes_per_second,
+            "disk_reads": self.disk.access.name,
             "tasks": [self.task(each) for each in self.tasks],
         }
 
@@ -104,7 +105,7 @@ def make_plan(settings: Settings, task: str | None = None) -> ModelPlan:
     wanted = catalogue.tasks.values() if task is None else [catalogue.named(task)]
     policy = Policy.of(settings, plan)
     tasks = tuple(plan_task(each, policy) for each in sorted(wanted, key=lambda each: each.name))
-    return ModelPlan(card, plan, measure_disk(sorted(card.folder.glob("*.safetensors"))), tasks)
+    return ModelPlan(card, plan, measure_disk(card), tasks)
 
 
 def judgement(task: ProfiledTask) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
+from engine.card import ModelCard
 from engine.plan import MemoryPlan, plan_memory
 from service.context import PartsDep
 from service.disk import DiskSpeed, measure_disk
@@ -36,7 +36,7 @@ def plan_for(parts: Parts, memory: int | None, task: str | None) -> dict[str, An
     policy = replace(parts.policy, plan=found)
     wanted = parts.catalogue.tasks.values() if task is None else [parts.catalogue.named(task)]
     tasks = tuple(plan_task(each, policy) for each in sorted(wanted, key=lambda each: each.name))
-    body = ModelPlan(parts.engine.card, found, disk_of(parts.folder), tasks).json()
+    body = ModelPlan(parts.engine.card, found, disk_of(parts.engine.card), tasks).json()
     return {**body, "model": parts.model_id, "whole_bytes": found.memory_for(1.0)}
 
 
@@ -46,6 +46,6 @@ def _plan(parts: Parts, memory: int) -> MemoryPlan:
 
 
 @cache
-def disk_of(folder: Path) -> DiskSpeed:
+def disk_of(card: ModelCard) -> DiskSpeed:
     """Measured once: it takes half a second, and reads of the service itself would wait for it."""
-    return measure_disk(sorted(folder.glob("*.safetensors")))
+    return measure_disk(card)

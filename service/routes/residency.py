@@ -74,8 +74,9 @@ def served(parts: Parts) -> dict[str, StoredSelection]:
 @router.get("/v1/residency")
 async def residency(parts: PartsDep, experts: bool = False) -> dict[str, Any]:
     """`experts=true` adds `table[layer][expert]`, the slot or -1, and which slots are leased or still being read. A key
-    that is limited to tasks sees the experts of their selections alone, and none of the sums since the start."""
-    plan, seen = parts.engine.plan, look(parts)
+    that is limited to tasks sees the experts of their selections alone, and none of the sums since the start. `reads`
+    says how the files are read: direct, buffered (through the page cache) or mixed, `reads_why` what refused."""
+    plan, seen, access = parts.engine.plan, look(parts), parts.engine.access
     more = asdict(seen.occupancy) if experts else {}
     return {
         "model": parts.model_id,
@@ -84,6 +85,8 @@ async def residency(parts: PartsDep, experts: bool = False) -> dict[str, Any]:
         "slot_bytes": plan.slot_bytes,
         "slots": plan.slots,
         "changes": parts.changes,
+        "reads": access.name,
+        "reads_why": access.why,
         **seen.figures,
         **more,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,6 +36,7 @@ def test_the_command_shows_raw_own_and_each_reader_that_was_asked_for(model):
     readers = {reader["name"]: reader for reader in answer["readers"]}
     assert list(readers) == ["raw", "own", *READERS]
     assert all(reader["seconds"] > 0 and reader["ratio_to_raw"] > 0 for reader in readers.values())
+    assert (answer["reads"], answer["raw_reads"]) == ("direct", "direct")
     assert (answer["seconds"], answer["raw_seconds"]) == (readers["own"]["seconds"], readers["raw"]["seconds"])
 
 
@@ -45,6 +48,19 @@ def test_only_readers_through_the_page_cache_leave_pages_there(model):
 
 def test_without_a_reader_there_are_raw_and_own(model):
     assert [reader.name for reader in bench_load(model, 0.5, 1).readers] == ["raw", "own"]
+
+
+def test_where_direct_reads_are_refused_both_are_buffered_and_say_so(model, monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *more, **named):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    found = bench_load(model, 0.5, 1)
+    assert (found.reads, found.raw_reads) == ("buffered", "buffered")
 
 
 def test_a_reader_that_nobody_knows_is_refused_with_those_there_are(model):

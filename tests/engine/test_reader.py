@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from engine import reader as reader_module
-from engine.reader import ALIGN, Reader, coalesce
+from engine.reader import ALIGN, Access, Reader, coalesce
 from engine.transfer import Bytes, Extent
 from store.errors import CheckpointError, ShardChanged
 from store.identity import Identity
@@ -89,8 +89,36 @@ def test_where_direct_reads_are_refused_buffered_ones_do_it(
     extent = _extent(path, 5, 1001)
     with Reader(64 * 1024) as reader:
         reader.read([extent])
+        assert reader.access == Access(
+            "buffered", "weights.bin: its file system refuses direct reads (Invalid argument)"
+        )
         reader.read([extent])
     assert np.array_equal(extent.into, content[5:1006])
+
+
+def test_a_reader_says_how_it_reads_and_which_file_is_read_otherwise(
+    file: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, content = file
+    other = path.with_name("other.bin")
+    content.tofile(other)
+    real = os.open
+
+    def refuse(name: Path, flags: int) -> int:
+        if flags & os.O_DIRECT and name == other:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(name, flags)
+
+    monkeypatch.setattr(reader_module.os, "open", refuse)
+    with Reader(64 * 1024) as reader:
+        reader.read([_extent(path, 0, 10)])
+        assert reader.access == Access("direct", None)
+        reader.read([_extent(other, 0, 10)])
+        assert reader.access.name == "mixed"
+        assert str(reader.access.why).startswith("other.bin: its file system opens no file for direct reads")
+    with Reader(64 * 1024, direct=False) as reader:
+        reader.read([_extent(path, 0, 10)])
+        assert reader.access.name == "buffered"
 
 
 def test_short_reads_are_continued(file: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch) -> None:
