@@ -79,7 +79,8 @@ async def _refuse_route(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}. The routes are listed at /docs."
     if error.status_code == 400:  # the one thing that the framework itself refuses so
-        message = f"The body can't be read as JSON in UTF-8: {error.detail}."
+        is_form = request.headers.get("content-type", "").startswith("multipart/")
+        message = f"The body can't be read as {'a form' if is_form else 'JSON in UTF-8'}: {error.detail}."
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     return JSONResponse(_body(message, error.status_code, code, None), error.status_code, error.headers)
 

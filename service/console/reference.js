@@ -99,11 +99,12 @@ function operationOf(path, method, given, description) {
   const parameters = (given.parameters ?? []).map((each) =>
     ({ name: each.name, where: each.in, required: each.required, schema: each.schema, description: each.description }));
   const schema = given.requestBody?.content?.["application/json"]?.schema;
-  const bodies = schema ? bodiesOf(schema, description) : [];
+  const form = given.requestBody?.content?.["multipart/form-data"]?.schema;
+  const bodies = form ? [["Form", fieldsOf(form)]] : schema ? bodiesOf(schema, description) : [];
   const answers = Object.entries(given.responses).filter(([, each]) => each.content).map(([status, each]) =>
     `${status} (${Object.keys(each.content).join(" or ")})`);
   const names = [...parameters, ...bodies.flatMap(([, fields]) => fields)].map((each) => each.name);
-  return { path, method, parameters, bodies, answers, tag: given.tags?.[0] ?? "more", description: given.description ?? "",
+  return { path, method, parameters, bodies, form: form !== undefined, answers, tag: given.tags?.[0] ?? "more", description: given.description ?? "",
     operators: given["x-operators-only"] === true,
     words: [method, path, given.description ?? "", ...names].join(" ").toLowerCase() };
 }
@@ -155,6 +156,7 @@ export function kindOf(schema) {
   if (schema.enum) return schema.enum.map((each) => JSON.stringify(each)).join(" or ");
   const limits = LIMITS.filter(([name]) => Math.abs(schema[name]) < LARGEST).map(([name, sign]) => ` ${sign} ${schema[name]}`).join("");
   if (schema.type === "array") return `list of ${kindOf(schema.items ?? {})}${lengthOf(schema.minItems, schema.maxItems)}`;
+  if (schema.format === "binary") return "file";
   if (schema.type === "string") return `text${lengthOf(schema.minLength > 1 ? schema.minLength : undefined, schema.maxLength)}`;
   return `${schema.type ?? "anything"}${limits}`;
 }
@@ -169,7 +171,10 @@ function curl(each) {
   const path = each.path.replace(/{(\w+)}/g, (_, name) => name.toUpperCase());
   const words = [`curl ${each.method === "get" ? "" : `-X ${each.method.toUpperCase()} `}${location.origin}${path}`,
     "  -H 'authorization: Bearer KEY'"];
-  if (each.bodies.length > 0) {
+  if (each.form) {
+    const fields = each.bodies[0][1].filter(({ required, schema }) => required || schema.format === "binary");
+    words.push(...fields.map(({ name, schema }) => `  -F ${name}=${schema.format === "binary" ? `@${name}` : "text"}`));
+  } else if (each.bodies.length > 0) {
     words.push("  -H 'content-type: application/json'", `  -d '${JSON.stringify(sample(each.bodies[0][1], new Map(each.bodies)))}'`);
   }
   return words.join(" \\\n");

@@ -19,6 +19,7 @@ from service.price_tags import price_tag
 from service.reloading import Reloader
 from service.schemas import TaskBody
 from service.serving import Candidate, Policy, ProfiledTask, choose_candidate
+from service.uploads import FILES, FORM, MOST_FIELDS, task_of
 from store.errors import Conflict, InvalidInput, MoepagerError
 from store.records import GENERALIST, MadeBy, StoredCorpus, TaskRecord
 
@@ -45,6 +46,18 @@ async def list_tasks(parts: PartsDep) -> dict[str, Any]:
 async def create_task(body: TaskBody, request: Request, parts: PartsDep, key: IdempotencyKey = None) -> dict[str, Any]:
     """Stores the text. `POST /v1/jobs` then profiles it, and with its profile the task is in service. With an
     Idempotency-Key the same task may be sent again."""
+    return await _create(body, request, parts, key)
+
+
+@router.post("/v1/tasks/upload", status_code=201, dependencies=[operators_only], openapi_extra=FORM)
+async def upload_task(request: Request, parts: PartsDep, key: IdempotencyKey = None) -> dict[str, Any]:
+    """As `POST /v1/tasks`, with the texts as files of a form: JSON lines, one item a line."""
+    async with request.form(max_files=len(FILES), max_fields=MOST_FIELDS) as form:
+        body = await task_of(form)
+    return await _create(body, request, parts, key)
+
+
+async def _create(body: TaskBody, request: Request, parts: Parts, key: str | None) -> dict[str, Any]:
     await asyncio.to_thread(store_task, body, parts, made_by(scoped(key, request), body))
     sizes = {"exemplars": len(body.exemplars), "calibration": len(body.calibration), "evaluation": len(body.evaluation)}
     return {"task": body.name, "description": body.description, **sizes}
