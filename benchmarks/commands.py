@@ -35,11 +35,13 @@ def load_command(
     runs: Annotated[int, typer.Option(min=1)] = 5,
     reader: Annotated[
         list[str] | None,
-        typer.Option(help="Repeatable: direct, safetensors, mmap, pread, runai, fastsafetensors, beside raw and own."),
+        typer.Option(
+            help="Repeatable: direct, safetensors, mmap, pread, runai, fastsafetensors. raw and own always run."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Page a selection cold, beside a raw direct read of the same bytes. A model of a few GB gives steady figures."""
+    """Page a selection cold, between two raw direct reads of the same bytes. Steady from a selection of 1 GiB up."""
     from benchmarks.load import bench_load
     from store.home import bundled_model
 
@@ -250,6 +252,10 @@ def mixed_command(
     scorer: Annotated[
         str | None, typer.Option(help="Profile the demo's tasks with it; random selections by default.")
     ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="Share of a random selection that all tasks have in common; 0.5 by default."),
+    ] = None,
     clients: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 8,
     requests: Annotated[int, typer.Option(min=1, help="Requests an arm and run.")] = 32,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a random prompt.")] = 96,
@@ -259,8 +265,9 @@ def mixed_command(
     runs: Annotated[int, typer.Option(min=1)] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Four tasks in one batch, beside one task alone and beside a swap for every request."""
-    from benchmarks.mixed import Work, bench_mixed
+    """Four tasks in one batch, beside one task alone and a swap for every request; random tasks of any checkpoint."""
+    from benchmarks.mixed import bench_mixed
+    from benchmarks.mixed_tasks import Work
     from store.home import bundled_model
 
     work = Work(
@@ -270,6 +277,7 @@ def mixed_command(
         prompt_tokens=prompt,
         tokens=tokens,
         scorer=scorer,
+        overlap=overlap,
         dtype=dtype,
         threads=threads,
     )

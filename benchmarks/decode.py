@@ -122,8 +122,11 @@ def _run(arm: str, terms: Terms, cap: int | None) -> _Run | str:
     environment = dict(os.environ) | {"OMP_NUM_THREADS": str(terms.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     ended = run_capped(_command(_task(arm, terms, cap), terms.peer), cap, environment, SECONDS)
     if ended.code != 0:
-        killed = "killed for want of memory" if ended.oom_kills else f"exit code {ended.code}"
-        return f"{killed}: {ended.errors.strip().splitlines()[-1] if ended.errors.strip() else 'no message'}"
+        if ended.oom_kills:
+            return "killed for want of memory"  # what it printed before is a bar of progress at best
+        return (
+            f"exit code {ended.code}: {ended.errors.strip().splitlines()[-1] if ended.errors.strip() else 'no message'}"
+        )
     figures = json.loads(ended.output.splitlines()[-1])
     return _Run(
         figures["tok_per_s"],

@@ -1,11 +1,11 @@
 """Cold paging of a selection, beside a raw direct read of the same bytes from the same places and other readers.
 
 Two disjoint random selections take turns in a bank that holds just one of them, so that every lease reads all of its
-bytes. Arms take turns in every run, each run in another order, and every arm has `raw` just before and just after it:
-a disk drifts within a minute by more than readers differ, so each is held to the mean of its two neighbours alone.
-Files are evicted from the page cache before each arm, and the eviction is checked. `raw` is the limit: it drops what it
-reads. `own` is the engine's lease, into the bank. The others (benchmarks/load_readers.py, load_peers.py) fill an arena
-that was touched before, and what they brought is checked.
+bytes. Every arm stands between two raw reads of the same bytes, and its ratio is taken to these two (paired.py); a run
+begins with one more, not counted, since the host may keep what was read last. Runs have the arms in another order.
+Files are evicted from the page cache before each read, and the eviction is checked. `raw` is the limit: it drops what
+it reads. `own` is the engine's lease, into the bank. The others (load_readers.py, load_peers.py) fill an arena that
+was touched before, and what they brought is checked.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from benchmarks.load_peers import fastsafetensors, runai
-from benchmarks.load_readers import OURS, Arena, Read, arena_bytes, check, pieces, true_sums
-from benchmarks.own_counters import device_bytes
+from benchmarks.load_pieces import Arena, Read, arena_bytes, check, pieces, true_sums
+from benchmarks.load_readers import READERS
+from benchmarks.own_counters import anonymous_bytes, device_bytes
 from benchmarks.page_cache import PAGE, evict, resident_pages
+from benchmarks.paired import PairedRatio, pair_ratio, paired_ratio
 from benchmarks.raw_read import Range, Shape, best_shape, is_direct, lanes, merged, read_seconds
+from benchmarks.watch import Watch
 from engine.card import ModelCard
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -33,36 +35,36 @@ from store.experts import ExpertMap
 from store.records import Selection
 
 Arm = Callable[[Selection], AbstractContextManager[None]]  # it has read when the block begins
-READERS = {**OURS, "runai": runai, "fastsafetensors": fastsafetensors}
 WARM_UP = 2  # runs, one for each selection
 
 
 @dataclass(frozen=True, slots=True)
 class ReaderFigures:
-    """Medians over the runs. `cache_left_bytes` is what stays in the page cache, by mincore, of the files read.
+    """Medians over the runs; of `raw`, over all of its reads.
 
-    `ratio_to_raw` is the median over the runs of the raw reads just before and after, over the reader; `ratio_least`
-    and `ratio_most` are the extremes, between which the true median lies with 1 - 2 / 2^runs (94% of five runs).
+    `ratio_to_raw` is the median of the pairs' ratios, above 1 where it is faster than raw, and lies between `ratio_low`
+    and `ratio_high` with LoadFigures' `ratio_confidence`. `read_amplification` is what the device gave over the
+    selection's bytes. `cache_left_bytes` is what stays in the page cache, by mincore, of the files read. `anon_bytes`
+    is the most anonymous memory that a read took beyond the arena and what was held since opening (of `direct` its
+    four buffers, which the plan counts), seen in runs that are not timed. None of raw and own: own reads as `direct`.
     """
 
     name: str
     seconds: float
     gb_per_s: float
     ratio_to_raw: float
-    ratio_least: float
-    ratio_most: float
+    ratio_low: float
+    ratio_high: float
     cpu_seconds_per_gib: float
     read_amplification: float
     cache_left_bytes: int
+    anon_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadFigures:
-    """Medians over the runs, GB being 1e9 bytes; ratios as in ReaderFigures.
-
-    Figures outside `readers` are those of `own` and `raw`. Where the file system refuses direct reads, both are
-    buffered, and say so.
-    """
+    """Medians over the runs, GB being 1e9 bytes. Figures outside `readers` are those of `own` and `raw`.
+    Where the file system refuses direct reads, both are buffered, and say so."""
 
     model: str
     keep: float
@@ -73,8 +75,9 @@ class LoadFigures:
     raw_seconds: float
     raw_gb_per_s: float
     ratio_to_raw: float
-    ratio_least: float
-    ratio_most: float
+    ratio_low: float
+    ratio_high: float
+    ratio_confidence: float
     raw_block: int
     raw_depth: int
     read_amplification: float
@@ -91,7 +94,15 @@ class _Sample:
     cpu_seconds: float
     bytes_read: int  # from the device, by the kernel's own count
     cache_left: int
-    beside: float  # seconds of the raw reads just before and just after it, in the mean
+
+
+@dataclass(slots=True)
+class _Samples:
+    """Of one arm: what was measured run by run, and each beside the raw reads around it."""
+
+    taken: list[_Sample] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    anon: int | None = None
 
 
 def bench_load(model: Path, keep: float, runs: int, readers: Sequence[str] = (), seed: int = 0) -> LoadFigures:
@@ -121,7 +132,8 @@ def bench_load(model: Path, keep: float, runs: int, readers: Sequence[str] = (),
         samples = _measure_all(arms, turns, files, runs)
         ways = engine.access.name, "direct" if is_direct(files) else "buffered"
     size = experts.selection_bytes(turns[0])
-    return _figures(model, keep, len(turns[0]), shape, _reader_figures(samples, size), size, runs, ways)
+    found = {name: _reader_figures(name, own, size) for name, own in samples.items()}
+    return _figures(model, keep, len(turns[0]), shape, found, _ratio(samples["own"]).confidence, size, runs, ways)
 
 
 def disjoint_selections(card: ModelCard, per_layer: int, seed: int) -> tuple[Selection, Selection]:
@@ -179,54 +191,90 @@ def _other(
 
 def _measure_all(
     arms: Mapping[str, Arm], turns: Sequence[Selection], files: Sequence[Path], runs: int
-) -> dict[str, list[_Sample]]:
-    samples: dict[str, list[_Sample]] = {name: [] for name in arms}
-    names = [name for name in arms if name != "raw"]
-    for run in range(-WARM_UP, runs):
-        turn, first = turns[run % 2], run % len(names)
-        before = _measure(arms["raw"], turn, files)
-        for name in names[first:] + names[:first]:
-            sample = _measure(arms[name], turn, files)
-            after = _measure(arms["raw"], turn, files)
-            if run >= 0:
-                samples[name].append(replace(sample, beside=(before.seconds + after.seconds) / 2))
-                samples["raw"].append(replace(after, beside=after.seconds))
-            before = after
+) -> dict[str, _Samples]:
+    samples = {name: _Samples() for name in arms}
+    others = [name for name in arms if name != "raw"]
+    for run in range(WARM_UP):
+        for name in arms:
+            evict(files)
+            _warm_up(name, arms[name], turns[run % 2], samples[name])
+    for run in range(runs):
+        first = run % len(others)
+        _measure_run(arms, others[first:] + others[:first], turns[run % 2], files, samples)
     return samples
 
 
+def _warm_up(name: str, arm: Arm, turn: Selection, samples: _Samples) -> None:
+    before = anonymous_bytes()
+    with Watch(lambda: (anonymous_bytes(), 0)) as watch, arm(turn):
+        pass
+    if name in READERS:
+        samples.anon = max(samples.anon or 0, watch.anon - before)
+
+
+def _measure_run(
+    arms: Mapping[str, Arm],
+    names: Sequence[str],
+    turn: Selection,
+    files: Sequence[Path],
+    samples: Mapping[str, _Samples],
+) -> None:
+    def measured(name: str) -> _Sample:
+        evict(files)
+        return _measure(arms[name], turn, files)
+
+    measured("raw")
+    before = measured("raw")
+    samples["raw"].taken.append(before)
+    for name in names:
+        sample, after = measured(name), measured("raw")
+        samples[name].taken.append(sample)
+        samples[name].ratios.append(pair_ratio(before.seconds, sample.seconds, after.seconds))
+        samples["raw"].taken.append(after)
+        before = after
+
+
 def _measure(arm: Arm, turn: Selection, files: Sequence[Path]) -> _Sample:
-    evict(files)
     before, cpu, started = device_bytes(), time.process_time(), time.perf_counter()
     with arm(turn):
         seconds, used = time.perf_counter() - started, time.process_time() - cpu
         read = device_bytes() - before
-        return _Sample(seconds, used, read, PAGE * sum(resident_pages(file) for file in files), seconds)
+        return _Sample(seconds, used, read, PAGE * sum(resident_pages(file) for file in files))
 
 
-def _reader_figures(samples: Mapping[str, Sequence[_Sample]], size: int) -> dict[str, ReaderFigures]:
-    def figures(name: str, own: Sequence[_Sample]) -> ReaderFigures:
-        seconds = median(sample.seconds for sample in own)
-        ratios = [sample.beside / sample.seconds for sample in own]
-        return ReaderFigures(
-            name=name,
-            seconds=seconds,
-            gb_per_s=size / seconds / 1e9,
-            ratio_to_raw=median(ratios),
-            ratio_least=min(ratios),
-            ratio_most=max(ratios),
-            cpu_seconds_per_gib=median(sample.cpu_seconds for sample in own) / (size / 2**30),
-            read_amplification=median(sample.bytes_read for sample in own) / size,
-            cache_left_bytes=int(median(sample.cache_left for sample in own)),
-        )
+def _reader_figures(name: str, samples: _Samples, size: int) -> ReaderFigures:
+    taken = samples.taken
+    seconds = median(sample.seconds for sample in taken)
+    ratio = _ratio(samples)
+    return ReaderFigures(
+        name=name,
+        seconds=seconds,
+        gb_per_s=size / seconds / 1e9,
+        ratio_to_raw=ratio.median,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        cpu_seconds_per_gib=median(sample.cpu_seconds for sample in taken) / (size / 2**30),
+        read_amplification=median(sample.bytes_read for sample in taken) / size,
+        cache_left_bytes=int(median(sample.cache_left for sample in taken)),
+        anon_bytes=samples.anon,
+    )
 
-    return {name: figures(name, own) for name, own in samples.items()}
+
+def _ratio(samples: _Samples) -> PairedRatio:
+    return paired_ratio(samples.ratios or [1.0])  # raw is what the others are compared with
 
 
 def _figures(
-    model: Path, keep: float, experts: int, shape: Shape, found: Mapping[str, ReaderFigures], size: int, runs: int,
+    model: Path,
+    keep: float,
+    experts: int,
+    shape: Shape,
+    found: Mapping[str, ReaderFigures],
+    confidence: float,
+    size: int,
+    runs: int,
     ways: tuple[str, str],
-) -> LoadFigures:  # fmt: skip
+) -> LoadFigures:
     own, raw = found["own"], found["raw"]
     return LoadFigures(
         model=model.name,
@@ -238,8 +286,9 @@ def _figures(
         raw_seconds=raw.seconds,
         raw_gb_per_s=raw.gb_per_s,
         ratio_to_raw=own.ratio_to_raw,
-        ratio_least=own.ratio_least,
-        ratio_most=own.ratio_most,
+        ratio_low=own.ratio_low,
+        ratio_high=own.ratio_high,
+        ratio_confidence=confidence,
         raw_block=shape.block,
         raw_depth=shape.depth,
         read_amplification=own.read_amplification,

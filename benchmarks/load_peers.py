@@ -1,81 +1,84 @@
-"""Published readers of safetensors files, for `bench load`: what they bring is copied into the same arena as by others.
+"""Loaders of others as readers of `bench load`: run:ai's Model Streamer and fastsafetensors, each by its public calls.
 
-Both are optional (`moepager[readers]`) and run as their own documentation has it, with their own defaults. Their own
-memory comes on top of the arena: they fill buffers of their own, which nobody else can choose.
+Both are made for whole files and both can do with less: the streamer reads any ranges, fastsafetensors whole tensors
+that a filter names. They bring bytes into memory of their own, from where these are copied into the arena, as an expert
+would be into its slot. Both are optional (extra `readers`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from pathlib import Path
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.load_readers import Piece, Read
+from benchmarks.load_pieces import Piece, Read, by_file
 from engine.card import ModelCard
-from engine.plan import READER_THREADS
 from store.errors import NotFound
+
+# Bytes of the streamer's ring: by default it takes as much as is read, and was slower (docs/performance.md).
+RING = 256 << 20
 
 
 @contextmanager
 def runai(_: ModelCard) -> Iterator[Read]:
-    """run:ai's Model Streamer: byte ranges of files, read in the background, given in any order."""
-    try:
-        from runai_model_streamer import FileChunks, FileStreamer  # noqa: PLC0415 - an optional peer
-    except ImportError as error:
-        raise _absent("run:ai's Model Streamer", "runai-model-streamer") from error
+    """FileStreamer over the very ranges, in a ring that it fills again: direct reads, on its own number of threads."""
+    module = _peer("runai_model_streamer")
 
     def read(wanted: Sequence[Piece]) -> None:
-        groups = list(_by_file(wanted).items())
+        files = by_file(wanted)
+        lists = list(files.values())
         asked = [
-            FileChunks(number, str(file), [one.offset for one in pieces], [one.nbytes for one in pieces])
-            for number, (file, pieces) in enumerate(groups)
+            module.FileChunks(number, str(file), [one.offset for one in ones], [one.nbytes for one in ones])
+            for number, (file, ones) in enumerate(files.items())
         ]
-        with FileStreamer() as streamer:
-            streamer.stream_files(asked)
-            for number, place, tensor in streamer.get_chunks():
-                np.copyto(groups[number][1][place].into, tensor.numpy().reshape(-1))
+        limit = max(RING, *(piece.nbytes for piece in wanted))
+        with module.FileStreamer() as streamer:
+            streamer.stream_files(asked, memory_limit=limit, owned=False)
+            for file, place, brought in streamer.get_chunks():  # u8 [1, nbytes]
+                np.copyto(lists[file][place].into, brought[0].numpy())
 
     yield read
 
 
 @contextmanager
 def fastsafetensors(_: ModelCard) -> Iterator[Read]:
-    """fastsafetensors without GPUDirect, the tensors that are wanted alone; of a fused tensor it reads all."""
-    try:
-        from fastsafetensors import SafeTensorsFileLoader  # noqa: PLC0415 - an optional peer
-    except ImportError as error:
-        raise _absent("fastsafetensors", "fastsafetensors") from error
+    """SafeTensorsFileLoader without a GPU: direct reads of the tensors that its filter lets through. Part of a fused
+    tensor costs it the whole tensor."""
+    module = _peer("fastsafetensors")
 
     def read(wanted: Sequence[Piece]) -> None:
         names = {piece.tensor for piece in wanted}
-        with closing(SafeTensorsFileLoader(None, "cpu", nogds=True, max_threads=READER_THREADS)) as loader:
-            loader.add_filenames({0: [str(file) for file in _by_file(wanted)]})
+        with closing(module.SafeTensorsFileLoader(None, "cpu", nogds=True)) as loader:
+            loader.add_filenames({0: [str(file) for file in by_file(wanted)]})
             loader.set_tensor_filter(names.__contains__)
-            with closing(loader.copy_files_to_device()) as buffers:
+            with closing(loader.copy_files_to_device()) as brought:
                 for piece in wanted:
-                    _copy(buffers.get_tensor(piece.tensor), piece)
+                    copy_rows(piece, brought.get_tensor(piece.tensor))
 
     yield read
 
 
-def _copy(tensor: Any, piece: Piece) -> None:
+PEERS: Mapping[str, Callable[[ModelCard], AbstractContextManager[Read]]] = {
+    "runai": runai,
+    "fastsafetensors": fastsafetensors,
+}
+
+
+def copy_rows(piece: Piece, tensor: Any) -> None:
+    """Of a whole tensor, the rows that the piece is, into its place."""
     rows = tensor if piece.rows is None else tensor[piece.rows]
     np.copyto(piece.into, rows.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def _by_file(wanted: Sequence[Piece]) -> dict[Path, list[Piece]]:
-    """In the order of the files."""
-    found: dict[Path, list[Piece]] = {}
-    for piece in sorted(wanted, key=lambda piece: (str(piece.file), piece.offset)):
-        found.setdefault(piece.file, []).append(piece)
-    return found
-
-
-def _absent(name: str, package: str) -> NotFound:
-    return NotFound(
-        f"{name} is not installed: pip install {package}, or moepager[readers] for all peers of this bench."
-    )
+def _peer(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.replace("_", "-")
+        raise NotFound(
+            f"{package} is not installed: pip install {package}, or moepager[readers] for all peers of this bench."
+        ) from error

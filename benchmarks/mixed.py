@@ -21,38 +21,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
+from benchmarks.mixed_tasks import Task, Work, tasks_of
 from engine.card import ModelCard
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import plan_memory
 from engine.requests import FinishedEvent, GenerationRequest, Sampling
 from engine.worker import EngineWorker
-from profiler.allocation import uniform
-from store.errors import InvalidInput
-from store.records import Selection
 
 ARMS = ("mixed", "single", "swap", "scheduled")
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What every arm has to do. `scorer` None: random selections and prompts, for models that nobody trained."""
-
-    tasks: int = 4
-    keep: float = 0.25
-    clients: int = 8
-    requests: int = 32
-    prompt_tokens: int = 96
-    tokens: int = 32
-    scorer: str | None = None
-    dtype: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Arm:
-    """`tok_per_s` is the median over the runs; latencies are those of all requests, from asking to the last token."""
+    """`tok_per_s` is the median over the runs; latencies are those of all requests, from asking to the last token; what
+    was paged is a run's, in the mean; `union` is how many experts the tasks have together."""
 
     name: str
     tok_per_s: float
@@ -60,6 +43,7 @@ class Arm:
     p99_s: float
     ttft_p50_s: float
     experts_paged: int
+    bytes_paged: int
     union: int
     runs: int
 
@@ -69,19 +53,14 @@ class _Samples:
     rates: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     ttft: list[float] = field(default_factory=list)
-    paged: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    selection: Selection
-    prompts: Sequence[tuple[int, ...]]
+    experts: int = 0
+    bytes: int = 0
 
 
 def bench_mixed(model: Path, work: Work, runs: int) -> tuple[list[Arm], dict[str, float]]:
     """The arms, and ratios of their rates: medians of the ratios run by run."""
     card = ModelCard.read(model)
-    tasks = _random_tasks(card, work) if work.scorer is None else _profiled_tasks(model, work)
+    tasks = tasks_of(model, card, work)
     union = len({key for task in tasks for key in task.selection})
     largest = max(len(task.selection) for task in tasks)
     samples = {name: _Samples() for name in ARMS}
@@ -98,7 +77,7 @@ Serve = Callable[[Engine, Sequence[GenerationRequest]], Iterator[tuple[float, Fi
 
 
 def _turns(
-    tasks: Sequence[_Task], work: Work, run: int, wide: Engine, narrow: Engine
+    tasks: Sequence[Task], work: Work, run: int, wide: Engine, narrow: Engine
 ) -> Iterator[tuple[str, Sequence[GenerationRequest], Engine, Serve]]:
     clients = _clients(work.clients)
     yield "mixed", _requests(tasks, work, run), wide, clients
@@ -107,7 +86,7 @@ def _turns(
     yield "scheduled", _requests(tasks, work, run), narrow, clients
 
 
-def _requests(tasks: Sequence[_Task], work: Work, run: int) -> list[GenerationRequest]:
+def _requests(tasks: Sequence[Task], work: Work, run: int) -> list[GenerationRequest]:
     """As many of each task, shuffled: the next request is seldom of the same task."""
     rng = random.Random(work.seed + run)
     sampling = Sampling(max_tokens=work.tokens, ignore_eos=True)
@@ -121,12 +100,14 @@ def _requests(tasks: Sequence[_Task], work: Work, run: int) -> list[GenerationRe
 
 
 def _measure(samples: _Samples, requests: Sequence[GenerationRequest], engine: Engine, serve: Serve) -> None:
-    before, started = engine.residency().experts_paged, time.perf_counter()
+    before, started = engine.residency(), time.perf_counter()
     answers = list(serve(engine, requests))
     samples.rates.append(sum(done.completion_tokens for _, done in answers) / (time.perf_counter() - started))
     samples.seconds += [seconds for seconds, _ in answers]
     samples.ttft += [done.served.ttft_ms / 1000 for _, done in answers]
-    samples.paged += engine.residency().experts_paged - before
+    now = engine.residency()
+    samples.experts += now.experts_paged - before.experts_paged
+    samples.bytes += now.bytes_paged - before.bytes_paged
 
 
 def _one_by_one(engine: Engine, requests: Sequence[GenerationRequest]) -> Iterator[tuple[float, FinishedEvent]]:
@@ -166,48 +147,10 @@ def _clients(count: int) -> Serve:
     return serve
 
 
-def _fill(engine: Engine, tasks: Sequence[_Task]) -> None:
+def _fill(engine: Engine, tasks: Sequence[Task]) -> None:
     for task in tasks:
         with engine.lease(task.selection):
             pass
-
-
-def _random_tasks(card: ModelCard, work: Work) -> list[_Task]:
-    rng, count = random.Random(work.seed), max(card.top_k, round(work.keep * card.experts))
-    if count > card.experts or not 0 < work.keep <= 1:
-        raise InvalidInput(f"--keep must be above 0 and at most 1, got {work.keep}.", param="keep")
-
-    def prompt() -> tuple[int, ...]:
-        return tuple(rng.randrange(256) for _ in range(work.prompt_tokens))
-
-    return [
-        _Task(
-            Selection.of([rng.sample(range(card.experts), count) for _ in range(card.layers)]),
-            [prompt() for _ in range(work.clients)],
-        )
-        for _ in range(work.tasks)
-    ]
-
-
-def _profiled_tasks(model: Path, work: Work) -> list[_Task]:
-    """The demo's first tasks: what the scorer keeps after their calibration text, and the prompts of their test."""
-    from benchmarks.cache import task_statistics  # noqa: PLC0415 - the demo's texts are needed here alone
-    from demo.prepare import corpus  # noqa: PLC0415
-    from demo.tasks.registry import TASKS  # noqa: PLC0415
-    from profiler.batches import encode_corpus  # noqa: PLC0415
-    from profiler.scorers.registry import SCORERS  # noqa: PLC0415
-
-    if work.scorer not in SCORERS:
-        raise InvalidInput(f"No scorer {work.scorer!r}; there are {', '.join(SCORERS)}.", param="scorer")
-    scorer = SCORERS[work.scorer]
-    with Engine.open(EngineConfig(model, max_context=256, max_batch=16, dtype=work.dtype)) as engine:
-        return [
-            _Task(
-                uniform(scorer.score(task_statistics(engine, task.name)), work.keep, engine.card.top_k),
-                [one.prompt for one in encode_corpus(engine, corpus(task.name, "test"))],
-            )
-            for task in TASKS[: work.tasks]
-        ]
 
 
 @contextmanager
@@ -225,7 +168,15 @@ def _engine(model: Path, work: Work, slots: int) -> Iterator[Engine]:
 def _arm(name: str, samples: _Samples, union: int, runs: int) -> Arm:
     cuts = quantiles(samples.seconds, n=100, method="inclusive")
     return Arm(
-        name, median(samples.rates), cuts[49], cuts[98], median(samples.ttft), samples.paged // runs, union, runs
+        name=name,
+        tok_per_s=median(samples.rates),
+        p50_s=cuts[49],
+        p99_s=cuts[98],
+        ttft_p50_s=median(samples.ttft),
+        experts_paged=samples.experts // runs,
+        bytes_paged=samples.bytes // runs,
+        union=union,
+        runs=runs,
     )
 
 

@@ -5,28 +5,42 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from store.errors import MoepagerError
 
 PAGE = mmap.PAGESIZE
+TRIES = 5
+WAIT = 0.05  # seconds, longer each time
 
 
 def evict(files: Iterable[Path]) -> None:
-    """Drop `files` from the page cache. Raises if pages stay, for then nothing measured after it is cold."""
+    """Drop `files` from the page cache. Raises if pages stay, for then nothing measured after it is cold.
+
+    Asked a few times: pages that the kernel is still reading ahead for somebody who has left stay once.
+    """
     for path in files:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
-        left = resident_pages(path)
-        if left:
+        for attempt in range(TRIES):
+            _drop(path)
+            left = resident_pages(path)
+            if not left:
+                break
+            time.sleep(WAIT * attempt)
+        else:
             raise MoepagerError(
                 f"{left} pages of {path.name} stay in the page cache, so nothing is cold. Is another process using it?"
             )
+
+
+def _drop(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
 
 
 def resident_pages(path: Path) -> int:

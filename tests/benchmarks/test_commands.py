@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,23 @@ def test_every_measurement_that_a_page_names_is_a_command() -> None:
     named = {name for page in PAGES for name in re.findall(r"`(?:moepager )?bench ([a-z][a-z-]+)", page.read_text())}
     assert {"families", "load"} <= named
     assert named <= commands
+
+
+COMMANDS = sorted(
+    {
+        " ".join(words.split())
+        for page in [ROOT / "README.md", *PAGES]
+        for words in re.findall(r"`moepager bench ([a-z-]+(?:\s[^`]*)?)`", page.read_text())
+    }
+)
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if " " in words])
+def test_a_command_that_a_page_shows_with_options_can_be_typed(words: str) -> None:
+    name, *options = shlex.split(words)
+    command = get_command(app).commands[name]
+    context = command.make_context(name, options)  # raises a usage error for what the command does not take
+    assert context.params
 
 
 def test_one_family_is_tried_and_told() -> None:

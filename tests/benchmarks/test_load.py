@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,9 @@ from typer.testing import CliRunner
 
 from benchmarks import load
 from benchmarks.commands import app
-from benchmarks.load import READERS, _Sample, bench_load
-from benchmarks.load_readers import Arena, Piece, _rows, check, true_sums
+from benchmarks.load import _measure_run, _Sample, _Samples, _warm_up, bench_load, disjoint_selections
+from benchmarks.load_pieces import Arena, Piece, _rows, check, true_sums
+from benchmarks.load_readers import READERS
 from engine.card import ModelCard
 from engine.tiny import write_tiny
 from store.errors import InvalidInput, MoepagerError, NotFound
@@ -36,6 +40,9 @@ def test_the_command_shows_raw_own_and_each_reader_that_was_asked_for(model):
     readers = {reader["name"]: reader for reader in answer["readers"]}
     assert list(readers) == ["raw", "own", *READERS]
     assert all(reader["seconds"] > 0 and reader["ratio_to_raw"] > 0 for reader in readers.values())
+    assert all(reader["ratio_low"] <= reader["ratio_to_raw"] <= reader["ratio_high"] for reader in readers.values())
+    assert answer["ratio_confidence"] == 0.5  # of two pairs
+    assert [reader["anon_bytes"] is None for reader in readers.values()] == [True, True] + [False] * len(READERS)
     assert (answer["reads"], answer["raw_reads"]) == ("direct", "direct")
     assert (answer["seconds"], answer["raw_seconds"]) == (readers["own"]["seconds"], readers["raw"]["seconds"])
 
@@ -68,30 +75,6 @@ def test_a_reader_that_nobody_knows_is_refused_with_those_there_are(model):
         bench_load(model, 0.5, 1, ["nosuch"])
 
 
-def test_a_reader_is_held_to_the_raw_reads_beside_it_and_not_to_those_of_another_minute(monkeypatch):
-    """The disk slows down by half in mid run: a reader that takes as long as raw is at 1, whenever it ran."""
-    clock, seconds = [0.0], {"raw": 1.0, "own": 1.0, "slow": 2.0}
-
-    def measured(arm, turn, files):
-        clock[0] += 1
-        spent = seconds[arm] * (1 + clock[0] / 5)
-        return _Sample(spent, 0.0, 100, 0, spent)
-
-    monkeypatch.setattr(load, "_measure", measured)
-    found = load._reader_figures(load._measure_all({name: name for name in seconds}, (None, None), [], 5), 100)
-    assert found["own"].ratio_to_raw == pytest.approx(1.0, abs=1e-9)
-    assert (found["own"].ratio_least, found["own"].ratio_most) == (pytest.approx(1.0), pytest.approx(1.0))
-    assert found["slow"].ratio_to_raw == pytest.approx(0.5)
-    assert found["raw"].ratio_to_raw == 1.0
-
-
-@pytest.mark.parametrize("name", ["runai", "fastsafetensors"])
-def test_a_peer_that_is_not_installed_is_named_with_the_way_to_have_it(name, model, monkeypatch):
-    monkeypatch.setitem(sys.modules, {"runai": "runai_model_streamer"}.get(name, name), None)
-    with pytest.raises(NotFound, match=r"not installed: pip install .*moepager\[readers\]"):
-        bench_load(model, 0.5, 1, [name])
-
-
 @pytest.mark.parametrize("name", READERS)
 def test_part_of_a_fused_tensor_is_brought_alone(model, tmp_path: Path, name: str) -> None:
     fused = torch.arange(4 * 6 * 10, dtype=torch.int16).view(torch.bfloat16).reshape(4, 6, 10)
@@ -119,3 +102,54 @@ def test_an_expert_of_a_fused_tensor_is_some_of_its_rows() -> None:
     assert _rows(span, 1240, 120) == slice(2, 3)
     with pytest.raises(InvalidInput, match="no whole rows of fused"):
         _rows(span, 1010, 120)
+
+
+def test_an_arm_is_compared_with_the_raw_reads_around_it_so_that_a_drift_cancels(monkeypatch, model) -> None:
+    """The disk gets slower by a tenth with every read; `own` takes twice as long as raw, whenever it comes."""
+    order, slower = [], 1.0
+
+    def measure(arm: str, *_: object) -> _Sample:
+        nonlocal slower
+        slower *= 1.1
+        order.append(arm)
+        return _Sample({"raw": 1.0, "own": 2.0, "mmap": 4.0}[arm] * slower, 0.0, 1, 0)
+
+    monkeypatch.setattr(load, "_measure", measure)
+    samples = {name: _Samples() for name in ("raw", "own", "mmap")}
+    turn, _ = disjoint_selections(ModelCard.read(model), 2, 0)
+    for names in (["own", "mmap"], ["mmap", "own"]):
+        _measure_run({name: name for name in samples}, names, turn, [], samples)
+    assert order == ["raw", "raw", "own", "raw", "mmap", "raw", "raw", "raw", "mmap", "raw", "own", "raw"]
+    assert samples["own"].ratios == pytest.approx([0.5, 0.5])
+    assert samples["mmap"].ratios == pytest.approx([0.25, 0.25])
+    assert len(samples["raw"].taken) == 6  # the first of either run is not counted
+
+
+def test_memory_that_a_reader_takes_for_a_while_is_seen(monkeypatch, model) -> None:
+    held, seen = 100, threading.Event()
+
+    def anonymous() -> int:
+        if held == 150:
+            seen.set()
+        return held
+
+    @contextmanager
+    def arm(_: object) -> Iterator[None]:
+        nonlocal held
+        held = 150
+        assert seen.wait(10)
+        held = 100
+        yield
+
+    monkeypatch.setattr(load, "anonymous_bytes", anonymous)
+    samples = _Samples()
+    turn, _ = disjoint_selections(ModelCard.read(model), 2, 0)
+    _warm_up("runai", arm, turn, samples)
+    assert samples.anon == 50
+
+
+@pytest.mark.parametrize("name", ["runai", "fastsafetensors"])
+def test_a_peer_that_is_not_installed_is_named_with_the_way_to_have_it(name, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, {"runai": "runai_model_streamer"}.get(name, name), None)
+    with pytest.raises(NotFound, match=r"not installed: pip install .*moepager\[readers\]"):
+        bench_load(model, 0.5, 1, [name])

@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.commands import app
-from benchmarks.mixed import ARMS, Work, bench_mixed
+from benchmarks.mixed import ARMS, bench_mixed
+from benchmarks.mixed_tasks import Work, random_tasks
+from engine.card import ModelCard
 from engine.tiny import write_tiny
 from store.errors import InvalidInput
 
@@ -23,6 +25,10 @@ def test_only_the_arms_that_swap_page_and_the_scheduler_pages_less(model):
     found = {arm.name: arm for arm in arms}
     assert tuple(found) == ARMS
     assert found["mixed"].experts_paged == found["single"].experts_paged == 0
+    assert found["mixed"].bytes_paged == found["single"].bytes_paged == 0
+    card = ModelCard.read(model)
+    assert found["swap"].bytes_paged == found["swap"].experts_paged * card.expert_bytes
+    assert found["mixed"].union == card.layers * (4 + 4 * 4)  # half of the eight that a task keeps is everybody's
     assert 0 < found["scheduled"].experts_paged < found["swap"].experts_paged
     assert all(0 < arm.p50_s <= arm.p99_s and arm.tok_per_s > 0 and arm.ttft_p50_s > 0 for arm in arms)
     assert ratios["mixed_to_swap"] == pytest.approx(found["mixed"].tok_per_s / found["swap"].tok_per_s)
@@ -32,6 +38,32 @@ def test_only_the_arms_that_swap_page_and_the_scheduler_pages_less(model):
 def test_a_share_that_is_none_is_refused(model):
     with pytest.raises(InvalidInput, match="--keep must be"):
         bench_mixed(model, Work(keep=1.5), runs=1)
+
+
+@pytest.mark.parametrize(("overlap", "shared"), [(0.0, 0), (0.25, 2), (1.0, 8)])
+def test_random_tasks_share_what_is_said_and_nothing_else(model, overlap, shared):
+    tasks = random_tasks(ModelCard.read(model), Work(overlap=overlap))
+    for layer in range(ModelCard.read(model).layers):
+        kept = [set(task.selection.experts[layer]) for task in tasks]
+        assert [len(one) for one in kept] == [8] * 4
+        assert {len(one & other) for one in kept for other in kept if one is not other} == {shared}
+
+
+def test_tasks_that_the_experts_are_too_few_for_are_refused_with_the_numbers(model):
+    with pytest.raises(InvalidInput, match=r"4 tasks of 16 experts a layer, 4 of them shared, need 52; there are 32"):
+        bench_mixed(model, Work(keep=0.5, overlap=0.25), runs=1)
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (Work(overlap=1.5), "--overlap must be a share from 0 to 1, got 1.5"),
+        (Work(overlap=0.5, scorer="peu"), "--overlap is of random selections"),
+    ],
+)
+def test_an_overlap_that_means_nothing_is_refused(model, work, message):
+    with pytest.raises(InvalidInput, match=message):
+        bench_mixed(model, work, runs=1)
 
 
 def test_the_command_prints_the_arms_and_ratios(model):
@@ -47,10 +79,13 @@ def test_the_command_prints_the_arms_and_ratios(model):
         "3",
         "--runs",
         "1",
+        "--overlap",
+        "0.75",
         "--json",
     ]
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
     answer = json.loads(result.output.strip().splitlines()[-1])
     assert [arm["name"] for arm in answer["arms"]] == list(ARMS)
+    assert answer["work"]["overlap"] == 0.75
     assert set(answer["ratios"]) == {"mixed_to_single", "mixed_to_swap", "mixed_to_scheduled", "scheduled_to_swap"}
