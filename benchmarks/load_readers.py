@@ -76,7 +76,7 @@ def safetensors(_: ModelCard) -> Iterator[Read]:
     yield read
 
 
-OURS: Mapping[str, Callable[[ModelCard], AbstractContextManager[Read]]] = {
+READERS: Mapping[str, Callable[[ModelCard], AbstractContextManager[Read]]] = {
     "direct": direct,
     "safetensors": safetensors,
     "mmap": mapped,
