@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,6 +39,7 @@ from profiler.run import Run
 from profiler.scorers.registry import choose as choose_scorers
 from profiler.stand_ins import needs_of, pay
 from profiler.statistics import Statistics
+from store.errors import BudgetError
 from store.home import bundled_model
 from store.records import Selection
 from store.stand_ins import KINDS
@@ -123,8 +125,8 @@ class _Bench:
 
     def rows(self, keeps: Sequence[float], ways: Sequence[str]) -> Iterator[PackRow]:
         for keep in keeps:
-            for stand_in in (*KINDS, *CLUSTERS):
-                for scorer in SCORERS:
+            for stand_in, scorer in product((*KINDS, *CLUSTERS), SCORERS):
+                with suppress(BudgetError):  # where what stands in leaves no room for one token's experts
                     yield self._row(scorer, stand_in, keep, ways)
             for way in ways:
                 yield self._row(way, PACK, keep, ways)

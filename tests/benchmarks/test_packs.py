@@ -24,6 +24,12 @@ def test_every_row_of_one_task_is_measured_once_and_kept(tmp_path: Path) -> None
     assert next(tmp_path.glob("*.jsonl")).read_text() == before
 
 
+@pytest.mark.slow
+def test_what_leaves_no_room_for_one_tokens_experts_has_no_row(tmp_path: Path) -> None:
+    rows = bench_packs(["music"], [0.0625], [], 1, 0, ignore, tmp_path)
+    assert {row.stand_in for row in rows} == {"nothing"}
+
+
 def test_means_are_over_tasks_the_largest_size_first_and_its_best_on_top() -> None:
     def row(way: str, task: str, keep: float, accuracy: float) -> PackRow:
         return PackRow(way, "pack", task, keep, 0, 10, accuracy, 0.8, 0.5, 1.0)
