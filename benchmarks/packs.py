@@ -45,7 +45,7 @@ from store.records import Selection
 from store.stand_ins import KINDS
 
 ROWS = 50
-SCORERS = ("gate", "peu", "mone", "frequency", "random")
+SCORERS = ("gate_answers", "gate", "peu", "mone", "frequency", "random")
 ALLOCATOR = "coverage"
 PACK = "pack"  # where others name what stands in
 CLUSTERS = {"cluster_mean, one": 0.0, "cluster_mean, a quarter": 0.25}  # of the bytes for merged experts; at least one
