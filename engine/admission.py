@@ -99,7 +99,10 @@ class Admission:
         table, sizes = self._bank.residency.table, self._bank.expert_bytes
         if selection is None:
             return sum(row.count(ABSENT) * size for row, size in zip(table, sizes, strict=True))
-        return sum((table[key.layer][key.expert] == ABSENT) * sizes[key.layer] for key in selection)
+        missing = 0  # every query has this counted: without an object for each expert it takes a fifth of the time
+        for row, experts, size in zip(table, selection.experts, sizes, strict=True):
+            missing += size * [row[expert] for expert in experts].count(ABSENT)
+        return missing
 
     def swap_seconds(self, selection: Selection | None) -> float:
         """How long that takes; 0 where nothing is missing."""

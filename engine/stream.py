@@ -29,7 +29,7 @@ class TokenStream:
         self._items: deque[Event | BaseException] = deque()
         self._ready = threading.Condition()
         self._wake: Callable[[], None] | None = None
-        self._ring: Callable[[], None] | None = None
+        self._ring: Callable[[bool], None] | None = None
         self._only_last = False
         self._done = False
 
@@ -46,17 +46,20 @@ class TokenStream:
                 return
             self._items.append(item)
             self._ready.notify()
-            wake, self._wake = self._wake or self._ring, None
+            wake, self._wake = self._wake, None
         if wake is not None:
             wake()
+        elif self._ring is not None:
+            self._ring(not isinstance(item, TokenEvent))
 
-    def listen(self, ring: Callable[[], None]) -> None:
-        """`ring` is called, from the worker's thread, whenever something has come; `taken` then gives it."""
+    def listen(self, ring: Callable[[bool], None]) -> None:
+        """`ring` is called, from the worker's thread, whenever something has come, with whether it is the end; `taken`
+        then gives it."""
         with self._ready:
             self._ring = ring
             waiting = bool(self._items)
         if waiting:
-            ring()
+            ring(True)
 
     def taken(self) -> list[Event]:
         """What has come since the last look, maybe nothing. An error is raised once what came before it is taken."""

@@ -76,7 +76,8 @@ def prepare(question: Question, parts: Parts) -> Prepared:
         restarts=serving.guard is not None and question.whole,
     )
     parts.engine.admission.check(request)
-    require_swap_within(question.wish.max_swap_ms, parts.engine.admission.predict(request))
+    if question.wish.max_swap_ms is not None:
+        require_swap_within(question.wish.max_swap_ms, parts.engine.admission.predict(request))
     return Prepared(parts.model_id, question, serving, request)
 
 

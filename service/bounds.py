@@ -13,10 +13,8 @@ class SwapTooLong(Busy):
     code = "swap_too_long"
 
 
-def require_swap_within(most_ms: float | None, predicted: SwapCost | None) -> None:
+def require_swap_within(most_ms: float, predicted: SwapCost | None) -> None:
     """Raises SwapTooLong where the prediction is above the bound, InvalidInput where nothing can be predicted."""
-    if most_ms is None:
-        return
     if predicted is None:
         raise InvalidInput(
             f"`max_swap_ms` ({most_ms:g}) bounds a swap, and in exact mode each token decides what is read. Leave it "

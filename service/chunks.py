@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from engine.requests import Event, FinishedEvent, Score, TokenEvent
@@ -22,7 +22,10 @@ Choices = Callable[[Event], list[dict[str, Any]]]  # of one event of one answer;
 async def stream_frames(
     reply: Reply, running: Sequence[Running], options: StreamOptions | None, choices: Sequence[Choices]
 ) -> AsyncIterator[bytes]:
-    """The chunk that ends a choice also carries its receipt, for usage comes only where it is asked for."""
+    """A chunk for each token that shows, those of one look in one piece: sending costs more than they do.
+
+    The chunk that ends a choice also carries its receipt, for usage comes only where it is asked for.
+    """
     options = options or StreamOptions()
     finished: dict[int, FinishedEvent] = {}
     counts = [0] * len(running)
@@ -30,22 +33,33 @@ async def stream_frames(
         if isinstance(found, bytes):
             yield found
             continue
-        place, event = found
-        more: dict[str, object] = {}
-        if isinstance(event, FinishedEvent):
-            finished[place] = event
-            more["expert"] = running[place].receipt(event).json()
-        else:
-            counts[place] += 1
-        if options.include_usage:
-            more["usage"] = _running_usage(running, counts) if options.continuous_usage_stats else None
-        shown = choices[place](event)
-        if shown:
-            yield data_frame(reply.chunk(shown, **more))
-    if options.include_usage:
-        ordered = [finished[place] for place in range(len(running))]
-        yield data_frame(reply.chunk([], usage=usage(running, ordered)))
-    yield DONE
+        place, events = found
+        frames = b""
+        for event in events:
+            more: dict[str, object] = {}
+            if isinstance(event, FinishedEvent):
+                finished[place] = event
+                more["expert"] = running[place].receipt(event).json()
+            else:
+                counts[place] += 1
+            if options.include_usage:
+                more["usage"] = _running_usage(running, counts) if options.continuous_usage_stats else None
+            shown = choices[place](event)
+            if shown:
+                frames += data_frame(reply.chunk(shown, **more))
+        if len(finished) == len(running):
+            yield frames + last_frames(reply, running, finished, options)
+        elif frames:
+            yield frames
+
+
+def last_frames(
+    reply: Reply, running: Sequence[Running], finished: Mapping[int, FinishedEvent], options: StreamOptions
+) -> bytes:
+    if not options.include_usage:
+        return DONE
+    ordered = [finished[place] for place in range(len(running))]
+    return data_frame(reply.chunk([], usage=usage(running, ordered))) + DONE
 
 
 def _running_usage(running: Sequence[Running], counts: Sequence[int]) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class Running:
         self._stream.cancel()
         self._tell("cancelled")
 
-    def listen(self, ring: Callable[[], None]) -> None:
-        """`ring` is called from another thread whenever `taken` has something."""
+    def listen(self, ring: Callable[[bool], None]) -> None:
+        """`ring` is called from another thread whenever `taken` has something, with whether that is the end."""
         self._stream.listen(ring)
 
     @property

@@ -63,11 +63,15 @@ async def query_frames(running: Running, tokenizer: Tokenizer) -> AsyncIterator[
         if isinstance(found, bytes):
             yield found
             continue
-        event = found[1]
-        for piece in reader.flush() if isinstance(event, FinishedEvent) else reader.push(event.text):
-            yield named_frame("token", {"reasoning": piece.text} if isinstance(piece, Thought) else {"text": piece})
-        if isinstance(event, FinishedEvent):
-            yield named_frame("done", query_answer(running, event, tokenizer))
+        frames = b""
+        for event in found[1]:
+            for piece in reader.flush() if isinstance(event, FinishedEvent) else reader.push(event.text):
+                said = {"reasoning": piece.text} if isinstance(piece, Thought) else {"text": piece}
+                frames += named_frame("token", said)
+            if isinstance(event, FinishedEvent):
+                frames += named_frame("done", query_answer(running, event, tokenizer))
+        if frames:
+            yield frames
 
 
 def forms_of(running: Running, tokenizer: Tokenizer) -> Forms:
