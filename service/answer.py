@@ -71,7 +71,7 @@ def prepare(question: Question, parts: Parts) -> Prepared:
         serving.mode,
         question.sampling,
         priority=question.caller.priority,
-        session=question.caller.session,
+        session=question.caller.conversation,
         guard=serving.guard,
         restarts=serving.guard is not None and question.whole,
     )

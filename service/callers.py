@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -18,6 +18,7 @@ from fastapi import Depends, Request
 from engine.requests import Priority
 from service.bodies import ChatBody, OpenAIBody
 from service.messages import Message
+from service.passages import Passage, Turn, turn_of
 from service.schemas import ExpertOptions
 from store.records import ApiKey
 
@@ -30,14 +31,19 @@ SPEAKER = re.compile(r"^(USER|ASSISTANT|SYSTEM|TOOL): ", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`session` names the conversation of an `owner` (the id of an API key), None where nothing tells; it `begins`
-    where nothing was said in it before.
+    """`session` names the conversation of an `owner` (the id of an API key). A chat that nothing names has a `passage`
+    in its place.
     """
 
     owner: str = ""
     session: str | None = None
-    begins: bool = False
     priority: Priority = "normal"
+    passage: Passage | None = field(default=None, compare=False)
+
+    @property
+    def conversation(self) -> str | None:
+        """What the engine's queue knows it by: only who comes first hangs on it, so a likely name will do."""
+        return self.passage.opening if self.passage else self.session
 
     def named(self, session: str) -> Caller:
         """In the conversation that this owner calls so: another owner's of the same name is another one."""
@@ -75,16 +81,15 @@ def openai_caller(caller: Caller, body: OpenAIBody) -> Caller:
 
 
 def chat_caller(caller: Caller, body: ChatBody) -> Caller:
-    """Without a name a conversation is known by its first message, which clients send again with every turn."""
-    said = [message.text for message in body.messages if message.role == "user"]
+    """Without a name a conversation is known by what was said in it, which clients send again with every turn."""
     history = chore_history(body.messages)
     if history is not None:
         caller = replace(caller, priority="background")
     found = openai_caller(caller, body)
-    first = (spoken(history, "USER") if history is not None else said)[:1]
-    if found.session is None and first:
-        return replace(found.named(f"first message\0{first[0]}"), begins=history is None and len(said) == 1)
-    return found
+    if found.session is not None:
+        return found
+    said = [turn_of(message) for message in body.messages] if history is None else retold(history)
+    return replace(found, passage=Passage.of(found.owner, said, retold=history is not None))
 
 
 def chore_history(messages: Sequence[Message]) -> str | None:
@@ -94,15 +99,15 @@ def chore_history(messages: Sequence[Message]) -> str | None:
     return found.group(1) if found else None
 
 
-def spoken(history: str, speaker: str) -> list[str]:
-    """What one side said, turn by turn, in a history written as `USER: ...` and `ASSISTANT: ...`."""
+def retold(history: str) -> list[Turn]:
+    """What was said, turn by turn, in a history written as `USER: ...` and `ASSISTANT: ...`."""
     _, *parts = SPEAKER.split(history)
-    return [text.strip() for who, text in zip(parts[::2], parts[1::2], strict=True) if who == speaker]
+    return [Turn(who.lower(), text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def text_to_retrieve(messages: Sequence[Message]) -> str | None:
     """The last words of the user; in a client's own call those of the conversation that it is about."""
     history = chore_history(messages)
     if history is not None:
-        return (spoken(history, "USER") or [history])[-1]
+        return ([turn.text for turn in retold(history) if turn.role == "user"] or [history])[-1]
     return next((message.text for message in reversed(messages) if message.role == "user"), None)

@@ -67,13 +67,23 @@ def _running_usage(running: Sequence[Running], counts: Sequence[int]) -> dict[st
 
 
 class ChatChoices:
-    """The chunks of one answer. The role comes with the first text, or with the end of an answer that has none."""
+    """The chunks of one answer. The role comes with the first text, or with the end of an answer that has none.
 
-    def __init__(self, index: int, tokenizer: Tokenizer, forms: Forms, named: bool = False) -> None:
+    `ended` is told of the end before its chunks are made.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        forms: Forms,
+        named: bool = False,
+        ended: Callable[[FinishedEvent], object] = lambda _: None,
+    ) -> None:
         self._index = index
         self._tokenizer = tokenizer
         self._reader = AnswerReader(forms)
-        self._named = named
+        self._named, self._ended = named, ended
         self._opened = False
         self._scores: list[Score] = []  # of tokens whose text is still to come
 
@@ -82,6 +92,7 @@ class ChatChoices:
             if event.score is not None:
                 self._scores.append(event.score)
             return [self._choice(delta) for delta in self._deltas(self._reader.push(event.text))]
+        self._ended(event)
         rest = self._deltas(self._reader.flush())
         last: dict[str, Any] = {} if self._opened else {"role": "assistant", "content": ""}
         return [*(self._choice(delta) for delta in rest), self._choice(last, self._reason(event))]

@@ -54,12 +54,15 @@ async def chat(body: ChatBody, request: Request, name: RequestId, caller: Caller
     reply = Reply.to_chat(body.model, parts)
     if body.stream:
         named, tokenizer = isinstance(body.tool_choice, NamedTool), parts.engine.tokenizer
-        choices = [ChatChoices(index, tokenizer, asked.forms, named) for index in range(len(running))]
+        ended = partial(remember, asked, parts)
+        choices = [ChatChoices(index, tokenizer, asked.forms, named, ended) for index in range(len(running))]
         frames = stream_frames(reply, running, body.stream_options, choices)
         guarded = with_error_frame(name, frames, data_frame)
         return EventStream(guarded, expert_headers(asked.rows), partial(cancel_all, running))
     finished = await finish_all(request, running)
-    choices_of = [choice(index, event, body, asked.forms, parts) for index, event in enumerate(finished)]
+    choices_of = [
+        choice(index, remember(asked, parts, event), event, body, parts) for index, event in enumerate(finished)
+    ]
     answer = reply.body(choices_of, usage=usage(running, finished))
     return JSONResponse(answer, headers=expert_headers(asked.rows, finished))
 
@@ -82,8 +85,16 @@ def prepare_chat(body: ChatBody, name: str, parts: Parts, caller: Caller) -> Con
     return Conversation(spread([question], body.choices, parts), forms)
 
 
-def choice(index: int, finished: FinishedEvent, body: ChatBody, forms: Forms, parts: Parts) -> dict[str, Any]:
-    message = message_of(finished.text, forms)
+def remember(asked: Conversation, parts: Parts, finished: FinishedEvent) -> dict[str, Any]:
+    """The assistant's message, from which the conversation may go on."""
+    message = message_of(finished.text, asked.forms)
+    parts.sessions.answered(asked.rows[0].question.caller, message)
+    return message
+
+
+def choice(
+    index: int, message: dict[str, Any], finished: FinishedEvent, body: ChatBody, parts: Parts
+) -> dict[str, Any]:
     reason = finish_reason(finished, len(message.get("tool_calls", ())), isinstance(body.tool_choice, NamedTool))
     logprobs = chat_scores(finished.scores, parts.engine.tokenizer) if body.logprobs else None
     return message_choice(index, message, reason, logprobs)

@@ -8,6 +8,7 @@ import pytest
 
 from service.bodies import ChatBody, CompletionBody
 from service.callers import ANYBODY, Caller, chat_caller, openai_caller, text_to_retrieve
+from service.passages import Passage
 
 TITLE = """### Task:
 Write a short title that sums up the conversation.
@@ -27,6 +28,13 @@ def _user(*texts: str, **fields: Any) -> ChatBody:
     turns = [{"role": role, "content": text} for text in texts for role in ("user", "assistant")][:-1]
     turns = [turn if turn["role"] == "user" else {**turn, "content": "Yes."} for turn in turns]
     return ChatBody.model_validate({"model": "m", "messages": turns, **fields})
+
+
+def _passage(body: ChatBody, caller: Caller = ANYBODY) -> Passage:
+    found = chat_caller(caller, body)
+    assert found.session is None
+    assert found.passage is not None
+    return found.passage
 
 
 @pytest.mark.parametrize(
@@ -56,20 +64,67 @@ def test_the_same_name_of_two_owners_is_two_conversations() -> None:
     assert Caller("a").named("s").session == Caller("a").named("s").session
 
 
-def test_without_a_name_a_chat_is_known_by_its_first_message_and_begins_with_it() -> None:
-    first, later = chat_caller(ANYBODY, _user("boil an egg")), chat_caller(ANYBODY, _user("boil an egg", "and rice"))
-    other = chat_caller(ANYBODY, _user("select rows"))
-    assert first.session == later.session != other.session
-    assert (first.begins, later.begins) == (True, False)
+def test_a_chat_without_a_name_is_known_by_what_was_said_up_to_each_answer() -> None:
+    first = _passage(_user("boil an egg"))
+    assert first.answers == ()
+    known, _ = first.answered({"content": " Yes.\n"})  # few clients send blanks back as they came
+    second = _passage(_user("boil an egg", "and rice"))
+    assert second.answers == (known,)
+    again, _ = second.answered({"content": "Yes."})
+    third = _passage(_user("boil an egg", "and rice", "thanks"))
+    assert third.answers == (again, known)  # the newest first
+    assert third.opening == first.opening  # all that the queue asks for
+
+
+@pytest.mark.parametrize(
+    ("owner", "texts", "answer"),
+    [
+        ("other", ("boil an egg", "and rice"), "Yes."),
+        ("", ("boil two eggs", "and rice"), "Yes."),
+        ("", ("boil an egg", "and rice"), "No."),
+        ("", ("boil an eggassistantYes.", "and rice"), "Yes."),
+    ],
+)
+def test_another_owner_question_or_answer_is_another_conversation(
+    owner: str, texts: tuple[str, ...], answer: str
+) -> None:
+    known, _ = _passage(_user("boil an egg")).answered({"content": answer})
+    assert known not in _passage(_user(*texts), Caller(owner)).answers
+
+
+def test_the_systems_words_and_the_form_of_arguments_tell_no_conversations_apart() -> None:
+    system = {"role": "system", "content": "It is 9:41."}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"b": 1, "a": 2}'}}
+    asked = {"role": "user", "content": "boil an egg"}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    body = ChatBody.model_validate({"model": "m", "messages": [asked]})
+    known, _ = _passage(body).answered(answer)
+    call["function"]["arguments"] = '{"a":2,"b":1}'  # type: ignore[index]
+    later = [system, asked, answer, {"role": "tool", "tool_call_id": "1", "content": "7 minutes"}]
+    assert _passage(ChatBody.model_validate({"model": "m", "messages": later})).answers == (known,)
 
 
 def test_a_clients_own_call_runs_in_the_background_about_its_conversation() -> None:
     body = _user(TITLE)
     caller = chat_caller(ANYBODY, body)
     assert caller.priority == "background"
-    assert caller.session == chat_caller(ANYBODY, _user("how long do I boil an egg")).session
-    assert not caller.begins
     assert text_to_retrieve(body.messages) == "and potatoes\nwith their skin"
+    turns = [
+        ("user", "how long do I boil an egg"),
+        ("assistant", "Seven minutes."),
+        ("user", "and potatoes\nwith their skin"),
+    ]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    asked = ChatBody.model_validate({"model": "m", "messages": messages})
+    whole, end = _passage(asked).answered({"content": "Twenty."})
+    assert caller.passage is not None
+    assert caller.passage.answers[0] == whole
+    assert end in caller.passage.answers
+    shortened = TITLE.replace("USER: how long do I boil an egg\nASSISTANT: Seven minutes.\n", "")
+    about = chat_caller(ANYBODY, _user(shortened)).passage
+    assert about is not None
+    assert whole not in about.answers
+    assert end in about.answers  # clients tell the end of a long conversation only
 
 
 def test_a_clients_own_call_may_be_asked_for_in_front() -> None:

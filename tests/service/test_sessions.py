@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,8 +16,9 @@ from engine.engine import Engine
 from engine.scheduler import Rules
 from engine.worker import EngineWorker
 from service.app import create_app
-from service.callers import ANYBODY
+from service.callers import ANYBODY, Caller
 from service.parts import Parts
+from service.passages import Passage, Turn
 from service.retrieval import Ranked, Retrieval, decide
 from service.sessions import IDLE_SECONDS, PATIENCE, Sessions
 
@@ -72,10 +74,45 @@ def test_a_task_that_is_gone_is_not_kept(sessions: Sessions) -> None:
     assert sessions.decide(CALLER, _found(cooking=0.2), ("cooking",)).task is None
 
 
-def test_a_conversation_that_begins_knows_nothing_of_another_that_began_so(sessions: Sessions) -> None:
-    sessions.note(CALLER, "sql")
-    assert sessions.decide(replace(CALLER, begins=True), _found(cooking=0.2), TASKS).task is None
-    assert sessions.decide(CALLER, _found(cooking=0.2), TASKS).task is None
+def _chat(*texts: str) -> Caller:
+    """Who says these, every other text being our answer to the one before."""
+    turns = [Turn(role, text) for role, text in zip(["user", "assistant"] * len(texts), texts, strict=False)]
+    return replace(ANYBODY, passage=Passage.of("", turns))
+
+
+def test_chats_that_begin_alike_go_on_each_with_its_own_task(sessions: Sessions) -> None:
+    for task, answer in (("sql", "SELECT 1;"), ("cooking", "Seven minutes.")):
+        caller = _chat("hi")
+        sessions.note(caller, task)
+        sessions.answered(caller, {"content": answer})
+    assert sessions.decide(_chat("hi", "SELECT 1;", "shorter"), _found(cooking=0.2), TASKS).task == "sql"
+    assert sessions.decide(_chat("hi", "Seven minutes.", "shorter"), _found(sql=0.2), TASKS).task == "cooking"
+    assert sessions.decide(_chat("hi"), _found(sql=0.2), TASKS).task is None
+    assert sessions.decide(_chat("hi", "Yes?", "shorter"), _found(sql=0.2), TASKS).task is None
+
+
+def test_patience_is_a_conversations_own_however_often_a_turn_is_sent_again(sessions: Sessions) -> None:
+    said = ["boil an egg"]
+    sessions.note(first := _chat(*said), "cooking")
+    sessions.answered(first, {"content": "a"})
+    for _ in range(PATIENCE):
+        said += ["a", "shorter"]
+        for _ in range(3):  # a client that tries again, or asks for another answer
+            caller = _chat(*said)
+            assert sessions.decide(caller, _found(sql=0.2), TASKS).task == "cooking"
+            sessions.answered(caller, {"content": "a"})
+    said += ["a", "shorter"]
+    last = _chat(*said)
+    assert sessions.decide(last, _found(sql=0.2), TASKS).task is None
+    sessions.answered(last, {"content": "a"})
+    assert sessions.decide(_chat(*said, "a", "shorter"), _found(sql=0.2), TASKS).task is None  # and it is forgotten
+
+
+def test_an_answer_that_was_edited_is_passed_over_for_the_one_before(sessions: Sessions) -> None:
+    sessions.note(first := _chat("boil an egg"), "cooking")
+    sessions.answered(first, {"content": "Seven minutes."})
+    edited = _chat("boil an egg", "Seven minutes.", "and rice", "something else", "shorter")
+    assert sessions.decide(edited, _found(sql=0.2), TASKS).task == "cooking"
 
 
 def test_what_runs_in_the_background_follows_and_changes_nothing(sessions: Sessions) -> None:
@@ -113,22 +150,47 @@ def own_client(parts: Parts) -> Iterator[TestClient]:
         yield client
 
 
-def _receipt(client: TestClient, text: str, *before: str, **fields: Any) -> dict[str, Any]:
-    turns = [{"role": "user", "content": one} for one in (*before, text)]
-    body = {"model": "tiny", "max_tokens": 2, "messages": turns, **fields}
+def _receipt(client: TestClient, text: str, **fields: Any) -> dict[str, Any]:
+    return _said(client, [{"role": "user", "content": text}], **fields)[0]
+
+
+def _said(client: TestClient, messages: list[dict[str, Any]], **fields: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The receipt, and the message that a client would keep."""
+    body = {"model": "tiny", "max_tokens": 2, "messages": messages, **fields}
     answer = client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
-    receipt: dict[str, Any] = answer.json()["usage"]["expert"]
-    return receipt
+    if not fields.get("stream"):
+        return answer.json()["usage"]["expert"], answer.json()["choices"][0]["message"]
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    pieces = [choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"]]
+    [receipt] = [chunk["expert"] for chunk in chunks if "expert" in chunk]
+    return receipt, {"role": "assistant", "content": "".join(pieces)}
 
 
-def test_a_chat_keeps_its_task_and_the_receipt_says_so(own_client: TestClient) -> None:
-    assert _receipt(own_client, EGG)["reason"] == "retrieved"
-    kept = _receipt(own_client, NEITHER, EGG)
-    assert (kept["task"], kept["reason"], kept["mode"]) == ("cooking", "session", "mask")
-    drifted = _receipt(own_client, ROWS, EGG, NEITHER)
-    assert (drifted["task"], drifted["reason"]) == ("sql", "retrieved")
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_keeps_its_task_and_the_receipt_says_so(own_client: TestClient, stream: bool) -> None:
+    messages: list[dict[str, Any]] = []
+
+    def say(text: str) -> tuple[str | None, str]:
+        messages.append({"role": "user", "content": text})
+        receipt, answer = _said(own_client, messages, stream=stream)
+        messages.append(answer)
+        return receipt["task"], receipt["reason"]
+
+    assert say(EGG) == ("cooking", "retrieved")
+    assert say(NEITHER) == ("cooking", "session")
+    assert say(ROWS) == ("sql", "retrieved")
     assert _receipt(own_client, NEITHER)["reason"] == "below-threshold"  # another conversation
+
+
+def test_two_chats_behind_one_key_that_begin_alike_keep_their_own_tasks(own_client: TestClient) -> None:
+    chats = {}
+    for task in TASKS:
+        chats[task] = [{"role": "user", "content": "hello"}]
+        chats[task].append(_said(own_client, chats[task], model=f"tiny:{task}")[1])
+    for task, messages in chats.items():
+        receipt, _ = _said(own_client, [*messages, {"role": "user", "content": NEITHER}])
+        assert (receipt["task"], receipt["reason"]) == (task, "session")
 
 
 def test_sessions_are_named_in_a_query_and_in_a_header(own_client: TestClient) -> None:
@@ -144,18 +206,19 @@ def test_sessions_are_named_in_a_query_and_in_a_header(own_client: TestClient) -
 
 
 def test_a_title_in_the_background_is_served_from_what_its_chat_left_and_never_swaps(own_client: TestClient) -> None:
-    title = f"### Task:\nWrite a title.\n<chat_history>\nUSER: {EGG}\nASSISTANT: Seven minutes.\n</chat_history>"
+    title = "### Task:\nWrite a title.\n<chat_history>\nUSER: {}\nASSISTANT: {}\n</chat_history>"
+    about = title.format(EGG, "Seven minutes.")
     refused = own_client.post(
-        "/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": title}]}
+        "/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": about}]}
     )
     assert refused.status_code == 503, refused.text
     assert refused.headers["retry-after"] == "1"
     assert "cause no swap" in refused.json()["error"]["message"]
-    front = _receipt(own_client, EGG)
+    front, answer = _said(own_client, [{"role": "user", "content": EGG}])
     assert (front["priority"], front["experts_paged"] > 0) == ("normal", True)
     assert front["predicted_bytes"] == front["bytes_paged"] > 0
     assert front["predicted_swap_ms"] > 0
-    behind = _receipt(own_client, title)
+    behind = _receipt(own_client, title.format(EGG, answer["content"]))
     assert (behind["priority"], behind["task"], behind["experts_paged"]) == ("background", "cooking", 0)
     assert behind["predicted_bytes"] == 0
 
