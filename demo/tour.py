@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +53,15 @@ def tour(store_url: str, memory: int, log: Path) -> Iterator[Shown]:
 
 
 @contextmanager
-def serving(store_url: str, memory: int, log: Path) -> Iterator[httpx.Client]:
-    """`moepager serve` on a free port of 127.0.0.1, with a client for it; ended when the block is left."""
+def serving(
+    store_url: str, memory: int, log: Path, program: Sequence[str] = ("-m", "service"), options: Sequence[str] = ()
+) -> Iterator[httpx.Client]:
+    """`moepager serve` on a free port of 127.0.0.1, with a client for it; ended when the block is left. `program` is
+    what Python runs in the command's place."""
     port = _free_port()
     limits = ["--max-context", str(MAX_CONTEXT), "--max-batch", str(MAX_BATCH), "--memory", str(memory)]
-    limits += ["--dtype", DTYPE, "--threads", str(THREADS)]
-    command = [sys.executable, "-m", "service", "serve", "--store", store_url, "--port", str(port), *limits]
+    limits += ["--dtype", DTYPE, "--threads", str(THREADS), *options]
+    command = [sys.executable, *program, "serve", "--store", store_url, "--port", str(port), *limits]
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=_environment())  # noqa: S603 - our own command
         try:
