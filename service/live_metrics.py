@@ -1,4 +1,4 @@
-"""What is only known at the moment when it is asked for: who waits, of which task, and what the engine has read."""
+"""What is known only at the moment when it is asked for: who waits, of which task, what the engine read, and jobs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from engine.engine import Engine
 from engine.worker import EngineWorker, TokenStream
+from store.records import JobTally
 
 NO_TASK = "none"
 
@@ -19,6 +20,8 @@ class LiveMetrics(Collector):
     def __init__(self, engine: Engine, worker: EngineWorker) -> None:
         self._engine, self._worker = engine, worker
         self._tasks: WeakKeyDictionary[TokenStream, str] = WeakKeyDictionary()
+        self.jobs: JobTally | None = None  # None: the store is away, and nobody knows
+        self.drained = False
         self._seen = {NO_TASK}  # a task whose queue is empty again is a 0, not a gap
 
     def submitted(self, stream: TokenStream, task: str | None) -> None:
@@ -40,3 +43,17 @@ class LiveMetrics(Collector):
         yield CounterMetricFamily(
             "moepager_experts_paged", "Experts paged in since start, in every mode.", value=engine.experts_paged
         )
+        yield GaugeMetricFamily("moepager_drained", "1 while an operator has drained this process.", value=self.drained)
+        yield from self._of_jobs()
+
+    def _of_jobs(self) -> Iterator[Metric]:
+        jobs = GaugeMetricFamily("moepager_jobs", "Profiling jobs of this model in the store.", labels=["state"])
+        oldest = GaugeMetricFamily(
+            "moepager_jobs_oldest_seconds", "Since the oldest job that has not ended was asked for."
+        )
+        if self.jobs is not None:
+            for state, count in self.jobs.counts.items():
+                jobs.add_metric([state], count)
+            oldest.add_metric([], self.jobs.oldest_seconds)
+        yield jobs
+        yield oldest

@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.requests import FinishedEvent
 from engine.worker import EngineWorker, TokenStream
 from service.live_metrics import NO_TASK, LiveMetrics
+from store.records import JobTally
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 NO_MODE = "none"  # of queries that were refused before one was chosen
@@ -45,6 +46,10 @@ class Metrics:
         self._bytes = self._counter("bytes_paged", "Bytes of experts read for queries.", of_task)
         self._hits = self._counter("expert_hits", "Experts of a selection that were there already.", ("task",))
         self._misses = self._counter("expert_misses", "Experts of a selection that had to be paged in.", ("task",))
+        self._choices = self._counter(
+            "exact_choices", "Experts that the router chose in mode exact, for each token and layer.", ("task",)
+        )
+        self._exact_misses = self._counter("exact_misses", "Of these, those that had to be paged in.", ("task",))
         self._ttft = self._histogram("ttft_seconds", "From the queue to the first token.", FIRST, of_task)
         self._tpot = self._histogram("tpot_seconds", "For each further token.", EACH, of_task)
         self._swap = self._histogram("swap_seconds", "Waiting for experts.", FIRST, of_task)
@@ -114,8 +119,19 @@ class Metrics:
             self._coverage.labels(name).observe(served.coverage)
             self._hits.labels(name).inc(max(0, served.experts - served.experts_paged))
             self._misses.labels(name).inc(served.experts_paged)
+        else:
+            self._choices.labels(name).inc(self._chosen(finished))
+            self._exact_misses.labels(name).inc(served.experts_paged)
 
-    def text(self) -> bytes:
+    def _chosen(self, finished: FinishedEvent) -> int:
+        """The last token is chosen, but goes through no layer any more."""
+        card = self._engine.card
+        tokens = finished.prompt_tokens + max(0, finished.completion_tokens - 1)
+        return tokens * card.layers * card.top_k
+
+    def text(self, jobs: JobTally | None = None, drained: bool = False) -> bytes:
+        """`jobs` are None where the store can't be asked."""
+        self._live.jobs, self._live.drained = jobs, drained
         return generate_latest(self.registry)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import Any, cast, get_args
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from store.connection import Database
 from store.errors import Conflict, InvalidInput, NotFound
-from store.records import Decision, Job, JobState
+from store.records import Decision, Job, JobState, JobTally
 from store.schema import DecisionRow, JobRow
 from store.writing import insert_once, now
 
@@ -44,6 +44,16 @@ class Jobs:
         with self._database.read() as session:
             rows = session.scalars(query)
             return [_job(row) for row in rows]
+
+    def tally(self, model: str) -> JobTally:
+        """How many jobs the model has in each state, and since when the oldest of those that have not ended waits."""
+        query = select(JobRow.state, func.count(), func.min(JobRow.created)).where(JobRow.model == model)
+        with self._database.read() as session:
+            found = {state: (count, oldest) for state, count, oldest in session.execute(query.group_by(JobRow.state))}
+            at = now(session)
+        waiting = [oldest for state, (_, oldest) in found.items() if state in ("queued", "running")]
+        counts = {state: found.get(state, (0, at))[0] for state in get_args(JobState)}
+        return JobTally(counts, max(0.0, (at - min(waiting, default=at)).total_seconds()))
 
     def update(
         self,

@@ -352,3 +352,11 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
     attempt: int = 0
     deaths: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobTally:
+    """How many jobs there are in each state, and the seconds since the oldest that has not ended was asked for."""
+
+    counts: Mapping[JobState, int]
+    oldest_seconds: float

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import asyncio
+
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.context import PartsDep
 from service.described import METRICS
 from service.metrics import CONTENT_TYPE
-from store.errors import Forbidden
+from service.parts import Parts
+from store.errors import Forbidden, StoreUnreachable
+from store.records import JobTally
 
 router = APIRouter(tags=["health"])
 
 
 @router.get("/metrics", response_class=Response, responses=METRICS)
-async def metrics(parts: PartsDep) -> Response:
+async def metrics(request: Request, parts: PartsDep) -> Response:
     """What the service counts, for Prometheus; not for a key that is limited to tasks."""
     if parts.tasks is not None:
         raise Forbidden("The metrics count every task, and this key is limited to some. Ask with a key that is not.")
-    return Response(parts.metrics.text(), media_type=CONTENT_TYPE)
+    jobs = await asyncio.to_thread(tally, parts)
+    text = parts.metrics.text(jobs, request.app.state.draining.paused)
+    return Response(text, media_type=CONTENT_TYPE)
+
+
+def tally(parts: Parts) -> JobTally | None:
+    """None while the store is away: the rest is told all the same."""
+    try:
+        return parts.store.jobs.tally(parts.catalogue.model)
+    except StoreUnreachable:
+        return None

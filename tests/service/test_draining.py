@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -116,7 +117,9 @@ def test_a_drained_service_finishes_its_answers_takes_no_new_ones_and_comes_back
     worker.text, worker.delay = "a" * 18, 0.05
     with live(scripted_app) as url:
         asked = Asked(url, 18)
-        assert httpx.post(f"{url}/v1/drain").json() == {"draining": True, "under_way": 1}
+        own = {"host": socket.gethostname(), "pid": os.getpid()}  # behind a balancer: whom of several it was
+        assert httpx.post(f"{url}/v1/drain").json() == {"draining": True, "under_way": 1, "process": own}
+        assert "moepager_drained 1.0" in httpx.get(f"{url}/metrics").text
         for method, path in (("GET", "/readyz"), ("POST", "/v1/query"), ("POST", "/v1/jobs"), ("POST", "/tokenize")):
             refused = httpx.request(method, f"{url}{path}", json={"query": EGG} if method == "POST" else None)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "busy"), path
@@ -126,8 +129,9 @@ def test_a_drained_service_finishes_its_answers_takes_no_new_ones_and_comes_back
             assert httpx.get(f"{url}{path}").status_code == 200, path
         assert httpx.get(f"{url}/v1/session").json()["draining"] is True
         assert "event: done" in asked.ended()
-        wait_for(lambda: httpx.get(f"{url}/v1/drain").json() == {"draining": True, "under_way": 0})
-        assert httpx.delete(f"{url}/v1/drain").json() == {"draining": False, "under_way": 0}
+        wait_for(lambda: httpx.get(f"{url}/v1/drain").json()["under_way"] == 0)
+        assert httpx.delete(f"{url}/v1/drain").json() == {"draining": False, "under_way": 0, "process": own}
+        assert "moepager_drained 0.0" in httpx.get(f"{url}/metrics").text
         assert httpx.get(f"{url}/readyz").status_code == 200
         worker.text = "b"
         assert httpx.post(f"{url}/v1/query", json={"query": EGG}).json()["answer"] == "b"

@@ -308,6 +308,23 @@ def test_echo_scores_the_prompt_as_evaluation_harnesses_need(client: TestClient,
     assert second["logprobs"]["token_logprobs"][1:start] == pytest.approx(found["token_logprobs"][1:start], abs=1e-4)
 
 
+def test_lm_evals_own_bodies_give_what_it_reads(client: TestClient, parts: Parts) -> None:
+    """As lm_eval 0.4.13's `local-completions` sent them to a live service, and how it reads the replies."""
+    tokenizer = parts.engine.tokenizer
+    context, whole = tokenizer.encode("how long"), list(tokenizer.encode("how long do I"))
+    scoring = {"model": "tiny:cooking", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    choices = client.post(COMPLETE, json={"prompt": [whole, whole[:2]], **scoring}).json()["choices"]
+    for choice, start in zip(sorted(choices, key=lambda one: one["index"]), (len(context), 1), strict=True):
+        scores, tops = (choice["logprobs"][name][start:-1] for name in ("token_logprobs", "top_logprobs"))
+        assert len(scores) == len(tops) > 0
+        assert sum(scores) < 0
+        assert all(score <= max(top.values()) for score, top in zip(scores, tops, strict=True))
+    until = {"model": "tiny:cooking", "max_tokens": 4, "temperature": 0, "stop": ["\n", "<|end|>"], "seed": 1234}
+    [answer] = client.post(COMPLETE, json={"prompt": [whole], **until}).json()["choices"]
+    assert (answer["index"], isinstance(answer["text"], str)) == (0, True)
+    assert not answer["text"].startswith("how")  # the continuation alone
+
+
 def test_echo_streams_too(client: TestClient, events_of: Events) -> None:
     fields: Found = {"prompt": EGG, "max_tokens": 4, "echo": True, "logprobs": 0}
     whole = complete(client, **fields)["choices"][0]

@@ -23,6 +23,8 @@ from service.access_log import JsonLines
 from service.app import create_app
 from service.metrics import CONTENT_TYPE, Metrics
 from service.parts import Parts
+from store.errors import StoreUnreachable
+from store.records import JobTally
 
 EGG = {"query": "how long do I boil an egg", "max_tokens": 4}
 FIELDS = (
@@ -208,7 +210,7 @@ def test_the_queue_is_counted_by_task(parts: Parts, counted: TestClient, monkeyp
     assert metrics.registry.get_sample_value("moepager_queue_length", {"task": "sql"}) == 0
 
 
-def test_what_exact_mode_reads_is_counted_and_so_is_the_process(counted: TestClient) -> None:
+def test_what_exact_mode_reads_is_counted_and_so_is_the_process(counted: TestClient, parts: Parts) -> None:
     counted.delete("/v1/residency")
     before = samples(counted)
     receipt = counted.post("/v1/query", json={**EGG, "mode": "exact"}).json()["receipt"]
@@ -217,4 +219,27 @@ def test_what_exact_mode_reads_is_counted_and_so_is_the_process(counted: TestCli
     read = after["moepager_read_bytes_total", ""] - before["moepager_read_bytes_total", ""]
     assert experts == receipt["experts_paged"] > 0
     assert read >= receipt["bytes_paged"] > 0  # what lies between experts, too
+    card = parts.engine.card
+    tokens = receipt["prompt_tokens"] + receipt["completion_tokens"] - 1
+    for name, count in (("choices", tokens * card.layers * card.top_k), ("misses", receipt["experts_paged"])):
+        key = (f"moepager_exact_{name}_total", f"task={receipt['task']}")
+        assert after[key] - before.get(key, 0) == count
     assert after["process_resident_memory_bytes", ""] > 0
+
+
+def test_jobs_are_counted_and_metrics_are_told_without_them_while_the_store_is_away(
+    counted: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = {"queued": 2, "running": 1, "done": 7, "failed": 0, "cancelled": 0}
+    monkeypatch.setattr(type(parts.store.jobs), "tally", lambda _, model: JobTally(states, 12.5))  # type: ignore[arg-type]
+    found = samples(counted)
+    assert {state: found["moepager_jobs", f"state={state}"] for state in states} == states
+    assert found["moepager_jobs_oldest_seconds", ""] == 12.5
+
+    def away(*_: object) -> None:
+        raise StoreUnreachable("gone")
+
+    monkeypatch.setattr(type(parts.store.jobs), "tally", away)
+    found = samples(counted)
+    assert not [name for name, _ in found if name.startswith("moepager_jobs")]
+    assert found["moepager_slots", ""] > 0

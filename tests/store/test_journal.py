@@ -9,9 +9,10 @@ import pytest
 
 from store.database import Store
 from store.errors import Conflict, InvalidInput, NotFound
-from store.records import Decision, Job, TaskRecord
+from store.records import Decision, Job, JobTally, TaskRecord
 
 START = datetime(2025, 3, 1, tzinfo=UTC)
+STATES = ("queued", "running", "done", "failed", "cancelled")
 
 
 def job(id: str = "j1", **changes: Any) -> Job:  # noqa: A002
@@ -63,6 +64,18 @@ def test_jobs_are_listed_by_their_states(store: Store) -> None:
         store.jobs.put(job(f"j{number}", task=f"t{number}", state=state, created=START + timedelta(hours=number)))
     assert [found.id for found in store.jobs.list(("queued", "running"))] == ["j3", "j2", "j0"]
     assert store.jobs.list(("failed",)) == []
+
+
+def test_jobs_of_a_model_are_counted_by_state_and_the_oldest_that_waits_is_timed(store: Store) -> None:
+    assert store.jobs.tally("m") == JobTally(dict.fromkeys(STATES, 0), 0.0)
+    ago = datetime.now(UTC) - timedelta(hours=1)
+    store.jobs.put(job("j1", task="a", state="done", created=ago - timedelta(hours=5)))
+    store.jobs.put(job("j2", task="b", state="queued", created=ago + timedelta(minutes=20)))
+    store.jobs.put(job("j3", task="c", state="running", created=ago))
+    store.jobs.put(job("j4", model="other", state="queued", created=ago - timedelta(hours=9)))
+    found = store.jobs.tally("m")
+    assert found.counts == {"queued": 1, "running": 1, "done": 1, "failed": 0, "cancelled": 0}
+    assert 3600 <= found.oldest_seconds < 3660
 
 
 def test_an_id_that_is_taken_is_refused(store: Store) -> None:
