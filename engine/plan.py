@@ -5,7 +5,7 @@ kv         max_batch rows x max_context tokens x the model's keys and values (sl
 staging    the reader's aligned buffers, and a ring of more (RingShape) where bytes need a cast or another device
 stand-ins  one vector of H float32 for each expert, as many sets as the config allows at once
 routers    sliced copies of the routers, for at most max_batch different selections at once
-workspace  activations of chunk_tokens tokens, see `_workspace`
+workspace  activations of chunk_tokens tokens, see `_workspace`, and the states of a context's tokens between two layers
 slots      the rest of the budget, at most one slot for each expert
 """
 
@@ -65,7 +65,7 @@ class MemoryPlan:
     chunk_tokens: int
     dtype: str
     stand_ins: int
-    carried_tokens: int = 0  # whose hidden states the workspace holds beside half a chunk
+    carried_tokens: int = 0  # whose hidden states the workspace holds beside half a chunk: a whole context's at least
 
     @property
     def fixed_bytes(self) -> int:
@@ -139,7 +139,8 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
         router_bytes=config.max_batch * card.layers * card.experts * (card.hidden + 2) * size,
         stand_in_bytes=config.stand_ins * card.layers * card.experts * card.hidden * 4,
         kernel_bytes=_kernels(card, chunk) if config.device == "cpu" and size == 2 else 0,
-        workspace_bytes=_workspace(card, chunk, context, config.max_batch, size),
+        workspace_bytes=_workspace(card, chunk, context, config.max_batch, size)
+        + _carried(card, chunk, context) * size,
         slot_bytes=slot,
         slots=card.layers * card.experts,
         layers=card.layers,
@@ -150,7 +151,7 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
         chunk_tokens=chunk,
         dtype=dtype,
         stand_ins=config.stand_ins,
-        carried_tokens=(chunk - chunk // 2) * _columns(card) // card.hidden,
+        carried_tokens=max(context, _carried_free(card, chunk)),
     )
     return plan if config.memory is None else _within(plan, config.memory)
 
@@ -198,14 +199,21 @@ def _workspace(card: ModelCard, chunk: int, context: int, batch: int, size: int)
 
 
 def _columns(card: ModelCard) -> int:
-    """Numbers in the serving dtype that a token of a pass needs in one layer, see `_workspace`.
-
-    A prompt that goes through layer by layer takes half as many tokens a pass, and in place of the other half's numbers
-    keeps one hidden state for each token that is on its way.
-    """
+    """Numbers in the serving dtype that a token of a pass needs in one layer, see `_workspace`."""
     geometry = card.geometry
     columns = 8 * card.hidden + 6 * geometry.attention_width + 2 * card.top_k * card.hidden
     return columns + 3 * geometry.expert_width + 3 * geometry.dense_width
+
+
+def _carried_free(card: ModelCard, chunk: int) -> int:
+    """Tokens whose hidden states, one each, take the place of half a chunk's numbers: a prompt that goes through layer
+    by layer takes but half as many tokens a pass."""
+    return (chunk - chunk // 2) * _columns(card) // card.hidden
+
+
+def _carried(card: ModelCard, chunk: int, context: int) -> int:
+    """Numbers of the hidden states for which that is not enough, where a prompt is as long as it may be."""
+    return max(0, context - _carried_free(card, chunk)) * card.hidden
 
 
 def _within(plan: MemoryPlan, budget: int) -> MemoryPlan:

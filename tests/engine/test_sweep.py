@@ -170,11 +170,32 @@ def test_a_read_that_fails_on_the_way_leaves_no_column_and_no_lease(
     assert _tokens(engine, [request]) == _tokens(whole, [request])
 
 
-def test_states_that_are_carried_fit_into_the_half_of_the_workspace_that_is_not_used(
+def test_a_prompt_as_long_as_the_context_pages_each_needed_expert_once_however_small_the_chunks(
     squeezed: Callable[..., Engine], whole: Engine, ask: Ask
 ) -> None:
-    """More columns than that go through in several sweeps, with the same answer."""
     engine = squeezed(9, chunk_tokens=2)
-    assert engine.plan.carried_tokens < 80
-    requests = [ask(_prompt(0, 80), max_tokens=4)]
+    requests = [ask(_prompt(0, 95), max_tokens=1)]
+    assert _tokens(engine, requests) == _tokens(whole, requests)
+    assert engine.bank.paged.experts == 24
+
+
+def test_the_plan_holds_the_states_of_a_whole_context_and_counts_those_that_half_a_chunk_leaves_no_room_for(
+    checkpoint: Checkpoint, open_engine: Open
+) -> None:
+    def workspace(context: int) -> int:
+        engine = open_engine(checkpoint("qwen3_moe"), max_batch=1, max_context=context, chunk_tokens=2)
+        assert engine.plan.carried_tokens == max(context, free)
+        return engine.plan.workspace_bytes
+
+    free, state = 25, 32 * 4  # tokens whose states half a chunk leaves room for; bytes of one
+    below, above = workspace(20) - workspace(10), workspace(50) - workspace(40)
+    assert above - below == 10 * state
+
+
+def test_several_prompts_that_are_longer_than_the_plan_carries_go_through_in_several_sweeps(
+    squeezed: Callable[..., Engine], whole: Engine, ask: Ask
+) -> None:
+    engine = squeezed(9, chunk_tokens=2)
+    requests = [ask(_prompt(seed, 70), max_tokens=4) for seed in range(3)]
+    assert sum(len(request.prompt) for request in requests) > engine.plan.carried_tokens
     assert _tokens(engine, requests) == _tokens(whole, requests)
