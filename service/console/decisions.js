@@ -1,7 +1,7 @@
 // How each query got its task, the youngest first, page by page. For operators. Queries themselves are never kept.
 
 import { call } from "./api.js";
-import { field, h, options, replace, setText, table } from "./dom.js";
+import { attempt, field, h, options, replace, setText, table } from "./dom.js";
 import { count, fixed, moment, percent } from "./format.js";
 import { reasonOf } from "./receipt.js";
 import { link } from "./tasks.js";
@@ -36,7 +36,7 @@ export class Decisions {
       setText(this.lead, "Decisions are for operators; this key may only query.");
       return;
     }
-    await this.attempt(async () => {
+    await attempt(this.error, async () => {
       const { tasks } = await call("GET", "/v1/tasks");
       options(this.task, [["", "all, and none"], ...tasks.map(({ task }) => [task, task])]);
       await this.look();
@@ -47,27 +47,17 @@ export class Decisions {
 
   first() {
     this.pages = [null];
-    return this.attempt(() => this.look());
+    return attempt(this.error, () => this.look());
   }
 
   back() {
     this.pages.pop();
-    return this.attempt(() => this.look());
+    return attempt(this.error, () => this.look());
   }
 
   on() {
     this.pages.push(this.next);
-    return this.attempt(() => this.look());
-  }
-
-  async attempt(action) {
-    this.error.hidden = true;
-    try {
-      await action();
-    } catch (error) {
-      setText(this.error, error.message);
-      this.error.hidden = false;
-    }
+    return attempt(this.error, () => this.look());
   }
 
   async look() {

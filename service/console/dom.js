@@ -61,6 +61,17 @@ export function table(caption, columns, rows, { hideCaption = false } = {}) {
       h("tbody", {}, body)));
 }
 
+// Does something, and says in `place` what went wrong with it.
+export async function attempt(place, action) {
+  place.hidden = true;
+  try {
+    await action();
+  } catch (error) {
+    setText(place, error.message);
+    place.hidden = false;
+  }
+}
+
 // A question before something that can't be undone. Resolves to whether it was answered with yes.
 export function confirm(question, yes) {
   return new Promise((resolve) => {

@@ -1,7 +1,7 @@
 // New tasks that queries near no task might be, and what else an operator should look at: drift. For operators.
 
 import { call } from "./api.js";
-import { confirm, field, h, replace, setText, table } from "./dom.js";
+import { attempt, confirm, field, h, replace, setText, table } from "./dom.js";
 import { count, fixed, moment, percent } from "./format.js";
 
 export class Proposals {
@@ -23,20 +23,10 @@ export class Proposals {
       setText(this.kept, "Proposals are for operators; this key may only query.");
       return;
     }
-    await this.attempt(() => this.refresh());
+    await attempt(this.error, () => this.refresh());
   }
 
   hide() {}
-
-  async attempt(action) {
-    this.error.hidden = true;
-    try {
-      await action();
-    } catch (error) {
-      setText(this.error, error.message);
-      this.error.hidden = false;
-    }
-  }
 
   async refresh() {
     const found = await call("GET", "/v1/proposals");
@@ -61,7 +51,7 @@ export class Proposals {
     const without = () => boxes.filter((box) => !box.checked).map((box) => box.value);
     const more = proposal.queries - proposal.exemplars.length;
     return h("form", { class: "card stack", "aria-labelledby": title,
-      onsubmit: (event) => { event.preventDefault(); this.attempt(() => this.accept(proposal, name.value.trim(), without())); } },
+      onsubmit: (event) => { event.preventDefault(); attempt(this.error, () => this.accept(proposal, name.value.trim(), without())); } },
       h("h2", { id: title, class: "clip" }, proposal.name),
       h("p", { class: "hint" }, `${count(proposal.queries)} queries, asked ${count(proposal.asked)} times; their mean similarity is `
         + `${fixed(proposal.cohesion, 2)}. What is unticked does not become part of the task.`),
@@ -69,7 +59,7 @@ export class Proposals {
       h("ul", { class: "queries", "aria-label": "Queries" }, queries, more > 0 && h("li", { class: "hint" }, `and ${count(more)} more`)),
       h("div", { class: "buttons" },
         h("button", { type: "submit", class: "primary" }, "Make it a task"),
-        h("button", { type: "button", class: "danger", onclick: () => this.attempt(() => this.reject(proposal)) }, "Reject")));
+        h("button", { type: "button", class: "danger", onclick: () => attempt(this.error, () => this.reject(proposal)) }, "Reject")));
   }
 
   async accept(proposal, name, without) {
@@ -85,7 +75,7 @@ export class Proposals {
 
   async forgetAll() {
     if (!(await confirm("Forget all queries that are kept?", "Forget them"))) return;
-    await this.attempt(async () => {
+    await attempt(this.error, async () => {
       await call("DELETE", "/v1/unmatched");
       await this.refresh();
     });
