@@ -92,7 +92,9 @@ class Idle:
 
     def _use(self, key: ExpertKey, cost: float) -> None:
         """Of several uses in one turn, the first counts."""
-        uses = self._uses.setdefault(key, _Uses())
+        uses = self._uses.get(key)
+        if uses is None:
+            uses = self._uses[key] = _Uses()
         self._stamp += 1
         uses.stamp = self._stamp
         if uses.turn == self._turn:

@@ -123,7 +123,7 @@ class Residency:
         """A visit uses the slot's expert. Where it is leased, its lease speaks for it."""
         key = self._keys[slot]
         if not self._pins[slot] and key is not None:
-            self._visit([key])
+            self._idle.visit(key, self._costs[key.layer])
 
     def begin_turn(self) -> None:
         """A request begins that takes no lease. A lease is a turn by itself."""
