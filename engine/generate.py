@@ -191,11 +191,13 @@ class Batch:
         if exact:
             self._pause.got_through()
 
-    def _gives_way(self, group: Group, _: float) -> bool:
-        """Whether prompts that wait for their experts are broken off: nobody wants them, or others could run."""
+    def _gives_way(self, group: Group, seconds: float) -> bool:
+        """Whether prompts that wait for their experts, for `seconds` by now, are broken off: nobody wants them, or
+        others could run and the wait is long: by what is missing or, on a disk that stalls, by what it has taken."""
         if all(row.request.cancelled.is_set() for row in group.rows):
             return True
-        return self._pressing(self) and max(row.missing_seconds for row in group.rows) > PATIENT_SECONDS
+        left = max(row.missing_seconds for row in group.rows)
+        return self._pressing(self) and max(left, seconds) > PATIENT_SECONDS
 
     def _holds_up(self, exact: Sequence[Row], patience: float, seconds: float) -> bool:
         """Whether a pass that waits for experts of `exact`, for `seconds` by now, is broken off: one of them is wanted

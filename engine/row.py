@@ -12,7 +12,7 @@ from engine.guard import Escalated
 from engine.requests import FinishedEvent, GenerationRequest, Reason, Score, Served, Submission, TokenEvent
 from engine.sampling import Sampler
 from engine.text import Detokenizer, StopFilter
-from store.errors import Busy, CheckpointError
+from store.errors import CheckpointError, OffTask
 
 if TYPE_CHECKING:
     from engine.bank import Lease
@@ -76,12 +76,14 @@ class Row:
         return self.request.priority != "background" or self._engine.bank.whole
 
     @property
-    def refusal(self) -> Busy:
+    def refusal(self) -> OffTask:
         """What a background request is told that its guard stops."""
-        return Busy(
-            f"This background request left its task's experts (coverage {self._level:.3g} after {self.tokens} tokens). "
-            "To finish it exactly, others would be read, and background requests cause no swap. Send it in mode mask, "
-            "or without the background priority."
+        assert self.request.guard is not None
+        return OffTask(
+            f"This background request left its task's experts: coverage {self._level:.3g} after {self.tokens} tokens, "
+            f"its guard's bound is {self.request.guard.bound:.3g}. To finish it exactly, others would be read, and "
+            "background requests cause no swap. Send it in mode mask to have it finished with these experts, or "
+            "without the background priority; as it is, it would be refused again."
         )
 
     @property

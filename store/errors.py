@@ -8,6 +8,7 @@ MoepagerError                 shown as it is: exit code 2 at the command line, `
 │  └─ PartsMissing                 parts of a task's text that nobody has profiled yet
 ├─ Conflict                   409  it exists already, or another run holds it
 │  └─ Held                         a live process is at the same task; it may be tried again later
+├─ OffTask                    409  a background request that its guard stops: it may not read what would finish it
 ├─ MismatchError              409  a profile, index or store that belongs to another model or embedder
 ├─ CheckpointError            422  a model folder that can't be served: missing, truncated, pickled, unsupported
 │  ├─ DiskError               503  the disk stalls or returns an error: what is in memory is served on
@@ -88,6 +89,13 @@ class Conflict(MoepagerError):
 
 class Held(Conflict):
     code = "held"
+
+
+class OffTask(MoepagerError):
+    """Sent again as it is, it would most likely be refused again."""
+
+    status = 409
+    code = "off_task"
 
 
 class MismatchError(MoepagerError):

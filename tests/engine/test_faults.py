@@ -23,7 +23,7 @@ from engine.requests import FinishedEvent, GenerationRequest
 from engine.skeleton import build_skeleton
 from engine.worker import EngineWorker
 from store.checkpoint import CheckpointMap
-from store.errors import CheckpointError, ShardChanged
+from store.errors import CheckpointError, DiskError, ShardChanged
 from store.records import Selection
 
 Checkpoint = Callable[..., Path]
@@ -272,10 +272,10 @@ def test_a_disk_that_stalls_fails_its_request_alone_and_is_used_again_when_it_co
     monkeypatch.setattr(engine._reader, "_patience", 0.1)
     monkeypatch.setattr(reader_module.os, "preadv", held)
     try:
-        with pytest.raises(CheckpointError, match="The disk stalls"):
+        with pytest.raises(DiskError, match="The disk stalls"):
             answer(LATE)
         assert answer(EARLY) == right[EARLY]
-        with pytest.raises(CheckpointError, match="The disk stalls"):  # the threads are still held: no hang
+        with pytest.raises(DiskError, match="The disk stalls"):  # the threads are still held: no hang
             answer(LATE)
     finally:
         gate.set()

@@ -22,7 +22,7 @@ from engine.guard import NEWEST, WATCH, Guard, draw_guard, items_needed
 from engine.plan import plan_memory
 from engine.requests import Event, FailedEvent, FinishedEvent, GenerationRequest, Sampling, TokenEvent
 from engine.routing import Routing
-from store.errors import Busy, InvalidInput
+from store.errors import InvalidInput, OffTask
 from store.records import Selection
 
 Checkpoint = Callable[..., Path]
@@ -237,7 +237,7 @@ def test_at_the_budgets_floor_an_escalated_row_waits_for_slots_and_no_newcomer_o
 def test_a_background_request_is_finished_exactly_only_where_nothing_needs_to_be_read(engine: Engine) -> None:
     request = _auto(_half(engine), ALWAYS, priority="background")
     engine.evict()
-    with pytest.raises(Busy, match="background requests cause no swap"):
+    with pytest.raises(OffTask, match=r"coverage [\d.]+ after 0 tokens, its guard's bound is .* cause no swap"):
         _run(engine, request)
     assert engine.residency().leased == 0
     everything = Selection.of([range(engine.card.experts)] * engine.card.layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -234,6 +235,49 @@ def test_a_file_is_compared_once_a_request(file: tuple[Path, Bytes], monkeypatch
         reader.read([_extent(path, 0, 200_000)])
         monkeypatch.undo()
     assert sorted(calls) == ["compare"] * 4 + ["read"] * 4
+
+
+class _Clock:
+    """Moves only while somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class _Held(threading.Thread):
+    """A thread that the disk keeps: whoever joins it waits in vain."""
+
+    clock: _Clock
+
+    def join(self, timeout: float | None = None) -> None:
+        assert timeout is not None
+        self.clock.now += timeout
+
+    def is_alive(self) -> bool:
+        return True
+
+
+def test_closing_waits_once_for_all_threads_that_the_disk_holds_and_leaves_them_their_files(
+    file: tuple[Path, Bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = file
+    reader = Reader(64 * 1024, threads=4)
+    extent = _extent(path, 0, 10)
+    reader.read([extent])
+    real, _Held.clock = reader._threads, _Clock()
+    began = _Held.clock.now
+    with monkeypatch.context() as patched:
+        patched.setattr(reader_module, "time", _Held.clock)
+        reader._threads = [_Held() for _ in real]
+        reader.close()
+    assert _Held.clock.now - began == reader_module.JOIN_SECONDS
+    assert os.preadv(reader._files[path]._buffered, [bytearray(10)], 0) == 10
+    reader._threads = real
+    reader.close()
+    assert not reader._files
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -142,6 +142,30 @@ def test_openais_routes_take_mode_auto_as_well(client: TestClient) -> None:
     assert receipt["escalated"]["at_token"] == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_background_request_that_its_guard_stops_swaps_nothing_and_is_not_to_be_sent_again(
+    client: TestClient, parts: Parts, events_of: Callable[[str], list[tuple[str, Any]]], *, stream: bool
+) -> None:
+    body = {"model": "tiny:sql", "messages": [{"role": "user", "content": ROWS}], "max_tokens": 4}
+    client.delete("/v1/residency")
+    front = client.post("/v1/chat/completions", json=body).json()  # its task's experts are in memory now
+    paged = parts.engine.residency().experts_paged
+    behind = {**body, "stream": stream, "expert": {"mode": "auto", "priority": "background"}}
+    answer = client.post("/v1/chat/completions", json=behind)
+    if stream and answer.status_code == 200:
+        error = events_of(answer.text)[-1][1]["error"]
+    else:
+        error = answer.json()["error"]
+        assert answer.status_code == 409
+        assert (answer.headers["x-should-retry"], "retry-after" in answer.headers) == ("false", False)
+    assert error["code"] == "off_task"
+    assert "its guard's bound is 1. To finish it exactly, others would be read" in error["message"]
+    assert parts.engine.residency().experts_paged == paged
+    assert parts.worker.run(lambda engine: engine.residency().leased).result(10) == 0
+    masked = {**body, "expert": {"mode": "mask", "priority": "background"}}
+    assert client.post("/v1/chat/completions", json=masked).json()["choices"] == front["choices"]
+
+
 def test_drift_is_watched_in_mode_auto_by_what_the_guard_stopped(
     client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -127,6 +129,49 @@ def test_a_failed_read_is_told_in_either_form_and_the_next_request_is_right(
         assert "Input/output error" in error["message"]
     assert client.post("/v1/query", json=body).json()["answer"] == right
     assert parts.worker.run(lambda engine: engine.residency().leased).result(10) == 0
+
+
+def test_a_disk_that_stalls_is_told_to_its_own_request_in_either_form_while_others_are_answered(
+    client: TestClient, parts: Parts, gate: threading.Event, events_of: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cooking` and `sql` fit beside one another at a quarter of the experts."""
+    egg, rows = ({"query": query, "keep": 0.25, "max_tokens": 4} for query in (EGG, ROWS))
+    right = {query["query"]: client.post("/v1/query", json=query).json()["answer"] for query in (egg, rows)}
+    parts.worker.run(Engine.evict).result(10)
+    assert client.post("/v1/query", json=egg).status_code == 200  # its experts are in memory
+    monkeypatch.setattr(parts.engine._reader, "_patience", 2.0)
+    gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        stalled = pool.submit(client.post, "/v1/query", json=rows)
+        _wait_for(lambda: bool(parts.engine.bank.residency.unfilled))
+        beside = client.post("/v1/query", json=egg)
+        assert not stalled.done()  # it waits for the disk still
+        refused = stalled.result(20)
+    monkeypatch.setattr(parts.engine._reader, "_patience", 0.1)
+    streamed = events_of(client.post("/v1/query", json={**rows, "stream": True}).text)[-1][1]
+    gate.set()
+    assert (beside.status_code, beside.json()["answer"]) == (200, right[EGG])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "disk_error")
+    assert (refused.headers["retry-after"], refused.headers["x-should-retry"]) == ("1", "true")
+    for error in (refused.json()["error"], streamed["error"]):
+        assert (error["code"], error["message"][:15]) == ("disk_error", "The disk stalls")
+    assert client.post("/v1/query", json=rows).json()["answer"] == right[ROWS]
+    assert parts.worker.run(lambda engine: engine.residency().leased).result(10) == 0
+
+
+def test_a_weight_file_that_changed_is_nobodys_wrong_request_and_not_to_be_tried_again(
+    client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = client.post("/v1/query", json={"query": EGG, "max_tokens": 2}).json()["answer"]
+    parts.worker.run(Engine.evict).result(10)
+    [file] = parts.engine._reader._files.values()
+    monkeypatch.setattr(file, "_identity", replace(file._identity, written=5 * 10**9))
+    refused = client.post("/v1/query", json={"query": EGG, "max_tokens": 2})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (500, "checkpoint_changed")
+    assert (refused.headers["x-should-retry"], "retry-after" in refused.headers) == ("false", False)
+    assert "its time of writing was 1970-01-01 00:00:05" in refused.json()["error"]["message"]
+    monkeypatch.undo()
+    assert client.post("/v1/query", json={"query": EGG, "max_tokens": 2}).json()["answer"] == right
 
 
 PROGRAM = """
