@@ -74,3 +74,27 @@ def block(
     cache: tuple[int, int, int, int, int, int, int, int, int, int],
     /,
 ) -> None: ...
+def layer(
+    chosen: int,
+    block: tuple[int | float, ...],
+    layer: tuple[int | float, ...],
+    states: tuple[int, int, int, int, int, int, int, int, int, int],
+    cache: tuple[int, ...],
+    routing: tuple[int, int, int, int, int],
+    /,
+) -> list[int] | None: ...
+def onto(
+    chosen: int,
+    layout: Layout,
+    bank: int,
+    x: int,
+    tokens: int,
+    top_k: int,
+    slots: list[int],
+    weights: int,
+    weights_dtype: int,
+    middle: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -10,6 +10,7 @@ B rows, A heads, N heads of the cache, S columns, D the width of a head, R its r
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -27,12 +28,13 @@ MOVING = {"position_ids", "cache_position"}  # a module that asks for these may 
 COLUMNS = 5  # of the cache, in a trial
 LOUD = 100.0  # times the usual input: what clips its queries, keys or values shows it
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04}  # of the largest number
+BLOCK = "moepager_block"  # the attribute of an attention module that is served so: its BlockShape
 
 
 def adopt_blocks(model: Any, own: Products, few: int) -> int:
     """Attention modules of `model`, which has its weights, whose batches of up to `few` single tokens now go to `own`.
     Their number."""
-    positions = _positions(model)
+    positions = positions_of(model)
     if positions is None or model.config._attn_implementation != IMPLEMENTATION:
         return 0
     modules = [module for module in model.modules() if "Attention" in type(module).__name__]
@@ -73,28 +75,56 @@ def agrees(module: Any, shape: BlockShape, own: Products, positions: tuple[Tenso
 
     The second row is `LOUD`: there only keys and values are compared, for its softmax is one of rounding errors.
     """
-    made = torch.Generator().manual_seed(3)
-    size = torch.tensor([1.0, LOUD]).view(2, 1, 1)
-    x = (torch.randn(2, 1, shape.hidden, generator=made) * size).to(shape.dtype)  # [B, 1, H]
-    mask = torch.ones(2, 1, 1, COLUMNS + 1, dtype=torch.bool)
-    mask[1, ..., :2] = False
-    kept = [torch.randn(2, shape.kv_heads, COLUMNS + 1, shape.head, generator=made).to(shape.dtype) for _ in range(2)]
-    mine, theirs = (_cache(module, kept) for _ in range(2))
+    trial = Trial.of(shape, (1.0, LOUD))
+    mine, theirs = (trial.cache(module) for _ in range(2))
     with torch.inference_mode():
         try:
-            wanted = module(x, position_embeddings=positions, attention_mask=mask, past_key_values=theirs)[0]
+            wanted = module(trial.x, position_embeddings=positions, attention_mask=trial.mask, past_key_values=theirs)[
+                0
+            ]
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return False
-        found = own.block(shape, x, positions, mask, mine.extend(module.layer_idx, 1))
-    return _close(found[:1], wanted[:1]) and all(
-        _close(one[row, :, -1], other[row, :, -1])
-        for one, other in zip(_last(mine), _last(theirs), strict=True)
+        found = own.block(shape, trial.x, positions, trial.mask, mine.extend(module.layer_idx, 1))
+    return close_enough(found[:1], wanted[:1]) and all(
+        close_enough(one[row], other[row])
+        for one, other in zip(trial.last(mine), trial.last(theirs), strict=True)
         for row in range(2)
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One new token of two rows, `x` [2, 1, H], behind a few columns, of which the second row does not see all."""
+
+    x: Tensor
+    mask: Tensor  # bool [2, 1, 1, S]
+    kept: tuple[Tensor, Tensor]  # keys and values [2, N, S, D]
+
+    @classmethod
+    def of(cls, shape: BlockShape, sizes: tuple[float, float]) -> Trial:
+        """`sizes` of the two rows."""
+        made = torch.Generator().manual_seed(3)
+        x = torch.randn(2, 1, shape.hidden, generator=made) * torch.tensor(sizes).view(2, 1, 1)
+        mask = torch.ones(2, 1, 1, COLUMNS + 1, dtype=torch.bool)
+        mask[1, ..., :2] = False
+        keys, values = (torch.randn(2, shape.kv_heads, COLUMNS + 1, shape.head, generator=made) for _ in range(2))
+        return cls(x.to(shape.dtype), mask, (keys.to(shape.dtype), values.to(shape.dtype)))
+
+    def cache(self, module: Any) -> KvCache:
+        """For the layer of the attention `module`."""
+        layer = PooledLayer(self.kept[0].clone(), self.kept[1].clone(), 0, 2)
+        layer.length = COLUMNS
+        return KvCache([layer] * (module.layer_idx + 1))
+
+    def last(self, cache: KvCache) -> tuple[Tensor, Tensor]:
+        """The newest column's keys and values, [2, N, D] each."""
+        keys, values = cache.extend(len(cache.layers) - 1, 0)
+        return keys[:, :, -1], values[:, :, -1]
+
+
 def _take_over(module: Any, shape: BlockShape, own: Products, few: int) -> None:
     theirs, layer = module.forward, module.layer_idx
+    setattr(module, BLOCK, shape)
 
     def forward(
         hidden_states: Tensor,
@@ -104,7 +134,7 @@ def _take_over(module: Any, shape: BlockShape, own: Products, few: int) -> None:
         **named: Any,
     ) -> tuple[Tensor, Tensor | None]:
         few_enough = hidden_states.shape[1] == 1 and hidden_states.shape[0] <= few
-        if few_enough and _takes(shape, hidden_states, position_embeddings, attention_mask, past_key_values, layer):
+        if few_enough and takes(shape, hidden_states, position_embeddings, attention_mask, past_key_values, layer):
             cache = past_key_values.extend(layer, 1)
             return own.block(shape, hidden_states, position_embeddings, attention_mask, cache), None
         found: tuple[Tensor, Tensor | None] = theirs(
@@ -119,13 +149,13 @@ def _take_over(module: Any, shape: BlockShape, own: Products, few: int) -> None:
     module.forward = forward
 
 
-def _takes(shape: BlockShape, x: Tensor, positions: Any, mask: Tensor | None, cache: Any, layer: int) -> bool:
+def takes(shape: BlockShape, x: Tensor, positions: Any, mask: Tensor | None, cache: Any, layer: int) -> bool:
     if not isinstance(cache, KvCache) or x.dtype != shape.dtype or positions[0].dtype != shape.dtype:
         return False
     return mask is None or shows_columns(mask, len(x), cache.layers[layer].length + 1)
 
 
-def _positions(model: Any) -> tuple[Tensor, Tensor] | None:
+def positions_of(model: Any) -> tuple[Tensor, Tensor] | None:
     """Cosines and sines [2, 1, R] of two positions, if the model has one kind of rotary positions alone."""
     kinds = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     dtype = next((one.dtype for one in model.parameters() if one.dtype in DTYPES), None)
@@ -139,16 +169,6 @@ def _positions(model: Any) -> tuple[Tensor, Tensor] | None:
     return (cos, sin) if plain else None
 
 
-def _cache(module: Any, kept: list[Tensor]) -> KvCache:
-    layer = PooledLayer(kept[0].clone(), kept[1].clone(), 0, 2)
-    layer.length = COLUMNS
-    return KvCache([layer] * (module.layer_idx + 1))
-
-
-def _last(cache: KvCache) -> tuple[Tensor, Tensor]:
-    return cache.extend(len(cache.layers) - 1, 0)
-
-
-def _close(found: Tensor, wanted: Tensor) -> bool:
+def close_enough(found: Tensor, wanted: Tensor) -> bool:
     most = float(wanted.float().abs().max())
     return bool((found.float() - wanted.float()).abs().max() <= TOLERANCE[wanted.dtype] * most)

@@ -25,6 +25,7 @@ from engine.generate import Batch
 from engine.head import Head
 from engine.kernels import Kernels
 from engine.kvcache import KvPool
+from engine.layer_block import adopt_layers
 from engine.layers import Layers
 from engine.lookahead import Lookahead
 from engine.observer import Observer
@@ -54,7 +55,6 @@ class Engine:
         self.checkpoint, self.card, self.plan = checkpoint, card, plan
         self.tokenizer, self.bank, self.device = tokenizer, bank, device
         self._reader = reader
-        self.kernel = kernels.name
         experts = [PagedExperts(at, joint.experts, bank, kernels) for at, joint in enumerate(skeleton.joints)]
         for joint, paged in zip(skeleton.joints, experts, strict=True):
             dispatch.bind(joint.experts, paged)
@@ -68,6 +68,7 @@ class Engine:
             self.board.lookahead = Lookahead(self.board.routes, card.experts, guesses.expect, guesses.drop_all)
         with torch.inference_mode():
             self.board.check(card.hidden)
+            self.kernel = _adopt_layers(skeleton, experts, self.board, kernels)
         self.admission = Admission(card, plan, self.board, bank, reader.meter)
         self.passes = Passes(skeleton, experts)
         self.layers = Layers(self, skeleton, experts)
@@ -192,6 +193,15 @@ class Engine:
                     if isinstance(event, FailedEvent):
                         raise event.error
                     yield event
+
+
+def _adopt_layers(skeleton: Skeleton, experts: Sequence[PagedExperts], board: Switchboard, kernels: Kernels) -> str:
+    """The kernel's name, with how many decoder layers of single tokens are its own."""
+    if kernels.own is None:
+        return kernels.name
+    few = kernels.few(skeleton.layout.dtype)
+    count = adopt_layers(skeleton.model, skeleton.joints, experts, board, kernels.own, few)
+    return f"{kernels.name}, {count} of {len(skeleton.kv_shapes)} decoder layers in two calls"
 
 
 def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:

@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 
 from engine.bank import Bank
 from engine.kernels import Kernels, product
+from engine.layer_shape import Room
 from engine.layout import SlotLayout
 from engine.observer import ChannelObserver, Observer
 from engine.products import ExpertShape, Products, expert_shape
@@ -56,7 +57,8 @@ class PagedExperts:
         self._experts = int(module.num_experts)
         self.stages = stages(module, bank.layout, kernels)
         self._feed_forward: FeedForward = self.stages
-        self._compiled = compiled_experts(module, bank.layout, kernels)
+        compiled = compiled_experts(module, bank.layout, kernels)
+        self.compiled = compiled if isinstance(compiled, Compiled) else None
 
     @property
     def observer(self) -> Observer | None:
@@ -71,13 +73,13 @@ class PagedExperts:
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """`hidden` [T, H], `index` and `weights` [T, k] -> [T, H]. No expert sees what has an index of E: padding, and
         choices that something else stands in for."""
-        compiled = self._compiled if hidden.dtype == self._bank.layout.dtype else None
+        compiled = self.compiled if hidden.dtype == self._bank.layout.dtype else None
         if self.observer is None:
-            if isinstance(compiled, Compiled) and len(hidden) <= FEW:
+            if compiled is not None and len(hidden) <= FEW:
                 return self._few(compiled, hidden.contiguous(), index, weights)
             if len(hidden) == 1:
                 return self._one(hidden, index, weights)
-        if isinstance(compiled, Compiled) and compiled.takes_many and self._inside is None:
+        if compiled is not None and compiled.takes_many and self._inside is None:
             combined = self._together(compiled, hidden.contiguous(), index, weights)  # [T, H]
         else:
             combined = self._many(hidden, index, weights)  # [T, H]
@@ -98,6 +100,15 @@ class PagedExperts:
         with closing(self._bank.visit(self.layer, range(self._experts))) as visit:
             for expert, slot in visit:
                 yield expert, self._bank.views[slot]
+
+    def onto(self, room: Room, chosen: list[int]) -> Tensor:
+        """The residual stream with the experts `chosen` for it, B*k of them, which see `room.normed`: [B, 1, H]."""
+        assert self.compiled is not None, self.layer
+        slots = self._bank.at_hand(self.layer, chosen)
+        if slots is not None:
+            return self.compiled.own.onto(self.compiled.shape, self._bank.memory, room, slots)
+        index = torch.tensor(chosen).view(room.weights.shape)  # [B, k]
+        return room.middle + self._few(self.compiled, room.normed[:, 0], index, room.weights).unsqueeze(1)
 
     def _few(self, compiled: Compiled, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """All experts in one call where all are at hand, else each as it comes: the sums are the same bit for bit."""

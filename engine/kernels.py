@@ -54,9 +54,14 @@ class Kernels:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [M, K], `weight` [N, K] -> [M, N]"""
-        if self.own is not None and x.shape[0] <= FEW.get(x.dtype, 0) and multiplies(x, weight):
+        if self.own is not None and x.shape[0] <= self.few(x.dtype) and multiplies(x, weight):
             return self.own.linear(x, weight, bias)
         return linear(x, weight, bias)
+
+    @staticmethod
+    def few(dtype: torch.dtype) -> int:
+        """How many rows at most our own products take of a large matrix; with more torch is faster."""
+        return FEW.get(dtype, 0)
 
     def takes_many(self, shape: ExpertShape) -> bool:
         """Whether our own products run experts of this shape for many tokens, too."""
@@ -77,7 +82,7 @@ class Kernels:
                 if type(module) is nn.Linear:
                     self._take_over(module)
         if self.own is not None:
-            adopt_blocks(model, self.own, FEW[dtype])  # after the others, which are what it is tried against
+            adopt_blocks(model, self.own, self.few(dtype))  # after the others, which are what it is tried against
 
     def _take_over(self, module: Any) -> None:
         def forward(x: Tensor) -> Tensor:

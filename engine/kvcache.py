@@ -31,6 +31,8 @@ class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
         self._keys, self._values = keys, values  # [max B, N, C, width]
         self.is_initialized = True
         self.first, self.batch_size, self.length = first, rows, 0
+        size = keys.itemsize
+        self._strides = tuple(size * step for tensor in (keys, values) for step in tensor.stride()[:3])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Everything is there since open."""
@@ -48,6 +50,15 @@ class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length += columns
         rows = slice(self.first, self.first + self.batch_size)
         return self._keys[rows, :, : self.length], self._values[rows, :, : self.length]
+
+    def reserve(self) -> tuple[int, int, tuple[int, ...]]:
+        """One column more, which the caller fills: where the first row's keys and values begin, and rows, heads,
+        columns and the strides in bytes of rows, heads and columns, of keys and of values. `extend` without its views.
+        """
+        self.length += 1
+        shape = (self.batch_size, self._keys.shape[1], self.length)
+        keys = self._keys.data_ptr() + self.first * self._strides[0]
+        return keys, self._values.data_ptr() + self.first * self._strides[3], (*shape, *self._strides)
 
     def keep(self, order: Sequence[int]) -> None:
         """Only these rows go on, in this order. A row may only take the place of one that goes: nothing is swapped."""

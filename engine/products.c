@@ -148,23 +148,25 @@ static struct matrix down_of(const struct layout *l, const char *slot)
 
 typedef void (*multiply_t)(const struct matrix *, int, const float *const *, long, float *const *, long, long);
 typedef void (*attend_t)(const struct cache *, const struct seen *, int, const float *const *, float *, float *const *);
+typedef void (*activate_t)(const struct layout *, float *);
 typedef void (*expert_t)(const struct layout *, const char *, const char *, long, const long *, long, float *, float *);
 
 static const struct {
     const char *name;
     multiply_t multiply;
     attend_t attend;
+    activate_t activate;
     expert_t expert;
     long rows; /* that `expert` takes at a time */
 } sets[SETS] = {
 #if SETS == 3
-    {"AVX-512", multiply_v4, attend_v4, expert_v4, 32},
-    {"AVX2", multiply_v3, attend_v3, expert_v3, 16},
-    {"SSE2", multiply_base, attend_base, expert_base, 8},
+    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, 32},
+    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, 16},
+    {"SSE2", multiply_base, attend_base, activate_base, expert_base, 8},
 #elif defined(__aarch64__)
-    {"NEON", multiply_base, attend_base, expert_base, 16},
+    {"NEON", multiply_base, attend_base, activate_base, expert_base, 16},
 #else
-    {"portable", multiply_base, attend_base, expert_base, 8},
+    {"portable", multiply_base, attend_base, activate_base, expert_base, 8},
 #endif
 };
 
@@ -227,13 +229,6 @@ static void product(multiply_t multiply, const struct matrix *m, int dtype, cons
         narrow(found, dtype, rows * m->rows, y);
 }
 
-/* inner [gate, up] or [up] -> [inner], in place */
-static void activate(const struct layout *l, float *inner)
-{
-    for (long i = 0; i < l->inner; i++)
-        inner[i] = activated(inner[i], l->activation) * (l->gated ? inner[l->inner + i] : 1);
-}
-
 /* Work of one call: `units` experts, expert u has the pairs order[start[u]] to order[start[u + 1]]. */
 struct work {
     long units;
@@ -245,8 +240,9 @@ struct work {
 };
 
 /* Each expert's rows are split among the threads alike, so all of them end together whatever the experts hit. */
-static void run(multiply_t multiply, const struct layout *l, const struct work *w, int threads)
+static void run(int set, const struct layout *l, const struct work *w, int threads)
 {
+    const multiply_t multiply = sets[set].multiply;
     const long size = l->dtype == FLOAT32 ? 4 : 2;
     threads = threads_for(w->units * l->inner * l->hidden * (2 + l->gated) * size, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -261,7 +257,7 @@ static void run(multiply_t multiply, const struct layout *l, const struct work *
 #pragma omp barrier
         const long all = w->start[w->units];
         for (long pair = share(all, part, parts); pair < share(all, part + 1, parts); pair++)
-            activate(l, w->inner[pair]);
+            sets[set].activate(l, w->inner[pair]);
 #pragma omp barrier
         for (long u = 0; u < w->units; u++) {
             const struct matrix down = down_of(l, w->slots[u]);
@@ -330,6 +326,34 @@ static int attend_all(attend_t attend, struct cache *c, int dtype, const char *q
     }
     free(room);
     return 1;
+}
+
+struct norm {
+    const char *weights; /* [width], NULL for none */
+    long width;
+    float least;
+};
+
+/* to [rows, width] = weights x (each row by its root mean square), rounded before and after the weights as a module of
+ * transformers does. */
+static void norm_rows(const struct norm *n, int dtype, const char *x, long rows, char *to)
+{
+    const long size = dtype == FLOAT32 ? 4 : 2;
+    for (const char *end = x + rows * n->width * size; x < end; x += n->width * size, to += n->width * size) {
+        float squares[LONGEST_VECTOR] = {0}, sum = 0;
+        for (long i = 0; i < n->width; i += LONGEST_VECTOR)
+            for (long lane = 0; lane < LONGEST_VECTOR && i + lane < n->width; lane++) {
+                const float value = number(x + (i + lane) * size, dtype);
+                squares[lane] += value * value;
+            }
+        for (int lane = 0; lane < LONGEST_VECTOR; lane++)
+            sum += squares[lane];
+        const float scale = 1 / sqrtf(sum / n->width + n->least);
+        for (long i = 0; i < n->width; i++) {
+            put(to + i * size, number(x + i * size, dtype) * scale, dtype);
+            put(to + i * size, number(n->weights + i * size, dtype) * number(to + i * size, dtype), dtype);
+        }
+    }
 }
 
 /* ---- what Python calls ------------------------------------------------------------------------------------------ */
@@ -448,6 +472,39 @@ static void assign(struct work *w, const struct layout *l, const char *bank, con
     start[w->units] = pairs;
 }
 
+/* The experts in `slots` of x [tokens, hidden] -> y f32 [tokens x experts a token, hidden]. 0 with an error set. */
+static int run_experts(int set, const struct layout *l, const char *bank, const char *x, long tokens, PyObject *slots,
+                       float *y, int threads)
+{
+    struct work w;
+    float *wide, *inner;
+    int64_t *keys;
+    const long top_k = PyList_GET_SIZE(slots) / tokens;
+    char *room = lay_out(&w, l, tokens, tokens * top_k, &wide, &keys, &inner);
+    if (!room) {
+        PyErr_NoMemory();
+        return 0;
+    }
+    const long pairs = sorted_pairs(slots, keys);
+    if (pairs >= 0) {
+        Py_BEGIN_ALLOW_THREADS
+        widen(x, l->dtype, tokens * l->hidden, wide);
+        assign(&w, l, bank, keys, pairs, top_k, wide, inner, y);
+        run(set, l, &w, threads);
+        Py_END_ALLOW_THREADS
+    }
+    free(room);
+    return pairs >= 0;
+}
+
+static int check_slots(PyObject *slots, long tokens, long top_k)
+{
+    if (PyList_GET_SIZE(slots) == tokens * top_k)
+        return 1;
+    PyErr_Format(PyExc_ValueError, "%zd slots for %ld tokens x %ld experts", PyList_GET_SIZE(slots), tokens, top_k);
+    return 0;
+}
+
 static PyObject *py_experts(PyObject *self, PyObject *args)
 {
     int set, threads;
@@ -457,33 +514,40 @@ static PyObject *py_experts(PyObject *self, PyObject *args)
     PyObject *slots;
     if (!PyArg_ParseTuple(args, "i(iiilllllll)KKllO!Ki", &set, &l.dtype, &l.activation, &l.gated, &l.hidden, &l.inner,
                           &l.slot_bytes, &l.up, &l.up_bias, &l.down, &l.down_bias, &bank, &x, &tokens, &top_k,
-                          &PyList_Type, &slots, &y, &threads) || !check_set(set))
+                          &PyList_Type, &slots, &y, &threads) || !check_set(set) || !check_slots(slots, tokens, top_k))
         return NULL;
-    if (PyList_GET_SIZE(slots) != tokens * top_k)
-        return PyErr_Format(PyExc_ValueError, "%zd slots for %ld tokens x %ld experts", PyList_GET_SIZE(slots), tokens, top_k);
-    struct work w;
-    float *wide, *inner;
-    int64_t *keys;
-    char *room = lay_out(&w, &l, tokens, tokens * top_k, &wide, &keys, &inner);
-    if (!room)
-        return PyErr_NoMemory();
-    const long pairs = sorted_pairs(slots, keys);
-    if (pairs >= 0) {
-        Py_BEGIN_ALLOW_THREADS
-        widen((const char *)x, l.dtype, tokens * l.hidden, wide);
-        assign(&w, &l, (const char *)bank, keys, pairs, top_k, wide, inner, (float *)y);
-        run(sets[set].multiply, &l, &w, threads);
-        Py_END_ALLOW_THREADS
-    }
-    free(room);
-    if (pairs < 0)
+    if (!run_experts(set, &l, (const char *)bank, (const char *)x, tokens, slots, (float *)y, threads))
         return NULL;
     Py_RETURN_NONE;
 }
 
 #include "products_many.h"
 
-/* out [tokens, hidden] = the sum over a token's experts of weight x output, in the router's order. */
+/* out [tokens, hidden] = the sum over a token's experts of weight x output, in the router's order. 0 where there is no
+ * memory. */
+static int sum_up(const float *y, PyObject *slots, const char *weights, int weights_dtype, char *out, int dtype, long tokens,
+                  long hidden)
+{
+    const long top_k = PyList_GET_SIZE(slots) / tokens, size = dtype == FLOAT32 ? 4 : 2;
+    float *sum = malloc(sizeof(float) * hidden);
+    if (!sum)
+        return 0;
+    for (long token = 0; token < tokens; token++) {
+        memset(sum, 0, sizeof(float) * hidden);
+        for (long pair = token * top_k; pair < (token + 1) * top_k; pair++) {
+            if (PyLong_AsLong(PyList_GET_ITEM(slots, pair)) < 0)
+                continue;
+            const float weight = number(weights + pair * (weights_dtype == FLOAT32 ? 4 : 2), weights_dtype);
+            const float *from = y + pair * hidden;
+            for (long i = 0; i < hidden; i++)
+                sum[i] += weight * from[i];
+        }
+        narrow(sum, dtype, hidden, out + token * hidden * size);
+    }
+    free(sum);
+    return 1;
+}
+
 static PyObject *py_combine(PyObject *self, PyObject *args)
 {
     int dtype, weights_dtype;
@@ -493,28 +557,11 @@ static PyObject *py_combine(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "KO!KiKill", &y, &PyList_Type, &slots, &weights, &weights_dtype, &out, &dtype, &tokens,
                           &hidden))
         return NULL;
-    const long top_k = PyList_GET_SIZE(slots) / tokens, size = dtype == FLOAT32 ? 4 : 2;
-    float *sum = malloc(sizeof(float) * hidden);
-    if (!sum)
+    if (!sum_up((const float *)y, slots, (const char *)weights, weights_dtype, (char *)out, dtype, tokens, hidden))
         return PyErr_NoMemory();
-    for (long token = 0; token < tokens; token++) {
-        memset(sum, 0, sizeof(float) * hidden);
-        for (long pair = token * top_k; pair < (token + 1) * top_k; pair++) {
-            if (PyLong_AsLong(PyList_GET_ITEM(slots, pair)) < 0)
-                continue;
-            const float weight = number((const char *)weights + pair * (weights_dtype == FLOAT32 ? 4 : 2), weights_dtype);
-            const float *from = (const float *)y + pair * hidden;
-            for (long i = 0; i < hidden; i++)
-                sum[i] += weight * from[i];
-        }
-        narrow(sum, dtype, hidden, (char *)out + token * hidden * size);
-    }
-    free(sum);
     Py_RETURN_NONE;
 }
 
-/* out [rows, columns] = weights x (each row by its root mean square), rounded before and after the weights as a module
- * of transformers does. */
 static PyObject *py_norm(PyObject *self, PyObject *args)
 {
     int dtype;
@@ -523,25 +570,8 @@ static PyObject *py_norm(PyObject *self, PyObject *args)
     float least;
     if (!PyArg_ParseTuple(args, "iKKKllf", &dtype, &x, &weights, &out, &rows, &columns, &least))
         return NULL;
-    const long size = dtype == FLOAT32 ? 4 : 2;
-    for (long row = 0; row < rows; row++) {
-        const char *from = (const char *)x + row * columns * size;
-        char *to = (char *)out + row * columns * size;
-        float squares[16] = {0}, sum = 0;
-        for (long i = 0; i < columns; i += 16)
-            for (long lane = 0; lane < 16 && i + lane < columns; lane++) {
-                const float value = number(from + (i + lane) * size, dtype);
-                squares[lane] += value * value;
-            }
-        for (int lane = 0; lane < 16; lane++)
-            sum += squares[lane];
-        const float scale = 1 / sqrtf(sum / columns + least);
-        for (long i = 0; i < columns; i++) {
-            put(to + i * size, number(from + i * size, dtype) * scale, dtype);
-            const float weight = number((const char *)weights + i * size, dtype);
-            put(to + i * size, weight * number(to + i * size, dtype), dtype);
-        }
-    }
+    const struct norm n = {(const char *)weights, columns, least};
+    norm_rows(&n, dtype, (const char *)x, rows, (char *)out);
     Py_RETURN_NONE;
 }
 
@@ -568,6 +598,7 @@ static PyObject *py_attend(PyObject *self, PyObject *args)
 }
 
 #include "products_block.h"
+#include "products_layer.h"
 
 static PyMethodDef methods[] = {
     {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
@@ -583,6 +614,13 @@ static PyMethodDef methods[] = {
      "(set, (dtype, weights, bias and rows of q, k, v and the output, hidden, weights, width and eps of two norms, width of a "
      "head, rotary numbers, scale), x, out, cos, sin, stride of a row's positions, keys, values, mask, threads, (rows, heads, "
      "columns, and strides as `attend` has them))"},
+    {"layer", py_layer, METH_VARARGS,
+     "(set, block as `block` has it, (weights and eps of the norms before attention and after it, router's weights, experts, "
+     "top_k, renormalised, dtype of weights, scale), (x, after attention, the same normed, cos, sin, stride of a row's "
+     "positions, keys, values, mask, threads), cache as `block` has it, (forbidden, stride of its rows, free weights, free "
+     "index, weights)) -> what was chosen, or None"},
+    {"onto", py_onto, METH_VARARGS,
+     "(set, layout, bank, x, tokens, top_k, slots, weights, weights dtype, what they are added to, out, threads)"},
     {"norm", py_norm, METH_VARARGS, "(dtype, x, weights, out, rows, columns, eps)"},
     {NULL, NULL, 0, NULL},
 };

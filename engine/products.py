@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from engine.layout import SlotLayout
+
+if TYPE_CHECKING:
+    from engine.kvcache import PooledLayer
+    from engine.layer_shape import LayerShape, Limits, Room
 
 try:  # after torch, whose OpenMP runtime it then shares
     from engine import _products as compiled
@@ -25,7 +29,7 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "block") else "built from older sources"
+    missing = "" if hasattr(compiled, "layer") else "built from older sources"
 
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
 ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch or transformers
@@ -244,6 +248,46 @@ class Products:
              0 if mask is None or len(mask) == 1 else mask.stride(0)),
         )  # fmt: skip
         return y
+
+    def layer(
+        self,
+        shape: LayerShape,
+        x: Tensor,
+        room: Room,
+        mask: Tensor | None,
+        positions: tuple[Tensor, Tensor],
+        cache: PooledLayer,
+        limits: Limits,
+    ) -> list[int] | None:
+        """A decoder layer from its input `x` [B, 1, H] to the router's choice: B*k experts, the likeliest of a row
+        first; None where the shape has no router. `room` and `limits` are filled, `cache` grows by a column.
+
+        `positions` and `mask` as for `block`.
+        """
+        cos, sin = positions
+        position_row = 0 if len(cos) == 1 else cos.stride(0) * cos.itemsize
+        keys, values, places = cache.reserve()
+        middle, normed, weights = room.addresses
+        chosen: list[int] | None = compiled.layer(
+            self._set, shape.block.fields, shape.fields,
+            (x.data_ptr(), middle, normed, cos.data_ptr(), sin.data_ptr(), position_row,
+             keys, values, 0 if mask is None else mask.data_ptr(), torch.get_num_threads()),
+            (*places, 0 if mask is None or len(mask) == 1 else mask.stride(0)),
+            (*limits.addresses, weights),
+        )  # fmt: skip
+        return chosen
+
+    def onto(self, shape: ExpertShape, bank: Tensor, room: Room, slots: list[int]) -> Tensor:
+        """A decoder layer's end: its chosen experts, in `slots` of `bank` as for `experts`, added to the residual
+        stream, [B, 1, H].
+        """
+        middle, normed, weights = room.addresses
+        rows, out = len(room.middle), torch.empty_like(room.middle)  # [B, 1, H]
+        compiled.onto(
+            self._set, shape.fields, bank.data_ptr(), normed, rows, len(slots) // rows, slots, weights,
+            DTYPES[room.weights.dtype], middle, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Each row of `x` [..., K] by its root mean square, times `weight` [K] of the same dtype."""

@@ -4,12 +4,6 @@
  * Numbers pass through `dtype` where a module of transformers lets them pass: before and after attention, and in the cache.
  */
 
-struct norm {
-    const char *weights; /* [width], NULL for none */
-    long width;          /* of a head or of all heads together */
-    float least;
-};
-
 struct block {
     int dtype;
     struct matrix q, k, v, out;
@@ -141,28 +135,46 @@ static struct matrix projection(unsigned long long weights, unsigned long long b
     return (struct matrix){(const char *)weights, (const char *)bias, rows, columns, columns};
 }
 
+/* The fields of a block as Python keeps them. */
+static int parse_block(PyObject *fields, struct block *b)
+{
+    unsigned long long w[4], bias[4], norms[2];
+    long rows[4], hidden;
+    if (!PyArg_ParseTuple(fields, "iKKlKKlKKlKKllKlfKlfllf", &b->dtype, w, bias, rows, w + 1, bias + 1, rows + 1, w + 2, bias + 2,
+                          rows + 2, w + 3, bias + 3, rows + 3, &hidden, norms, &b->q_norm.width, &b->q_norm.least, norms + 1,
+                          &b->k_norm.width, &b->k_norm.least, &b->head, &b->rotary, &b->scale))
+        return 0;
+    b->q = projection(w[0], bias[0], rows[0], hidden);
+    b->k = projection(w[1], bias[1], rows[1], hidden);
+    b->v = projection(w[2], bias[2], rows[2], hidden);
+    b->out = projection(w[3], bias[3], rows[3], rows[0]);
+    b->q_norm.weights = (const char *)norms[0];
+    b->k_norm.weights = (const char *)norms[1];
+    return 1;
+}
+
+static int parse_cache(PyObject *fields, const struct block *b, struct cache *c)
+{
+    if (!PyArg_ParseTuple(fields, "llllllllll", &c->rows, &c->heads, &c->columns, &c->key_row, &c->key_head, &c->key_column,
+                          &c->value_row, &c->value_head, &c->value_column, &c->mask_row))
+        return 0;
+    c->groups = b->q.rows / b->head / c->heads;
+    c->key_width = c->value_width = b->head;
+    return 1;
+}
+
 static PyObject *py_block(PyObject *self, PyObject *args)
 {
     int set, threads, had_room;
     struct block b;
     struct cache c;
-    unsigned long long w[4], bias[4], norms[2], x, out, cos, sin, keys, values, mask;
-    long rows[4], hidden, position_row;
-    if (!PyArg_ParseTuple(args, "i(iKKlKKlKKlKKllKlfKlfllf)KKKKlKKKi(llllllllll)", &set, &b.dtype, w, bias, rows, w + 1, bias + 1,
-                          rows + 1, w + 2, bias + 2, rows + 2, w + 3, bias + 3, rows + 3, &hidden, norms, &b.q_norm.width,
-                          &b.q_norm.least, norms + 1, &b.k_norm.width, &b.k_norm.least, &b.head, &b.rotary, &b.scale, &x, &out,
-                          &cos, &sin, &position_row, &keys, &values, &mask, &threads, &c.rows, &c.heads, &c.columns, &c.key_row,
-                          &c.key_head, &c.key_column, &c.value_row, &c.value_head, &c.value_column, &c.mask_row) ||
-        !check_set(set))
+    PyObject *block, *cache;
+    unsigned long long x, out, cos, sin, keys, values, mask;
+    long position_row;
+    if (!PyArg_ParseTuple(args, "iO!KKKKlKKKiO!", &set, &PyTuple_Type, &block, &x, &out, &cos, &sin, &position_row, &keys,
+                          &values, &mask, &threads, &PyTuple_Type, &cache) || !check_set(set) || !parse_block(block, &b) ||
+        !parse_cache(cache, &b, &c))
         return NULL;
-    b.q = projection(w[0], bias[0], rows[0], hidden);
-    b.k = projection(w[1], bias[1], rows[1], hidden);
-    b.v = projection(w[2], bias[2], rows[2], hidden);
-    b.out = projection(w[3], bias[3], rows[3], rows[0]);
-    b.q_norm.weights = (const char *)norms[0];
-    b.k_norm.weights = (const char *)norms[1];
-    c.groups = rows[0] / b.head / c.heads;
-    c.key_width = c.value_width = b.head;
     Py_BEGIN_ALLOW_THREADS
     had_room = run_block(set, &b, &c, (const char *)x, (const char *)cos, (const char *)sin, position_row, (char *)keys,
                          (char *)values, (const char *)mask, (char *)out, threads);

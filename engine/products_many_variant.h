@@ -5,16 +5,6 @@
  * A number is summed over the columns in their order, in its own lane: a row never depends on its batch.
  */
 
-/* x / (1 + e^-x), by a power of e that can't overflow. */
-static INLINE NAME(floats) NAME(silu)(NAME(floats) x)
-{
-    typedef int32_t integers __attribute__((vector_size(4 * LANES)));
-    const integers below = x < 0;
-    const NAME(floats) e = NAME(exponential)((NAME(floats))((integers)x | INT32_MIN)); /* of -|x| */
-    const NAME(floats) times = (NAME(floats))((below & (integers)e) | (~below & (integers)((NAME(floats)){0} + 1)));
-    return x * times / (1 + e);
-}
-
 /* `rows` rows of weights, widened, times x [columns, vectors] -> y [rows, vectors]. */
 static INLINE void NAME(spread)(const float *w, const int rows, const float *x, const int vectors, long columns, float *y)
 {

@@ -121,6 +121,30 @@ static INLINE NAME(floats) NAME(exponential)(NAME(floats) x)
     return (NAME(floats))((integers)(p * (NAME(floats))power) & ~low);
 }
 
+/* x / (1 + e^-x), by a power of e that can't overflow. */
+static INLINE NAME(floats) NAME(silu)(NAME(floats) x)
+{
+    typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+    const integers below = x < 0;
+    const NAME(floats) e = NAME(exponential)((NAME(floats))((integers)x | INT32_MIN)); /* of -|x| */
+    const NAME(floats) times = (NAME(floats))((below & (integers)e) | (~below & (integers)((NAME(floats)){0} + 1)));
+    return x * times / (1 + e);
+}
+
+/* inner [gate, up] or [up] -> [inner], in place */
+static void NAME(activate)(const struct layout *l, float *inner)
+{
+    long i = 0;
+    for (; l->activation == SILU && i + LANES <= l->inner; i += LANES) {
+        NAME(floats) x = NAME(silu)(NAME(load)(inner + i));
+        if (l->gated)
+            x *= NAME(load)(inner + l->inner + i);
+        memcpy(inner + i, &x, sizeof x);
+    }
+    for (; i < l->inner; i++)
+        inner[i] = activated(inner[i], l->activation) * (l->gated ? inner[l->inner + i] : 1);
+}
+
 /* scores [columns], a multiple of LANES with -INFINITY behind its end -> their softmax, in place; 0 where all are. */
 static void NAME(softmax)(float *scores, long columns)
 {

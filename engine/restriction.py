@@ -27,10 +27,13 @@ Route = Callable[[Tensor], Routed]
 
 @dataclass(frozen=True, slots=True)
 class Restriction:
-    """`route(x [T, H], logits [T, E])` -> weights and index [T, k]; `allowed` bool [E]."""
+    """`route(x [T, H], logits [T, E])` -> weights and index [T, k]; `allowed` bool [E]; `forbidden` bool [1, E] where
+    the router's logits alone decide.
+    """
 
     allowed: Tensor
     route: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    forbidden: Tensor | None = None
 
 
 def restrict(router: Any, ids: Sequence[int]) -> Restriction:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.choice import Choice
 from engine.guard import NEWEST
 from engine.kernels import pad_rows
+from engine.layer_shape import FREE, Limits
 from engine.lookahead import Lookahead
 from engine.masked_router import MaskedRouter
 from engine.observer import Observer
@@ -102,7 +104,7 @@ class Switchboard:
         kept = torch.tensor(list(ids), device=device)  # [M]
         allowed = torch.zeros(self.experts, dtype=torch.bool, device=device).index_fill_(0, kept, True)  # [E]
         forbidden, router = ~allowed, self.masked[layer]
-        return Restriction(allowed, lambda _, logits: router(logits, forbidden))
+        return Restriction(allowed, lambda _, logits: router(logits, forbidden), forbidden.unsqueeze(0))
 
     def _replacements(self, selection: Selection, vectors: Tensor) -> Restrictions:
         """`vectors` [L, E, H]: nothing is copied, so nothing needs to be remembered."""
@@ -154,6 +156,7 @@ class Routing:
         self._tokens_seen = torch.zeros(self._rows, dtype=torch.float64, device=device)
         self._level = torch.ones(self._rows, dtype=torch.float64, device=device)
         self._forbidden = self._forbidden_table() if self._board.masked else None  # bool [B, L, E]
+        self._maskable = self._forbidden is not None or self._single_mask()
         self._forbidden_tokens: Sequence[Tensor] = ()  # of the pass: one a layer, [T, E]
         self._valid: Tensor | None = None
         self._free: Tensor | slice | None = None
@@ -170,7 +173,8 @@ class Routing:
         self._width, self._valid = width, padded
         self._seen.clear()
         if self._forbidden is not None:
-            self._forbidden_tokens = self._forbidden.repeat_interleave(width, 0).unbind(1)  # L of [T, E]
+            tokens = self._forbidden if width == 1 else self._forbidden.repeat_interleave(width, 0)  # [T, L, E]
+            self._forbidden_tokens = tokens.unbind(1)  # L of [T, E]
         if len(self._groups) > 1 and (self._forbidden is None or self._board.lookahead is not None):
             self._place_groups(width)
         self._free = None if self._board.lookahead is None else self._free_tokens()
@@ -189,6 +193,28 @@ class Routing:
         if self._valid is None:
             return slice(None) if group.tokens is None else group.tokens
         return self._valid if group.tokens is None else group.tokens[self._valid[group.tokens]]
+
+    @property
+    def steps(self) -> bool:
+        """Whether a layer's call may route this pass by `limits`: one new token a row, none of them padding, and nobody
+        who watches or looks ahead."""
+        plain = self._width == 1 and self._valid is None and self._maskable
+        return plain and self.observer is None and self._board.lookahead is None
+
+    def limits(self, layer: int, choice: Choice) -> Limits:
+        """Of a pass that `steps`, layer after layer. What is filled in there is metered once the pass has ended."""
+        if not self._limited:
+            return FREE
+        weights = torch.empty(self._rows, choice.top_k, dtype=choice.dtype)  # [B, k]
+        index = torch.empty(self._rows, choice.top_k, dtype=torch.long)  # [B, k]
+        self._seen.append((weights, index))
+        if self._forbidden is not None:
+            return Limits(self._forbidden_tokens[layer], weights, index)
+        restrictions = self._groups[0].restrictions
+        assert restrictions is not None
+        limit = restrictions[layer]
+        assert isinstance(limit, Restriction)
+        return Limits(limit.forbidden, weights, index)
 
     def finish(self) -> None:
         """End the pass and add its coverage to the rows'; single tokens wait until it is asked for, for many together
@@ -336,6 +362,12 @@ class Routing:
         if self._inside is None or len(self._groups) == 1:
             return None
         return None if any(isinstance(limit[0], Replacement) for limit in limits) else ~self._inside
+
+    def _single_mask(self) -> bool:
+        """Whether all rows have the same limit, if any, and that is a mask."""
+        limits = self._groups[0].restrictions if len(self._groups) == 1 else None
+        one = limits is None or (isinstance(limits[0], Restriction) and limits[0].forbidden is not None)
+        return len(self._groups) == 1 and one
 
     def _inside_of(self, index: Tensor, passes: int) -> Tensor:
         """`index` [L, P*T, k] -> bool [L, P*T, k]: whether each choice lies inside its own row's selection."""

@@ -15,6 +15,7 @@ from engine.attention import adopt_attention
 from engine.attention_block import adopt_blocks, agrees, block_shape
 from engine.engine import Engine
 from engine.kvcache import KvCache, PooledLayer
+from engine.layer_block import LayerBlock
 from engine.products import BlockShape, Products, instruction_sets
 from engine.requests import GenerationRequest, Sampling
 
@@ -192,10 +193,11 @@ def test_models_decode_by_it_and_prefill_and_large_batches_by_their_own(
         return real(self, shape, x, *rest)
 
     monkeypatch.setattr(Products, "block", counted)
+    monkeypatch.setattr(LayerBlock, "forward", lambda self, x, **named: self._theirs(x, **named))
     monkeypatch.setattr("engine.kernels.FEW", {torch.float32: 2})
     engine = open_engine(checkpoint("qwen3_moe"), max_batch=3)
     layers = engine.passes._model.config.num_hidden_layers
-    assert seen == [2] * layers  # the trials
+    assert seen == [2] * 2 * layers  # the trials, of attention and of whole layers
     seen.clear()
 
     def ask(first: int) -> GenerationRequest:

@@ -1,0 +1,204 @@
+"""A decoder layer of single tokens in two calls of engine.products, where its module does the usual.
+
+The usual: a norm, attention, a sum, a norm, a feed-forward, a sum. The first call goes from the layer's input to the
+second norm and, where the feed-forward is a router and experts alone, to the router's choice; the second runs the
+chosen experts onto the residual stream. Between the two the bank says in which slots they are. Whether a module does
+just that is found out by trying it against its own forward; any other keeps its own, and one whose feed-forward has
+more to it (shared experts, no experts at all) keeps that.
+B rows, S columns of the cache, H hidden, k experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.attention_block import BLOCK, Trial, close_enough, positions_of, takes
+from engine.choice import Choice
+from engine.experts import PagedExperts
+from engine.layer_shape import FREE, LayerShape, Room
+from engine.norms import computes_the_usual
+from engine.products import BlockShape, Products
+from engine.routing import Switchboard
+from engine.skeleton import Joint
+
+BEFORE, AFTER = "input_layernorm", "post_attention_layernorm"
+
+
+def adopt_layers(
+    model: Any, joints: Sequence[Joint], experts: Sequence[PagedExperts], board: Switchboard, own: Products, few: int
+) -> int:
+    """Decoder layers of `model`, which has its weights, whose batches of up to `few` single tokens now go to `own`.
+    Their number.
+    """
+    positions = positions_of(model)
+    if positions is None:
+        return 0
+    moe = list(zip(joints, experts, strict=True))
+    usual = []
+    for parts in filter(None, [_Parts.of(module, own) for module in model.modules()]):
+        inside = {id(module) for module in parts.feed_forward.modules()}
+        joint, paged = next((pair for pair in moe if id(pair[0].experts) in inside), (None, None))
+        with _stubbed(joint):
+            if parts.agrees(own, positions):
+                choice = None if joint is None or paged is None or paged.compiled is None else _choice(parts, joint)
+                usual.append((parts, paged, _layer_shape(parts, joint, choice)))
+    for parts, paged, shape in usual:
+        LayerBlock(parts, shape, paged, board, own, few).take_over()
+    return len(usual)
+
+
+class LayerBlock:
+    """One decoder layer that does the usual. Its module's own forward stays for many tokens and for whoever watches."""
+
+    def __init__(
+        self, parts: _Parts, shape: LayerShape, paged: PagedExperts | None, board: Switchboard, own: Products, few: int
+    ) -> None:
+        self._layer, self._feed_forward, self._shape = parts.layer, parts.feed_forward, shape
+        self._theirs = parts.layer.forward
+        self._at = int(parts.attention.layer_idx)
+        self._paged, self._board, self._own, self._few = paged, board, own, few
+        self._rooms: dict[int, Room] = {}  # by rows
+
+    def take_over(self) -> None:
+        self._layer.forward = self.forward
+
+    def forward(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
+        if (
+            rest
+            or hidden_states.shape[1] != 1
+            or hidden_states.shape[0] > self._few
+            or not self._takes(hidden_states, named)
+        ):
+            return self._theirs(hidden_states, *rest, **named)
+        return self._single(hidden_states, **named)
+
+    def _takes(self, x: Tensor, named: dict[str, Any]) -> bool:
+        routing = self._board.routing
+        if routing is None or not routing.steps or not x.is_contiguous():
+            return False
+        positions, cache = named.get("position_embeddings"), named.get("past_key_values")
+        if not isinstance(positions, tuple) or not all(one.is_contiguous() for one in positions):
+            return False
+        return takes(self._shape.block, x, positions, named.get("attention_mask"), cache, self._at)
+
+    def _single(
+        self,
+        x: Tensor,
+        past_key_values: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """`x` [B, 1, H] -> [B, 1, H]"""
+        shape, choice, routing = self._shape, self._shape.choice, self._board.routing
+        room = self._rooms.get(len(x))
+        if room is None:
+            room = self._rooms[len(x)] = Room.of(shape, len(x))
+        limits = FREE
+        if choice is not None and self._paged is not None and routing is not None:
+            limits = routing.limits(self._paged.layer, choice)
+        cache = past_key_values.layers[self._at]
+        chosen = self._own.layer(shape, x, room, attention_mask, position_embeddings, cache, limits)
+        if chosen is None or self._paged is None:
+            added: Tensor = self._feed_forward(room.normed)
+            return room.middle + added
+        return self._paged.onto(room, chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Of a decoder layer whose parts have the usual names."""
+
+    layer: Any
+    before: Any
+    attention: Any
+    after: Any
+    feed_forward: Any
+    block: BlockShape
+
+    @classmethod
+    def of(cls, layer: Any, own: Products) -> _Parts | None:
+        parts = dict(layer.named_children())
+        attention = next((name for name, part in parts.items() if BLOCK in vars(part)), None)
+        if attention is None or len(parts) != 4 or BEFORE not in parts or AFTER not in parts:
+            return None
+        block: BlockShape = getattr(parts[attention], BLOCK)
+        norms = [parts[BEFORE], parts[AFTER]]
+        [rest] = [part for name, part in parts.items() if name not in (BEFORE, AFTER, attention)]
+        plain = not list(layer.parameters(recurse=False)) and not list(layer.buffers(recurse=False))
+        fitting = [computes_the_usual(norm, own) and norm.weight.dtype == block.dtype for norm in norms]
+        sized = all(norm.weight.shape == (block.hidden,) for norm in norms if all(fitting))
+        if not (plain and all(fitting) and sized):
+            return None
+        return cls(layer, norms[0], parts[attention], norms[1], rest, block)
+
+    def agrees(self, own: Products, positions: tuple[Tensor, Tensor]) -> bool:
+        """Whether one new token of two rows comes out as from the layer's own forward, and leaves the same in the
+        cache.
+        """
+        trial = Trial.of(self.block, (1.0, 30.0))
+        mine, theirs = (trial.cache(self.attention) for _ in range(2))
+        with torch.inference_mode():
+            try:
+                wanted = self.layer(
+                    trial.x,
+                    attention_mask=trial.mask,
+                    position_ids=torch.zeros(2, 1, dtype=torch.long),
+                    past_key_values=theirs,
+                    use_cache=True,
+                    position_embeddings=positions,
+                )
+            except (RuntimeError, TypeError, ValueError, AttributeError):
+                return False
+            if not isinstance(wanted, Tensor):
+                return False
+            shape = LayerShape.of(self.block, self.before, self.after)
+            room = Room.of(shape, 2)
+            own.layer(shape, trial.x, room, trial.mask, positions, mine.layers[-1], FREE)
+            found = room.middle + self.feed_forward(room.normed)
+        grown = mine.length == theirs.length
+        return grown and close_enough(found, wanted) and all(map(close_enough, trial.last(mine), trial.last(theirs)))
+
+
+@contextmanager
+def _stubbed(joint: Joint | None) -> Iterator[None]:
+    """While this is open a layer's experts, whose weights are not there yet, give something that depends on all they
+    take.
+    """
+    if joint is None:
+        yield
+        return
+    joint.experts.forward = _stub
+    try:
+        yield
+    finally:
+        del joint.experts.forward
+
+
+def _stub(hidden: Tensor, _: Tensor, weights: Tensor) -> Tensor:
+    return (hidden * (1 + weights.float().sum(-1, keepdim=True))).to(hidden.dtype)
+
+
+def _choice(parts: _Parts, joint: Joint) -> Choice | None:
+    """How the router chooses, if the feed-forward is nothing but the experts that it chooses. Experts are stubbed."""
+    choice = Choice.of(joint.router, joint.router.forward.inner, parts.block.hidden)
+    made = torch.Generator().manual_seed(7)
+    x = torch.randn(2, 1, parts.block.hidden, generator=made).to(parts.block.dtype)
+    with torch.inference_mode():
+        found = parts.feed_forward(x)
+        _, weights, index = joint.router.forward.inner(x[:, 0])
+        alone = isinstance(found, Tensor) and close_enough(found, _stub(x[:, 0], index, weights).unsqueeze(1))
+    fits = choice is not None and next(joint.router.parameters()).dtype == parts.block.dtype
+    return choice if alone and fits else None
+
+
+def _layer_shape(parts: _Parts, joint: Joint | None, choice: Choice | None) -> LayerShape:
+    if joint is None or choice is None:
+        return LayerShape.of(parts.block, parts.before, parts.after)
+    return LayerShape.of(parts.block, parts.before, parts.after, next(joint.router.parameters()), choice)

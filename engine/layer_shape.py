@@ -1,0 +1,86 @@
+"""One decoder layer as products.c takes it, and the memory that its two calls share. Holds addresses, decides nothing.
+
+B rows, H hidden, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.choice import Choice
+from engine.products import DTYPES, BlockShape, norm_eps
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """`fields` are those of `struct layer` beside its block: addresses of weights among them, which `kept` holds.
+    Without a `choice` the layer's feed-forward is somebody else's.
+    """
+
+    block: BlockShape
+    fields: tuple[int | float, ...]
+    choice: Choice | None
+    kept: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls, block: BlockShape, before: Any, after: Any, router: Tensor | None = None, choice: Choice | None = None
+    ) -> LayerShape:
+        """Of the norms before and after attention, `norms.computes_the_usual`, and the router's weights [E, H]."""
+        held = [before.weight, after.weight]
+        norms = [value for norm in (before, after) for value in (norm.weight.data_ptr(), norm_eps(norm) or 0.0)]
+        if router is None or choice is None:
+            return cls(block, (*norms, 0, 0, 0, 0, 0, 1.0), None, tuple(held))
+        chosen = (choice.experts, choice.top_k, int(choice.renormalised), DTYPES[choice.dtype], choice.scale)
+        return cls(block, (*norms, router.data_ptr(), *chosen), choice, (*held, router))
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the first call leaves for the second: the residual stream after attention and the same normed, [B, 1, H]
+    each, and the chosen weights [B, k]. Overwritten by the next token.
+    """
+
+    middle: Tensor
+    normed: Tensor
+    weights: Tensor
+    addresses: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, shape: LayerShape, rows: int) -> Room:
+        middle, normed = (torch.zeros(rows, 1, shape.block.hidden, dtype=shape.block.dtype) for _ in range(2))
+        choice = shape.choice
+        weights = torch.zeros(rows, 0) if choice is None else torch.zeros(rows, choice.top_k, dtype=choice.dtype)
+        return cls(middle, normed, weights, (middle.data_ptr(), normed.data_ptr(), weights.data_ptr()))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What routing says of one layer and pass. `forbidden` bool [1 or B, E]: the experts that a row may not have, None:
+    it may have all. `free_weights` and `free_index` [B, k] are filled with the choice among all; None: nobody asks.
+    """
+
+    forbidden: Tensor | None
+    free_weights: Tensor | None
+    free_index: Tensor | None
+
+    @property
+    def addresses(self) -> tuple[int, int, int, int]:
+        """The stride of a row of `forbidden`, in bytes, is the second."""
+        forbidden, weights, index = self.forbidden, self.free_weights, self.free_index
+        if forbidden is None:
+            return 0, 0, 0 if weights is None else weights.data_ptr(), 0 if index is None else index.data_ptr()
+        row = 0 if len(forbidden) == 1 else forbidden.stride(0)
+        return (
+            forbidden.data_ptr(),
+            row,
+            0 if weights is None else weights.data_ptr(),
+            0 if index is None else index.data_ptr(),
+        )
+
+
+FREE = Limits(None, None, None)

@@ -1,0 +1,212 @@
+"""A decoder layer in two calls: against the same in small steps, in models, in batches, and who keeps its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace as Of
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.attention_block import Trial, positions_of
+from engine.choice import Choice
+from engine.engine import Engine
+from engine.layer_block import LayerBlock
+from engine.layer_shape import LayerShape, Limits, Room
+from engine.layerwise import since
+from engine.products import BlockShape, Products, instruction_sets
+from engine.requests import FinishedEvent, GenerationRequest, Sampling, TokenEvent
+from store.records import Selection
+
+pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the products were not built: there was no C compiler")
+
+WHOLE = ["qwen3_moe", "mixtral", "olmoe"]  # a router and experts alone
+HALF = ["qwen2_moe"]  # shared experts too
+DTYPES = ["float32", "bfloat16"]
+Pick = Callable[[Engine, random.Random], Selection]
+
+
+def blocks(engine: Engine) -> list[LayerBlock]:
+    found = [getattr(layer.forward, "__self__", None) for layer in engine.passes.decoders]
+    return [one for one in found if isinstance(one, LayerBlock)]
+
+
+def best() -> Products:
+    return Products(next(iter(instruction_sets())))
+
+
+def ask(first: int, selection: Selection | None, tokens: int = 8) -> GenerationRequest:
+    mode = "exact" if selection is None else "mask"
+    sampling = Sampling(max_tokens=tokens, ignore_eos=True, logprobs=1)
+    return GenerationRequest(tuple(range(first, first + 9 + first % 5)), selection, mode, sampling)  # type: ignore[arg-type]
+
+
+def answers(engine: Engine, requests: list[GenerationRequest]) -> dict[int, Any]:
+    """Of each row its tokens, their logprobs, and its coverage."""
+    found: dict[int, Any] = {row: ([], [], []) for row in range(len(requests))}
+    for event in engine.generate(requests):
+        if isinstance(event, TokenEvent):
+            assert event.score is not None
+            found[event.row][0].append(event.token)
+            found[event.row][1].append(event.score.logprob)
+        elif isinstance(event, FinishedEvent):
+            found[event.row][2].append(event.served.coverage)
+    return found
+
+
+def same(found: dict[int, Any], wanted: dict[int, Any], near: float) -> None:
+    for row, (tokens, logprobs, coverage) in wanted.items():
+        assert found[row][0] == tokens
+        torch.testing.assert_close(torch.tensor(found[row][1]), torch.tensor(logprobs), rtol=0, atol=near)
+        assert found[row][2] == pytest.approx(coverage, abs=near)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", WHOLE)
+def test_the_first_call_is_its_small_steps_bit_for_bit(
+    family: str, dtype: str, checkpoint: Callable[..., Path], open_engine: Callable[..., Engine]
+) -> None:
+    """Norm, attention, sum, norm, product: each by its own call; the choice by the slow truth."""
+    engine, own = open_engine(checkpoint(family), dtype=dtype), best()
+    positions = positions_of(engine.passes._model)
+    assert positions is not None
+    forbidden = torch.zeros(2, engine.card.experts, dtype=torch.bool)
+    forbidden[0, :4], forbidden[1, 2:5] = True, True
+    for one in blocks(engine):
+        layer, shape = one._layer, one._shape
+        choice, trial = shape.choice, Trial.of(shape.block, (1.0, 30.0))
+        assert choice is not None
+        mine, theirs = (trial.cache(layer.self_attn) for _ in range(2))
+        room, free = (
+            Room.of(shape, 2),
+            (torch.zeros(2, choice.top_k, dtype=choice.dtype), torch.zeros(2, choice.top_k).long()),
+        )
+        chosen = own.layer(shape, trial.x, room, trial.mask, positions, mine.layers[-1], Limits(forbidden, *free))
+        before, after = (
+            lambda x, norm=norm: own.norm(x, norm.weight, norm.variance_epsilon)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
+        attended = own.block(shape.block, before(trial.x), positions, trial.mask, theirs.extend(one._at, 1))
+        assert torch.equal(room.middle, trial.x + attended)
+        assert torch.equal(room.normed, after(room.middle))
+        assert all(map(torch.equal, trial.last(mine), trial.last(theirs)))
+        logits = own.linear(room.normed[:, 0], shape.kept[2])
+        agree(choice, (room.weights, torch.tensor(chosen).view(2, -1)), logits, forbidden)
+        agree(choice, free, logits, None)
+
+
+def agree(choice: Choice, found: tuple[Tensor, Tensor], logits: Tensor, forbidden: Tensor | None) -> None:
+    weights, index = choice.plain(logits, forbidden)
+    assert torch.equal(found[1], index)
+    torch.testing.assert_close(found[0], weights)
+
+
+def test_no_number_among_the_logits_leaves_no_weight_a_number() -> None:
+    """So that metering hears of it; the experts that are named exist."""
+    own, hidden = best(), 8
+    router = torch.randn(5, hidden)
+    router[3, 2] = torch.nan
+    choice = Choice(5, 2, False, 1.0, torch.float32)
+    found = layer_of(own, router, choice, torch.randn(1, 1, hidden))
+    assert found[0].isnan().all()
+    assert all(0 <= expert < 5 for expert in found[1])
+
+
+def test_where_too_few_are_allowed_the_rest_is_nobodys() -> None:
+    own, router, choice = best(), torch.randn(5, 8), Choice(5, 2, False, 1.0, torch.float32)
+    weights, chosen = layer_of(
+        own, router, choice, torch.randn(1, 1, 8), torch.tensor([[True, True, True, False, True]])
+    )
+    assert chosen == [3, 5]
+    assert weights.tolist() == [[1.0, 0.0]]
+
+
+def layer_of(
+    own: Products, router: Tensor, choice: Choice, x: Tensor, forbidden: Tensor | None = None
+) -> tuple[Tensor, list[int]]:
+    """Through a layer of random attention."""
+    hidden = x.shape[-1]
+    linears = [Of(weight=torch.randn(hidden, hidden), bias=None) for _ in range(4)]
+    block = BlockShape.of(linears, [None, None], 4, 4, 0.5)
+    assert block is not None
+    norm = Of(weight=torch.ones(hidden), eps=1e-6)
+    shape, trial = LayerShape.of(block, norm, norm, router, choice), Trial.of(block, (1.0, 1.0))
+    room, cache = Room.of(shape, 1), trial.cache(Of(layer_idx=0)).layers[0]
+    cache.batch_size = 1
+    positions = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+    chosen = own.layer(shape, x, room, None, positions, cache, Limits(forbidden, None, None))
+    assert chosen is not None
+    return room.weights, chosen
+
+
+@pytest.mark.parametrize("family", WHOLE + HALF)
+def test_models_say_the_same_as_by_torch_and_meter_the_same(
+    family: str, checkpoint: Callable[..., Path], open_engine: Callable[..., Engine], random_selection: Pick
+) -> None:
+    ours = open_engine(checkpoint(family), max_batch=4)
+    plain = open_engine(checkpoint(family), max_batch=4, kernel="torch")
+    assert len(blocks(ours)) == len(ours.passes.decoders)
+    assert all((one._shape.choice is not None) == (family in WHOLE) for one in blocks(ours))
+    assert not blocks(plain)
+    selection = random_selection(ours, random.Random(3))
+    for request in (ask(10, selection), ask(20, None)):
+        same(answers(ours, [request]), answers(plain, [request]), 2e-5)
+
+
+@pytest.mark.parametrize("family", WHOLE + HALF)
+def test_a_row_of_a_mixed_batch_is_that_row_alone(
+    family: str,
+    checkpoint: Callable[..., Path],
+    open_engine: Callable[..., Engine],
+    random_selection: Pick,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, rng, rows = open_engine(checkpoint(family), max_batch=4), random.Random(4), set()
+    real = LayerBlock._single
+
+    def counted(self: LayerBlock, x: Tensor, **named: Any) -> Tensor:
+        rows.add(len(x))
+        return real(self, x, **named)
+
+    monkeypatch.setattr(LayerBlock, "_single", counted)
+    requests = [ask(first, random_selection(engine, rng)) for first in (10, 21, 33)] + [ask(44, None)]
+    alone = {row: answers(engine, [request])[0] for row, request in enumerate(requests)}
+    assert rows == {1}
+    same(answers(engine, requests), alone, 2e-5)
+    assert 4 in rows
+
+
+def test_what_has_to_be_paged_comes_in_between_the_two_calls(
+    checkpoint: Callable[..., Path], open_engine: Callable[..., Engine]
+) -> None:
+    folder, limits = checkpoint("qwen3_moe"), {"max_batch": 1, "max_context": 64, "chunk_tokens": 16}
+    plan = open_engine(folder, **limits).plan
+    whole = open_engine(folder)
+    small = open_engine(folder, memory=plan.fixed_bytes + 6 * plan.slot_bytes, **limits)
+    assert small.plan.slots == 6
+    before = small.bank.paged.experts
+    same(answers(small, [ask(10, None, 20)]), answers(whole, [ask(10, None, 20)]), 2e-5)
+    assert small.bank.paged.experts > before
+
+
+def test_layers_that_do_something_else_keep_their_own(
+    checkpoint: Callable[..., Path], open_engine: Callable[..., Engine]
+) -> None:
+    scaled = open_engine(checkpoint("granitemoe", residual_multiplier=0.5))
+    assert not blocks(scaled)
+    assert scaled.kernel.endswith("0 of 3 decoder layers in two calls")
+    assert not blocks(open_engine(checkpoint("deepseek_v3")))  # latent attention
+    assert "3 of 3 decoder layers" in open_engine(checkpoint("olmoe")).kernel
+
+
+def test_a_layer_that_is_stepped_over_is_ours_again_afterwards(
+    checkpoint: Callable[..., Path], open_engine: Callable[..., Engine]
+) -> None:
+    engine = open_engine(checkpoint("olmoe"))
+    with since(engine.passes.decoders, 2, None):
+        assert len(blocks(engine)) == 1
+    assert len(blocks(engine)) == 3
