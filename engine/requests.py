@@ -33,7 +33,8 @@ class Sampling:
     0 keeps all. `bias` is added to the logits of its tokens. `include_stop` leaves the stop string in the text.
     `ignore_eos` generates past the model's end tokens, which are still no text: for benchmarks of equal lengths.
     `logprobs` asks for every token's own log-probability and those of so many likeliest tokens, `prompt_logprobs` for
-    those of the prompt as well. `max_tokens` 0 is a prompt that is only scored.
+    those of the prompt as well. `max_tokens` 0 is a prompt that is only scored. `channels` leaves the marks of channels
+    in the text (engine/harmony.py); only a model that has them knows what it means.
     """
 
     max_tokens: int = 128
@@ -54,6 +55,7 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     constraint: Constraint | None = None
+    channels: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

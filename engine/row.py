@@ -121,7 +121,7 @@ class Row:
 
     def _begin_text(self) -> None:
         sampling = self.request.sampling
-        self._detokenizer = Detokenizer(self._engine.tokenizer)
+        self._detokenizer = Detokenizer(self._engine.tokenizer, channels=sampling.channels)
         self._stops = StopFilter(sampling.stop, include=sampling.include_stop)
 
     def lease(self) -> None:

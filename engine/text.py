@@ -19,6 +19,7 @@ from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
 from engine.constraints import Words
+from engine.harmony import CHANNEL, MARKS
 from engine.thought_form import ThoughtForm, thought_form_of
 from engine.tool_form import ToolForm, form_of
 from store.errors import CheckpointError, InvalidInput
@@ -111,6 +112,18 @@ class Tokenizer:
         form = thought_form_of(self._template_sources)
         return form if form is not None and self._is_text(form.begin + form.end) else None
 
+    @cached_property
+    def has_channels(self) -> bool:
+        """Whether the model answers in channels (engine/harmony.py), by its chat template and its vocabulary."""
+        known = self._tokenizer.get_vocab()
+        return any(CHANNEL in source for source in self._template_sources) and all(mark in known for mark in MARKS)
+
+    @cached_property
+    def _unspoken(self) -> frozenset[int]:
+        """The special tokens but for the marks of channels."""
+        special = {token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special}
+        return frozenset(special) - set(self._tokenizer.convert_tokens_to_ids(list(MARKS)))
+
     def _is_text(self, marks: str) -> bool:
         """Whether they come out of `decode`, which leaves special tokens out."""
         special = frozenset(self._tokenizer.all_special_ids)
@@ -147,9 +160,10 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{code:02x}" for code in raw), raw
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Special tokens left out."""
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, tokens: Sequence[int], *, channels: bool = False) -> str:
+        """Special tokens left out; with `channels`, which takes a model that has them, their marks stay in."""
+        kept = [token for token in tokens if token not in self._unspoken] if channels else list(tokens)
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=not channels, clean_up_tokenization_spaces=False)
         return text
 
 
@@ -164,10 +178,11 @@ def _eos_ids(folder: Path, own: int | None) -> frozenset[int]:
 
 
 class Detokenizer:
-    """Tokens in, text out as soon as it is certain: an incomplete character is held back."""
+    """Tokens in, text out as soon as it is certain: an incomplete character is held back. `channels` as in `decode`."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, channels: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._channels = channels
         self._tokens: list[int] = []
         self._start = 0  # decoding starts here, a few tokens back, since some tokenizers join neighbours
         self._shown = 0  # the tokens before this one are in the text already given
@@ -187,8 +202,8 @@ class Detokenizer:
         return text[len(known) :]
 
     def _decoded(self) -> tuple[str, str]:
-        known = self._tokenizer.decode(self._tokens[self._start : self._shown])
-        return known, self._tokenizer.decode(self._tokens[self._start :])
+        known = self._tokenizer.decode(self._tokens[self._start : self._shown], channels=self._channels)
+        return known, self._tokenizer.decode(self._tokens[self._start :], channels=self._channels)
 
 
 class StopFilter:

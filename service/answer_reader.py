@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.harmony import CHANNEL, END, MESSAGE, START, is_said
 from engine.text import Tokenizer
 from engine.thought_form import ThoughtForm
 from engine.tool_form import ToolForm
@@ -23,17 +24,19 @@ class Thought:
 
 @dataclass(frozen=True, slots=True)
 class Forms:
-    """How one answer may be written: `calls` None without tools, `thought` None where none is to be split off."""
+    """How one answer may be written: `calls` None without tools, `thought` None where none is to be split off.
+    With `channels` the text has their marks in it."""
 
     calls: ToolForm | None = None
     thought: ThoughtForm | None = None
     opened: bool = False  # the prompt ends inside the thought
+    channels: bool = False
 
     @classmethod
     def after(cls, prompt: Sequence[int], tokenizer: Tokenizer, calls: ToolForm | None = None) -> Forms:
         thought = tokenizer.thought_form
         opened = thought is not None and thought.opened_by(tokenizer.decode(prompt[-TAIL:]))
-        return cls(calls, thought, opened)
+        return cls(calls, thought, opened, tokenizer.has_channels)
 
 
 class ThoughtReader:
@@ -113,12 +116,83 @@ def _possible_start(text: str, mark: str) -> int:
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 
+class ChannelReader:
+    """Text with marks of channels in, pieces out. Several thoughts, or texts, have a blank line between them.
+
+    Only an answer that begins with a channel is read so. Where a mark of its end is missing, the next one ends a text.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._said = False
+        self._told = set[bool]()  # what there was already: said True, thought False
+        self._lead = ""
+        self._state = self._start
+
+    def push(self, text: str) -> list[Thought | str]:
+        self._held += text
+        pieces: list[Thought | str] = []
+        while (found := self._state()) is not None:
+            pieces += found
+        return pieces
+
+    def flush(self) -> list[Thought | str]:
+        """The answer has ended. A header without its text says nothing."""
+        held, self._held = self._held, ""
+        if self._state == self._header:
+            return []
+        return self._piece(held) if self._state == self._body else [held] if held else []
+
+    def _start(self) -> list[Thought | str] | None:
+        said = self._held.lstrip()
+        if CHANNEL.startswith(said) and said != CHANNEL:
+            return None
+        self._state = self._header if said.startswith(CHANNEL) else self._plain
+        return []
+
+    def _header(self) -> list[Thought | str] | None:
+        header, mark, rest = self._held.partition(MESSAGE)
+        if not mark:
+            return None
+        self._held, self._said, self._state = rest, is_said(header), self._body
+        self._lead = "\n\n" if self._said in self._told else ""
+        return []
+
+    def _body(self) -> list[Thought | str] | None:
+        found = [at for mark in (END, START, CHANNEL) if (at := self._held.find(mark)) >= 0]
+        kept = 0 if found else max(_possible_start(self._held, mark) for mark in (END, START, CHANNEL))
+        at = min(found, default=len(self._held) - kept)
+        text, self._held = self._held[:at], self._held[at:]
+        if found:
+            pieces = self._piece(text)
+            self._held, self._state = self._held.removeprefix(END), self._header
+            return pieces
+        return self._piece(text) or None
+
+    def _piece(self, text: str) -> list[Thought | str]:
+        if not text:
+            return []
+        text, self._lead = self._lead + text, ""
+        self._told.add(self._said)
+        return [text if self._said else Thought(text)]
+
+    def _plain(self) -> list[Thought | str] | None:
+        said, self._held = self._held, ""
+        return [said] if said else None
+
+
+def thought_reader(forms: Forms) -> ThoughtReader | ChannelReader | None:
+    if forms.channels:
+        return ChannelReader()
+    trigger = None if forms.calls is None else forms.calls.trigger
+    return None if forms.thought is None else ThoughtReader(forms.thought, forms.opened, trigger)
+
+
 class AnswerReader:
     """The whole of it: first the thought is split off, then calls are read out of the rest."""
 
     def __init__(self, forms: Forms) -> None:
-        trigger = None if forms.calls is None else forms.calls.trigger
-        self._thoughts = None if forms.thought is None else ThoughtReader(forms.thought, forms.opened, trigger)
+        self._thoughts = thought_reader(forms)
         self._calls = None if forms.calls is None else CallReader(forms.calls)
 
     @property
@@ -145,7 +219,7 @@ class AnswerReader:
 def message_of(text: str, forms: Forms) -> dict[str, Any]:
     """The assistant's message of a whole answer. Without tools or a thought it is the text; with calls, text may be
     none."""
-    if forms.calls is None and forms.thought is None:
+    if forms.calls is None and forms.thought is None and not forms.channels:
         return {"role": "assistant", "content": text}
     reader = AnswerReader(forms)
     said, thought, calls = "", "", dict[int, dict[str, Any]]()

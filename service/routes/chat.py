@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -76,12 +76,13 @@ def prepare_chat(body: ChatBody, name: str, parts: Parts, caller: Caller) -> Con
     wanted = wanted_of(body) if form is None else with_tools(body, wanted_of(body), form)
     constraint = None if wanted is None else compiled(wanted, tokenizer)
     sampling = sampling_for(body, prompt, body.limit(), parts, Asked(body.scores, constraint=constraint))
+    free = wanted is None or (form is not None and not wanted.is_json)  # what a grammar rules has no thought
+    forms = Forms.after(prompt, tokenizer, form) if free else Forms(form)
+    sampling = replace(sampling, channels=forms.channels)
     text = text_to_retrieve(body.messages)
     question = Question(
         name, "messages", text, prompt, wish, sampling, tuple(sorted((*ignored, *unread))), caller, not body.stream
     )
-    free = wanted is None or (form is not None and not wanted.is_json)  # what a grammar rules has no thought
-    forms = Forms.after(prompt, tokenizer, form) if free else Forms(form)
     return Conversation(spread([question], body.choices, parts), forms)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,7 @@ def prepare_query(body: QueryBody, name: str, parts: Parts, caller: Caller) -> P
     refuse_hopeless(len(body.query), "query", parts)
     prompt = encode_query(body.query, parts.engine.tokenizer)
     sampling = sampling_for(body, prompt, body.max_tokens, parts)
+    sampling = replace(sampling, channels=parts.engine.tokenizer.has_channels)
     question = Question(name, "query", body.query, prompt, body.wish(), sampling, caller=caller, whole=not body.stream)
     return prepare(question, parts)
 
