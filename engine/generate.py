@@ -89,7 +89,7 @@ class Batch:
         `number`.
 
         Without a `submission` it is made now. Raises MoepagerError, with nothing changed, where the read can't even
-        begin; where it fails later, the row ends with a FailedEvent.
+        begin, or one that it shares with others has failed; where it fails later, the row ends with a FailedEvent.
         """
         submission = submission or Submission(time.perf_counter(), self._engine.admission.predict(request))
         row = Row(self._engine, number, request, submission)

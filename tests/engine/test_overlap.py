@@ -19,7 +19,7 @@ from engine.generate import Batch
 from engine.products import Products
 from engine.requests import FailedEvent, FinishedEvent, GenerationRequest, TokenEvent
 from engine.worker import EngineWorker, TokenStream
-from store.errors import CheckpointError
+from store.errors import CheckpointError, MoepagerError
 from store.records import ExpertKey, Selection
 
 Checkpoint = Callable[..., Path]
@@ -270,8 +270,12 @@ def _drive(
         while waiting or len(batch):
             for one in [one for one in waiting if one[1] <= boundary and batch.fits(one[2].selection)]:
                 if batch.fits(one[2].selection):
-                    batch.admit(one[0], one[2])
                     waiting.remove(one)
+                    try:
+                        batch.admit(one[0], one[2])
+                    except MoepagerError as error:  # a read that it shares with another has failed already
+                        ended[one[0]] = FailedEvent(one[0], error)
+                        continue
                     if rng.random() < 0.15:
                         one[2].cancelled.set()
             disk.fails = 1 if rng.random() < 0.1 else disk.fails
