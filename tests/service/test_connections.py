@@ -107,9 +107,9 @@ def test_an_answer_that_nobody_reads_ends(
     url: str, scripted_app: FastAPI, worker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service.connections, "READ_SECONDS", 2.0)
-    worker.text = "x" * 200_000
+    worker.text = "x" * 100_000
     body = b'{"query": "how long do I boil an egg", "stream": true, "max_tokens": 200}'
     with opened(url, SO_RCVBUF=4096) as raw:
         raw.sendall(head(len(body)) + body)
         wait_for(lambda: scripted_app.state.draining.asked == 1, 5)
-        wait_for(lambda: scripted_app.state.draining.asked == 0, 10)
+        wait_for(lambda: scripted_app.state.draining.asked == 0, 30)
