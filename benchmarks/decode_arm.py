@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.own_counters import device_bytes
+from engine.huge_pages import use_huge_pages
 from engine.openmp import wait_passively
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def prompt(task: Task) -> tuple[int, ...]:
 
 def main() -> None:
     wait_passively()
+    use_huge_pages()
     print(json.dumps(asdict(run(Task(**json.loads(sys.argv[1]))))))
 
 

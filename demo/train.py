@@ -15,9 +15,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from engine.huge_pages import use_huge_pages
 from engine.openmp import wait_passively
 
 wait_passively()
+use_huge_pages()
 
 import torch
 from torch import nn

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import typer
 
+from engine.huge_pages import use_huge_pages
 from engine.openmp import wait_passively
 from store.errors import Held, MoepagerError, StoreUnreachable
 
@@ -25,6 +26,7 @@ HELD = 69  # EX_UNAVAILABLE: another process is at the same task
 
 def main() -> NoReturn:
     wait_passively()
+    use_huge_pages()
     try:
         gather(entry_points(group=GROUP))(prog_name="moepager")
     except MoepagerError as error:
