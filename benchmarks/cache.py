@@ -19,6 +19,7 @@ from benchmarks.cache_traffic import TrafficRow, bench_traffic
 from benchmarks.routing_trace import record
 from demo.prepare import corpus
 from demo.tasks.registry import TASKS
+from engine.card import ModelCard
 from engine.config import EngineConfig
 from engine.engine import Engine
 from profiler.allocation import uniform
@@ -46,14 +47,10 @@ class Arm:
 
 
 def bench_cache(model: Path, keeps: Sequence[float], requests: int, scorer: str, seed: int = 0) -> list[Arm]:
-    with Engine.open(EngineConfig(model, max_context=256, max_batch=ROWS)) as engine:
-        recorded = {task.name: record(engine, task.name, corpus(task.name, "test")) for task in TASKS}
-        statistics = {task.name: task_statistics(engine, task.name) for task in TASKS}
-        card = engine.card
+    card, recorded, statistics = _seen(model)
     arms = []
     for keep in keeps:
-        scores = {task: SCORERS[scorer].score(each) for task, each in statistics.items()}  # [L, E] each
-        sets = {task: frozenset(uniform(score, keep, card.top_k)) for task, score in scores.items()}
+        sets = _selections(statistics, scorer, keep, card.top_k)
         slots = len(next(iter(sets.values())))
         everyone = _global(statistics, slots)
         chance = frozenset(random.Random(seed).sample(list(Selection.whole(card.layers, card.experts)), slots))
@@ -70,12 +67,23 @@ def bench_cache(model: Path, keeps: Sequence[float], requests: int, scorer: str,
 
 def bench_mixes(model: Path, keep: float, requests: int, scorer: str) -> list[TrafficRow]:
     """Masked and exact requests side by side: the engine's own eviction beside a plain LRU with as many slots."""
+    card, recorded, statistics = _seen(model)
+    sets = _selections(statistics, scorer, keep, card.top_k)
+    return bench_traffic(recorded, sets, card.layers, card.experts, card.expert_bytes, requests)
+
+
+def _seen(model: Path) -> tuple[ModelCard, dict[str, list[Request]], dict[str, Statistics]]:
+    """What each task's test items were routed to, and the statistics of its calibration text."""
     with Engine.open(EngineConfig(model, max_context=256, max_batch=ROWS)) as engine:
         recorded = {task.name: record(engine, task.name, corpus(task.name, "test")) for task in TASKS}
-        scores = {task.name: SCORERS[scorer].score(task_statistics(engine, task.name)) for task in TASKS}  # [L, E] each
-        card = engine.card
-    sets = {task: frozenset(uniform(score, keep, card.top_k)) for task, score in scores.items()}
-    return bench_traffic(recorded, sets, card.layers, card.experts, card.expert_bytes, requests)
+        return engine.card, recorded, {task.name: task_statistics(engine, task.name) for task in TASKS}
+
+
+def _selections(
+    statistics: Mapping[str, Statistics], scorer: str, keep: float, top_k: int
+) -> dict[str, frozenset[ExpertKey]]:
+    scores = {task: SCORERS[scorer].score(each) for task, each in statistics.items()}  # [L, E] each
+    return {task: frozenset(uniform(score, keep, top_k)) for task, score in scores.items()}
 
 
 def workload_of(recorded: Mapping[str, Sequence[Request]], requests: int, switch: float, seed: int) -> list[Request]:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.own_counters import device_bytes
-from engine.huge_pages import use_huge_pages
-from engine.openmp import wait_passively
+from engine.before_torch import prepare_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,8 +147,7 @@ def prompt(task: Task) -> tuple[int, ...]:
 
 
 def main() -> None:
-    wait_passively()
-    use_huge_pages()
+    prepare_process()
     print(json.dumps(asdict(run(Task(**json.loads(sys.argv[1]))))))
 
 

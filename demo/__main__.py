@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from demo.commands import group
-from engine.huge_pages import use_huge_pages
-from engine.openmp import wait_passively
+from engine.before_torch import prepare_process
 
 if __name__ == "__main__":
-    wait_passively()
-    use_huge_pages()
+    prepare_process()
     group()

@@ -15,11 +15,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engine.huge_pages import use_huge_pages
-from engine.openmp import wait_passively
+from engine.before_torch import prepare_process
 
-wait_passively()
-use_huge_pages()
+prepare_process()
 
 import torch
 from torch import nn

@@ -60,7 +60,7 @@ class Bank:
         self.views = layout.views(self.memory)
         self.arrivals = Arrivals(layout, experts, self.memory, self.views, self.residency, reader)
         self.paged = self.arrivals.paged
-        self.guesses = Guesses(self.residency, read_ahead, self._begin_guess, lambda key, _: self._let_go([key]))
+        self.guesses = Guesses(self.residency, read_ahead, self._begin_guess, lambda key, _: self.let_go([key]))
 
     @property
     def slot_bytes(self) -> int:
@@ -96,7 +96,7 @@ class Bank:
             waited = time.perf_counter() - started
             yield Lease(len(keys), len(loads), size, keys, delivery, waited)
         finally:
-            self._let_go(keys)
+            self.let_go(keys)
 
     def wait(self, lease: Lease) -> None:
         """Until the last expert of a lease that was taken ahead is there. Raises what made a read fail."""
@@ -134,8 +134,9 @@ class Bank:
         return not missing
 
     def let_go(self, keys: Collection[ExpertKey]) -> None:
-        """Unpin what a visit had pinned that was broken off."""
-        self._let_go(keys)
+        """Unpin: of a lease that ends, or of a visit that has ended or was broken off."""
+        self.arrivals.give_up(keys)
+        self.residency.release(keys)
 
     def holds(self, keys: Iterable[ExpertKey]) -> bool:
         """Whether all of them are in memory, to the last byte."""
@@ -222,7 +223,7 @@ class Bank:
             broken.keys, pinned = keys, []
             raise
         finally:
-            self._let_go(pinned)
+            self.let_go(pinned)
 
     def _begin_guess(self, key: ExpertKey) -> Delivery:
         """A transfer of its own, so that it can be given up alone."""
@@ -248,14 +249,9 @@ class Bank:
             for key in () if ahead else keys:
                 self.arrivals.wait_for(key)
         except BaseException:
-            self._let_go(keys)
+            self.let_go(keys)
             raise
         return loads, delivery
-
-    def _let_go(self, keys: Collection[ExpertKey]) -> None:
-        """Unpin."""
-        self.arrivals.give_up(keys)
-        self.residency.release(keys)
 
     def _missing(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         unfilled, residency = self.residency.unfilled, self.residency

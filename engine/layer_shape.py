@@ -71,16 +71,10 @@ class Limits:
     @property
     def addresses(self) -> tuple[int, int, int, int]:
         """The stride of a row of `forbidden`, in bytes, is the second."""
-        forbidden, weights, index = self.forbidden, self.free_weights, self.free_index
-        if forbidden is None:
-            return 0, 0, 0 if weights is None else weights.data_ptr(), 0 if index is None else index.data_ptr()
-        row = 0 if len(forbidden) == 1 else forbidden.stride(0)
-        return (
-            forbidden.data_ptr(),
-            row,
-            0 if weights is None else weights.data_ptr(),
-            0 if index is None else index.data_ptr(),
-        )
+        tensors = self.forbidden, self.free_weights, self.free_index
+        forbidden, weights, index = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        row = 0 if self.forbidden is None or len(self.forbidden) == 1 else self.forbidden.stride(0)
+        return forbidden, row, weights, index
 
 
 FREE = Limits(None, None, None)

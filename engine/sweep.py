@@ -6,7 +6,8 @@ Between two layers others may have their turn. B rows, S columns so far, H hidde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -36,11 +37,9 @@ class Sweep:
         Where it is interrupted, the chunks that went through have done so for good: the next call goes on.
         """
         try:
+            layer = partial(self._passes.layer, self._layer)
             while self._chunk < len(self._chunks):
-                start, end = self._chunks[self._chunk]
-                cache.rewind(start)
-                columns, carried = (ids[:, start:end], full[:, :end]), self._carried[self._chunk]
-                self._carried[self._chunk] = self._passes.layer(self._layer, carried, *columns, cache, routing)
+                self._carried[self._chunk] = self._send(layer, ids, full, cache, routing)
                 self._chunk += 1
         finally:
             cache.leave(self._layer + 1, self.end, self.start)
@@ -53,15 +52,18 @@ class Sweep:
         last one, [B, V]. Interrupted, it goes on as `carry` does."""
         try:
             while self._chunk < len(self._chunks):
-                start, end = self._chunks[self._chunk]
-                cache.rewind(start)
-                columns, carried = (ids[:, start:end], full[:, :end]), self._carried[self._chunk]
-                logits = self._passes.last(carried, *columns, cache, routing)
+                logits = self._send(self._passes.last, ids, full, cache, routing)
                 self._carried[self._chunk] = None
                 self._chunk += 1
-                yield start, end, logits
+                yield *self._chunks[self._chunk - 1], logits
         finally:
             cache.rewind(self.end)
+
+    def _send(self, run: Callable[..., Tensor], ids: Tensor, full: Tensor, cache: KvCache, routing: Routing) -> Tensor:
+        """The next chunk through what `run` runs."""
+        start, end = self._chunks[self._chunk]
+        cache.rewind(start)
+        return run(self._carried[self._chunk], ids[:, start:end], full[:, :end], cache, routing)
 
     def keep(self, order: Sequence[int]) -> None:
         """Only these rows go on, in this order."""

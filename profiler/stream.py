@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.engine import Engine
-from profiler.batches import Encoded, cut, pad
+from profiler.batches import Batch, Encoded, cut, pad
 from profiler.channels.accumulator import make_accumulator
 from profiler.extras import NOTHING, Needs
 from profiler.gather import empty
@@ -67,16 +67,16 @@ def _layer(
     """
     accumulator = make_accumulator(engine, needs)
 
-    def one(number: int, run: Callable[..., torch.Tensor] = engine.layers.forward) -> torch.Tensor:
-        batch = pad(parts[number])
+    def one(number: int, batch: Batch, run: Callable[..., torch.Tensor]) -> torch.Tensor:
         accumulator.begin(batch.roles, batch.halves)
         before = spill.read(layer - 1, number) if layer else None  # [B, S, H]
         return run(layer, batch.ids, batch.mask, before, accumulator)  # [B, S, H]
 
+    batches = enumerate(map(pad, parts))
     if final:
-        heard = [hear(one(number, engine.layers.to_the_end), pad(part)) for number, part in enumerate(parts)]
+        heard = [hear(one(number, batch, engine.layers.to_the_end), batch) for number, batch in batches]
         return accumulator.statistics().with_heard(np.sum(heard, axis=0))
     with spill.writing(layer) as file:
-        for number in range(len(parts)):
-            spill.append(file, one(number))
+        for number, batch in batches:
+            spill.append(file, one(number, batch, engine.layers.forward))
     return accumulator.statistics()

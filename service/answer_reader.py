@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,18 +39,12 @@ class Forms:
         return cls(calls, thought, opened, tokenizer.has_channels)
 
 
-class ThoughtReader:
-    """Text in, pieces out: thoughts, and as plain text what comes behind them. Blanks beside the marks are left out.
+class _Reader:
+    """What thoughts are told by: a state at a time, which takes from what is `_held` all that is certain."""
 
-    Only what an answer begins with is a thought: marks further behind are text. Where the model calls a tool without an
-    end of its thought, the call, which begins with `trigger`, is the end.
-    """
-
-    def __init__(self, form: ThoughtForm, opened: bool, trigger: str | None = None) -> None:
-        self._form, self._opened = form, opened
-        self._ends = [form.end, *([trigger] if trigger else [])]
+    def __init__(self) -> None:
         self._held = ""
-        self._state = self._start
+        self._state: Callable[[], list[Thought | str] | None] = self._start
 
     def push(self, text: str) -> list[Thought | str]:
         self._held += text
@@ -58,6 +52,27 @@ class ThoughtReader:
         while (found := self._state()) is not None:
             pieces += found
         return pieces
+
+    def _start(self) -> list[Thought | str] | None:
+        """None: nothing more is certain."""
+        raise NotImplementedError
+
+    def _text(self) -> list[Thought | str] | None:
+        said, self._held = self._held, ""
+        return [said] if said else None
+
+
+class ThoughtReader(_Reader):
+    """Text in, pieces out: thoughts, and as plain text what comes behind them. Blanks beside the marks are left out.
+
+    Only what an answer begins with is a thought: marks further behind are text. Where the model calls a tool without an
+    end of its thought, the call, which begins with `trigger`, is the end.
+    """
+
+    def __init__(self, form: ThoughtForm, opened: bool, trigger: str | None = None) -> None:
+        super().__init__()
+        self._form, self._opened = form, opened
+        self._ends = [form.end, *([trigger] if trigger else [])]
 
     def flush(self) -> list[Thought | str]:
         """The answer has ended, perhaps inside its thought, or inside what looked like a mark."""
@@ -106,35 +121,23 @@ class ThoughtReader:
         self._state = self._text
         return []
 
-    def _text(self) -> list[Thought | str] | None:
-        said, self._held = self._held, ""
-        return [said] if said else None
-
 
 def _possible_start(text: str, mark: str) -> int:
     """Length of the longest end of `text` that `mark` may begin with."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 
-class ChannelReader:
+class ChannelReader(_Reader):
     """Text with marks of channels in, pieces out. Several thoughts, or texts, have a blank line between them.
 
     Only an answer that begins with a channel is read so. Where a mark of its end is missing, the next one ends a text.
     """
 
     def __init__(self) -> None:
-        self._held = ""
+        super().__init__()
         self._said = False
         self._told = set[bool]()  # what there was already: said True, thought False
         self._lead = ""
-        self._state = self._start
-
-    def push(self, text: str) -> list[Thought | str]:
-        self._held += text
-        pieces: list[Thought | str] = []
-        while (found := self._state()) is not None:
-            pieces += found
-        return pieces
 
     def flush(self) -> list[Thought | str]:
         """The answer has ended. A header without its text says nothing."""
@@ -147,7 +150,7 @@ class ChannelReader:
         said = self._held.lstrip()
         if CHANNEL.startswith(said) and said != CHANNEL:
             return None
-        self._state = self._header if said.startswith(CHANNEL) else self._plain
+        self._state = self._header if said.startswith(CHANNEL) else self._text
         return []
 
     def _header(self) -> list[Thought | str] | None:
@@ -175,10 +178,6 @@ class ChannelReader:
         text, self._lead = self._lead + text, ""
         self._told.add(self._said)
         return [text if self._said else Thought(text)]
-
-    def _plain(self) -> list[Thought | str] | None:
-        said, self._held = self._held, ""
-        return [said] if said else None
 
 
 def thought_reader(forms: Forms) -> ThoughtReader | ChannelReader | None:

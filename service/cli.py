@@ -14,8 +14,7 @@ from typing import NoReturn
 
 import typer
 
-from engine.huge_pages import use_huge_pages
-from engine.openmp import wait_passively
+from engine.before_torch import prepare_process
 from store.errors import Held, MoepagerError, StoreUnreachable
 
 GROUP = "moepager.commands"
@@ -25,8 +24,7 @@ HELD = 69  # EX_UNAVAILABLE: another process is at the same task
 
 
 def main() -> NoReturn:
-    wait_passively()
-    use_huge_pages()
+    prepare_process()
     try:
         gather(entry_points(group=GROUP))(prog_name="moepager")
     except MoepagerError as error:

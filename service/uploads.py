@@ -14,7 +14,7 @@ from service.refusals import explain
 from service.schemas import MOST_ITEMS, ItemBody, TaskBody
 from store.errors import InvalidInput
 
-WORDS = {"name": "", "description": ""}
+WORDS = ("name", "description")
 ITEMS = "JSON lines, an item a line, as `moepager profile` reads them."
 FILES = {"exemplars": "A text a line.", "calibration": ITEMS, "evaluation": ITEMS}
 MOST_FIELDS = 16
@@ -43,9 +43,9 @@ FORM: dict[str, Any] = {
 
 async def task_of(form: FormData) -> TaskBody:
     """The body that the same texts would have made as JSON. Raises InvalidInput with the file's part and line."""
-    fields: dict[str, Any] = {name: value for name, value in form.items() if name in WORDS or name not in FILES}
+    fields: dict[str, Any] = {name: value for name, value in form.items() if name not in FILES}
     files = {name: _file(form, name) for name in FILES}
-    fields["exemplars"] = await _lines(files["exemplars"], "exemplars")
+    fields["exemplars"] = [line for line in await _lines(files["exemplars"], "exemplars") if line]
     for part in ("calibration", "evaluation"):
         fields[part] = await _items(files[part], part)
     try:
@@ -65,7 +65,7 @@ def _file(form: FormData, part: str) -> UploadFile | None:
 
 async def _items(file: UploadFile | None, part: str) -> list[ItemBody]:
     found: list[ItemBody] = []
-    for number, line in enumerate(await _lines(file, part, keep_empty=True), 1):
+    for number, line in enumerate(await _lines(file, part), 1):
         if not line:
             continue
         if len(found) == MOST_ITEMS:
@@ -84,12 +84,11 @@ async def _items(file: UploadFile | None, part: str) -> list[ItemBody]:
     return found
 
 
-async def _lines(file: UploadFile | None, part: str, *, keep_empty: bool = False) -> list[str]:
+async def _lines(file: UploadFile | None, part: str) -> list[str]:
     if file is None:
         return []
     try:
         text = (await file.read()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{part}: not UTF-8 at byte {error.start}. Save the file as UTF-8.", param=part) from None
-    lines = [line.strip() for line in text.split("\n")]
-    return lines if keep_empty else [line for line in lines if line]
+    return [line.strip() for line in text.split("\n")]

@@ -1,7 +1,7 @@
 // A new task from exemplars typed in or files: JSON lines as `moepager profile` reads them. Parsed here, sent as JSON.
 
 import { call } from "./api.js";
-import { field, h, replace, setText } from "./dom.js";
+import { attempt, field, h, replace } from "./dom.js";
 
 const ITEM = "One item a line: {\"prompt\"}, {\"prompt\", \"response\"} or {\"messages\"}.";
 
@@ -34,9 +34,8 @@ export class NewTask {
   }
 
   async create() {
-    this.error.hidden = true;
     this.submit.disabled = true;
-    try {
+    await attempt(this.error, async () => {
       const name = this.name.value.trim();
       await call("POST", "/v1/tasks", await this.body(name));
       if (this.now.checked) await call("POST", "/v1/jobs", { task: name });
@@ -44,12 +43,8 @@ export class NewTask {
       this.form.reset();
       if (started) location.hash = "#/jobs";
       else this.made(name);
-    } catch (error) {
-      setText(this.error, error.message);
-      this.error.hidden = false;
-    } finally {
-      this.submit.disabled = false;
-    }
+    });
+    this.submit.disabled = false;
   }
 
   async body(name) {

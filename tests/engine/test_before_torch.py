@@ -10,8 +10,8 @@ import pytest
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CODE = """
-from engine.huge_pages import use_huge_pages
-use_huge_pages()
+from engine.before_torch import prepare_process
+prepare_process()
 import torch
 kept = torch.zeros(64 << 20, dtype=torch.uint8)
 print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
