@@ -10,6 +10,7 @@ B rows, A heads, N heads of the cache, S columns, D the width of a head, R its r
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -31,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04}  # of the largest number
 BLOCK = "moepager_block"  # the attribute of an attention module that is served so: its BlockShape
 
 
-def adopt_blocks(model: Any, own: Products, few: int) -> int:
+def adopt_blocks(model: Any, own: Products, few: Callable[[torch.dtype, int], int]) -> int:
     """Attention modules of `model`, which has its weights, whose batches of up to `few` single tokens now go to `own`.
     Their number."""
     positions = positions_of(model)
@@ -44,7 +45,7 @@ def adopt_blocks(model: Any, own: Products, few: int) -> int:
         if (shape := block_shape(module, positions[0].shape[-1])) is not None and agrees(module, shape, own, positions)
     ]
     for module, shape in usual:
-        _take_over(module, shape, own, few)
+        _take_over(module, shape, own, few(shape.dtype, shape.weights))
     return len(usual)
 
 

@@ -199,8 +199,7 @@ def _adopt_layers(skeleton: Skeleton, experts: Sequence[PagedExperts], board: Sw
     """The kernel's name, with how many decoder layers of single tokens are its own."""
     if kernels.own is None:
         return kernels.name
-    few = kernels.few(skeleton.layout.dtype)
-    count = adopt_layers(skeleton.model, skeleton.joints, experts, board, kernels.own, few)
+    count = adopt_layers(skeleton.model, skeleton.joints, experts, board, kernels.own, kernels.few)
     return f"{kernels.name}, {count} of {len(skeleton.kv_shapes)} decoder layers in two calls"
 
 

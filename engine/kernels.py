@@ -24,6 +24,10 @@ from store.errors import InvalidInput
 
 COMPILED = frozenset({torch.bfloat16, torch.float16})
 FEW: Mapping[torch.dtype, int] = {torch.float32: 8, torch.bfloat16: 4}  # rows; above, torch is faster: measured
+# The same where a matrix, or a layer's attention in one call, has few weights: what a call of torch's takes beside its
+# arithmetic is more than its products gain.
+FEW_BESIDE_FEW_WEIGHTS = 8
+FEW_WEIGHTS = 1 << 17
 # Weights of an expert that takes many rows; above, torch is faster in bfloat16 and little slower in float32.
 SMALL: Mapping[torch.dtype, int] = {torch.float32: 1 << 20, torch.bfloat16: 1 << 17}
 UNAIDED = 1 << 23  # the same for bfloat16 on a processor that must widen it: torch was 2 to 7 times slower, at any size
@@ -54,14 +58,15 @@ class Kernels:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [M, K], `weight` [N, K] -> [M, N]"""
-        if self.own is not None and x.shape[0] <= self.few(x.dtype) and multiplies(x, weight):
+        if self.own is not None and x.shape[0] <= self.few(x.dtype, weight.numel()) and multiplies(x, weight):
             return self.own.linear(x, weight, bias)
         return linear(x, weight, bias)
 
     @staticmethod
-    def few(dtype: torch.dtype) -> int:
-        """How many rows at most our own products take of a large matrix; with more torch is faster."""
-        return FEW.get(dtype, 0)
+    def few(dtype: torch.dtype, weights: int) -> int:
+        """How many rows at most our own products take, of a matrix or a layer's attention of so many weights."""
+        few = FEW.get(dtype, 0)
+        return max(few, FEW_BESIDE_FEW_WEIGHTS) if few and weights <= FEW_WEIGHTS else few
 
     def takes_many(self, shape: ExpertShape) -> bool:
         """Whether our own products run experts of this shape for many tokens, too."""
@@ -82,7 +87,7 @@ class Kernels:
                 if type(module) is nn.Linear:
                     self._take_over(module)
         if self.own is not None:
-            adopt_blocks(model, self.own, self.few(dtype))  # after the others, which are what it is tried against
+            adopt_blocks(model, self.own, self.few)  # after the others, which are what it is tried against
 
     def _take_over(self, module: Any) -> None:
         def forward(x: Tensor) -> Tensor:

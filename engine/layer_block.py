@@ -10,7 +10,7 @@ B rows, S columns of the cache, H hidden, k experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,9 @@ BEFORE, AFTER = "input_layernorm", "post_attention_layernorm"
 
 
 def adopt_layers(
-    model: Any, joints: Sequence[Joint], experts: Sequence[PagedExperts], board: Switchboard, own: Products, few: int
-) -> int:
+    model: Any, joints: Sequence[Joint], experts: Sequence[PagedExperts], board: Switchboard, own: Products,
+    few: Callable[[torch.dtype, int], int],
+) -> int:  # fmt: skip
     """Decoder layers of `model`, which has its weights, whose batches of up to `few` single tokens now go to `own`.
     Their number.
     """
@@ -49,7 +50,7 @@ def adopt_layers(
                 choice = None if joint is None or paged is None or paged.compiled is None else _choice(parts, joint)
                 usual.append((parts, paged, _layer_shape(parts, joint, choice)))
     for parts, paged, shape in usual:
-        LayerBlock(parts, shape, paged, board, own, few).take_over()
+        LayerBlock(parts, shape, paged, board, own, few(parts.block.dtype, parts.block.weights)).take_over()
     return len(usual)
 
 

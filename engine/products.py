@@ -84,6 +84,11 @@ class BlockShape:
     head: int
     kept: tuple[Tensor, ...]
 
+    @property
+    def weights(self) -> int:
+        """Numbers that a token is multiplied with, biases and norms among them."""
+        return sum(tensor.numel() for tensor in self.kept)
+
     @classmethod
     def of(
         cls, linears: Sequence[Any], norms: Sequence[Any], head: int, rotary: int, scale: float

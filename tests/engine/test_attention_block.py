@@ -132,12 +132,12 @@ def test_a_rows_bits_are_its_own_whatever_stands_beside_it_and_however_many_thre
 @pytest.mark.parametrize("family", USUAL)
 def test_the_usual_is_taken_over_whole(family: str, model: Model) -> None:
     whole = model(family)
-    assert adopt_blocks(whole, best(), 4) == len(list(attentions(whole)))
+    assert adopt_blocks(whole, best(), lambda *_: 4) == len(list(attentions(whole)))
 
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_modules_that_do_something_else_keep_their_own(family: str, model: Model) -> None:
-    assert adopt_blocks(model(family), best(), 4) == 0
+    assert adopt_blocks(model(family), best(), lambda *_: 4) == 0
 
 
 def test_a_module_that_clips_keeps_its_own_even_where_usual_inputs_are_not_clipped(model: Model) -> None:
@@ -148,7 +148,7 @@ def test_a_module_that_clips_keeps_its_own_even_where_usual_inputs_are_not_clipp
         assert shape is not None
         assert agrees(module, shape, best(), positions)
     whole.config.clip_qkv = 30.0
-    assert adopt_blocks(whole, best(), 4) == 0
+    assert adopt_blocks(whole, best(), lambda *_: 4) == 0
 
 
 def test_a_module_that_scales_otherwise_than_it_says_keeps_its_own(
@@ -158,7 +158,7 @@ def test_a_module_that_scales_otherwise_than_it_says_keeps_its_own(
     for module in attentions(whole):
         own = module.forward
         monkeypatch.setattr(module, "forward", lambda x, own=own, **named: (own(x, **named)[0] * 1.2, None))
-    assert adopt_blocks(whole, best(), 4) == 0
+    assert adopt_blocks(whole, best(), lambda *_: 4) == 0
 
 
 def test_a_module_that_asks_for_positions_keeps_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_a_module_that_asks_for_positions_keeps_its_own(model: Model, monkeypatc
         return theirs(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
     monkeypatch.setattr(kind, "forward", forward)
-    assert adopt_blocks(whole, best(), 4) == 0
+    assert adopt_blocks(whole, best(), lambda *_: 4) == 0
 
 
 def test_models_decode_by_it_and_prefill_and_large_batches_by_their_own(
@@ -195,6 +195,7 @@ def test_models_decode_by_it_and_prefill_and_large_batches_by_their_own(
     monkeypatch.setattr(Products, "block", counted)
     monkeypatch.setattr(LayerBlock, "forward", lambda self, x, **named: self._theirs(x, **named))
     monkeypatch.setattr("engine.kernels.FEW", {torch.float32: 2})
+    monkeypatch.setattr("engine.kernels.FEW_WEIGHTS", 0)
     engine = open_engine(checkpoint("qwen3_moe"), max_batch=3)
     layers = engine.passes._model.config.num_hidden_layers
     assert seen == [2] * 2 * layers  # the trials, of attention and of whole layers

@@ -24,6 +24,14 @@ def test_a_padded_product_is_the_plain_one(rows: int, dtype: torch.dtype) -> Non
     assert kernels.linear(x, weight).shape == (rows, 24)
 
 
+@pytest.mark.parametrize(("dtype", "hidden", "few"), [
+    (torch.bfloat16, 181, 8), (torch.bfloat16, 182, 4), (torch.float32, 181, 8), (torch.float32, 1024, 8),
+    (torch.float16, 181, 0),
+])  # fmt: skip
+def test_more_rows_are_ours_where_there_are_few_weights(dtype: torch.dtype, hidden: int, few: int) -> None:
+    assert kernels.Kernels.few(dtype, 4 * hidden * hidden) == few
+
+
 def test_only_powers_of_two_reach_the_kernels_in_16_bits(
     checkpoint: Callable[..., Path],
     open_engine: Callable[..., Engine],

@@ -157,15 +157,17 @@ def test_models_say_the_same_as_by_torch_and_meter_the_same(
         same(answers(ours, [request]), answers(plain, [request]), 2e-5)
 
 
+@pytest.mark.parametrize("many", [4, 8])
 @pytest.mark.parametrize("family", WHOLE + HALF)
 def test_a_row_of_a_mixed_batch_is_that_row_alone(
     family: str,
+    many: int,
     checkpoint: Callable[..., Path],
     open_engine: Callable[..., Engine],
     random_selection: Pick,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine, rng, rows = open_engine(checkpoint(family), max_batch=4), random.Random(4), set()
+    engine, rng, rows = open_engine(checkpoint(family), max_batch=many), random.Random(4), set()
     real = LayerBlock._single
 
     def counted(self: LayerBlock, x: Tensor, **named: Any) -> Tensor:
@@ -173,11 +175,32 @@ def test_a_row_of_a_mixed_batch_is_that_row_alone(
         return real(self, x, **named)
 
     monkeypatch.setattr(LayerBlock, "_single", counted)
-    requests = [ask(first, random_selection(engine, rng)) for first in (10, 21, 33)] + [ask(44, None)]
+    firsts = range(10, 10 + 11 * (many - 1), 11)
+    requests = [ask(first, random_selection(engine, rng)) for first in firsts] + [ask(44, None)]
     alone = {row: answers(engine, [request])[0] for row, request in enumerate(requests)}
     assert rows == {1}
     same(answers(engine, requests), alone, 2e-5)
-    assert 4 in rows
+    assert many in rows
+
+
+@pytest.mark.parametrize("family", WHOLE + HALF)
+def test_eight_rows_in_16_bits_go_through_the_calls_where_a_layer_is_small(
+    family: str,
+    checkpoint: Callable[..., Path],
+    open_engine: Callable[..., Engine],
+    random_selection: Pick,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def calls() -> set[int]:
+        engine, rng, rows = open_engine(checkpoint(family, dtype="bfloat16"), max_batch=8), random.Random(4), set()
+        monkeypatch.setattr(LayerBlock, "_single", lambda self, x, **named: rows.add(len(x)) or real(self, x, **named))
+        answers(engine, [ask(first, random_selection(engine, rng)) for first in range(10, 90, 10)])
+        return rows
+
+    real = LayerBlock._single
+    assert 8 in calls()
+    monkeypatch.setattr("engine.kernels.FEW_WEIGHTS", 1)  # no layer is small
+    assert 8 not in calls()
 
 
 def test_what_has_to_be_paged_comes_in_between_the_two_calls(
