@@ -33,8 +33,8 @@ BLOCK = "moepager_block"  # the attribute of an attention module that is served 
 
 
 def adopt_blocks(model: Any, own: Products, few: Callable[[torch.dtype, int], int]) -> int:
-    """Attention modules of `model`, which has its weights, whose batches of up to `few` single tokens now go to `own`.
-    Their number."""
+    """Attention modules of `model`, which has its weights, whose batches of single tokens now go to `own`, as many as
+    `few` allows of their dtype and number of weights. The modules' number."""
     positions = positions_of(model)
     if positions is None or model.config._attn_implementation != IMPLEMENTATION:
         return 0

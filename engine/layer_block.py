@@ -34,8 +34,8 @@ def adopt_layers(
     model: Any, joints: Sequence[Joint], experts: Sequence[PagedExperts], board: Switchboard, own: Products,
     few: Callable[[torch.dtype, int], int],
 ) -> int:  # fmt: skip
-    """Decoder layers of `model`, which has its weights, whose batches of up to `few` single tokens now go to `own`.
-    Their number.
+    """Decoder layers of `model`, which has its weights, whose batches of single tokens now go to `own`, as many as
+    `few` allows of the dtype and the number of weights of their attention. The layers' number.
     """
     positions = positions_of(model)
     if positions is None:

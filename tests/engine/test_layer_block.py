@@ -35,6 +35,20 @@ def blocks(engine: Engine) -> list[LayerBlock]:
     return [one for one in found if isinstance(one, LayerBlock)]
 
 
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """How many rows went through the calls at a time, of any layer and engine."""
+    seen: set[int] = set()
+    real = LayerBlock._single
+
+    def counted(self: LayerBlock, x: Tensor, **named: Any) -> Tensor:
+        seen.add(len(x))
+        return real(self, x, **named)
+
+    monkeypatch.setattr(LayerBlock, "_single", counted)
+    return seen
+
+
 def best() -> Products:
     return Products(next(iter(instruction_sets())))
 
@@ -165,16 +179,9 @@ def test_a_row_of_a_mixed_batch_is_that_row_alone(
     checkpoint: Callable[..., Path],
     open_engine: Callable[..., Engine],
     random_selection: Pick,
-    monkeypatch: pytest.MonkeyPatch,
+    rows: set[int],
 ) -> None:
-    engine, rng, rows = open_engine(checkpoint(family), max_batch=many), random.Random(4), set()
-    real = LayerBlock._single
-
-    def counted(self: LayerBlock, x: Tensor, **named: Any) -> Tensor:
-        rows.add(len(x))
-        return real(self, x, **named)
-
-    monkeypatch.setattr(LayerBlock, "_single", counted)
+    engine, rng = open_engine(checkpoint(family), max_batch=many), random.Random(4)
     firsts = range(10, 10 + 11 * (many - 1), 11)
     requests = [ask(first, random_selection(engine, rng)) for first in firsts] + [ask(44, None)]
     alone = {row: answers(engine, [request])[0] for row, request in enumerate(requests)}
@@ -189,18 +196,19 @@ def test_eight_rows_in_16_bits_go_through_the_calls_where_a_layer_is_small(
     checkpoint: Callable[..., Path],
     open_engine: Callable[..., Engine],
     random_selection: Pick,
+    rows: set[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def calls() -> set[int]:
-        engine, rng, rows = open_engine(checkpoint(family, dtype="bfloat16"), max_batch=8), random.Random(4), set()
-        monkeypatch.setattr(LayerBlock, "_single", lambda self, x, **named: rows.add(len(x)) or real(self, x, **named))
+    def run() -> None:
+        engine, rng = open_engine(checkpoint(family, dtype="bfloat16"), max_batch=8), random.Random(4)
         answers(engine, [ask(first, random_selection(engine, rng)) for first in range(10, 90, 10)])
-        return rows
 
-    real = LayerBlock._single
-    assert 8 in calls()
+    run()
+    assert 8 in rows
+    rows.clear()
     monkeypatch.setattr("engine.kernels.FEW_WEIGHTS", 1)  # no layer is small
-    assert 8 not in calls()
+    run()
+    assert 8 not in rows
 
 
 def test_what_has_to_be_paged_comes_in_between_the_two_calls(
