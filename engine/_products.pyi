@@ -80,7 +80,7 @@ def layer(
     layer: tuple[int | float, ...],
     states: tuple[int, int, int, int, int, int, int, int, int, int],
     cache: tuple[int, ...],
-    routing: tuple[int, int, int, int, int],
+    routing: tuple[int, int, int, int, int, int],
     /,
 ) -> list[int] | None: ...
 def onto(

@@ -8,7 +8,7 @@ T tokens, E experts, k experts a token, H hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.products import DTYPES
-from engine.restriction import Route, groups_of
+from engine.restriction import Route, call_router, groups_of
+from engine.top_k import can_choose_fewer, choosing
 
 SIZES = (0.1, 1.0, 10.0)  # of the inputs of a trial: what caps its logits or adds to them shows it
 TRIALS = 8  # tokens of each
@@ -37,7 +38,9 @@ class Choice:
 
     @classmethod
     def of(cls, router: Any, forward: Route, hidden: int) -> Choice | None:
-        """None unless the router is one product with its only tensor, and `forward` gives what `plain` gives."""
+        """None unless the router is one product with its only tensor, and `forward` gives what `plain` gives, with
+        fewer experts a token too where the router can choose fewer.
+        """
         experts, tensors = int(router.num_experts), [*router.parameters(), *router.buffers()]
         if groups_of(router) > 1 or [tuple(tensor.shape) for tensor in tensors] != [(experts, hidden)]:
             return None
@@ -51,7 +54,8 @@ class Choice:
             wanted = F.linear(x, weight)  # [T, E]
             own = logits.dtype == weight.dtype and weights.dtype in DTYPES and _near(logits, wanted)
             found = (each for each in cls._candidates(experts, logits, weights, index))
-            return next((each for each in found if each._agrees(logits, weights, index)), None) if own else None
+            choice = next((each for each in found if each._agrees(logits, weights, index)), None) if own else None
+            return choice if choice is not None and choice._agrees_with_fewer(router, forward, x) else None
 
     @classmethod
     def _candidates(cls, experts: int, logits: Tensor, weights: Tensor, index: Tensor) -> Iterator[Choice]:
@@ -61,10 +65,14 @@ class Choice:
             near_one = bool((scale - 1).abs().max() < TOLERANCE[weights.dtype])
             yield cls(experts, index.shape[1], renormalised, 1.0 if near_one else float(scale.median()), weights.dtype)
 
-    def plain(self, logits: Tensor, forbidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`logits` [T, E], `forbidden` bool [T, E] or [E] -> weights and index [T, k], the likeliest first.
+    def plain(
+        self, logits: Tensor, forbidden: Tensor | None = None, calls: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`logits` [T, E], `forbidden` bool [T, E] or [E], `calls` i64 [T] -> weights and index [T, k], the likeliest
+        first.
 
-        The first of equals is chosen first; where fewer than k are allowed the rest is nobody's: index E, weight 0.
+        The first of equals is chosen first; where fewer than k are allowed, or `calls` of a token are, the rest is
+        nobody's: index E, weight 0.
         """
         wide = logits.float()
         allowed = torch.ones_like(wide, dtype=torch.bool) if forbidden is None else ~forbidden.expand_as(wide)
@@ -72,10 +80,19 @@ class Choice:
         order = shares.masked_fill(~allowed, -1.0).argsort(dim=-1, descending=True, stable=True)  # [T, E]
         index = order[:, : self.top_k]  # [T, k]
         weights, barred = shares.gather(1, index), ~allowed.gather(1, index)  # [T, k]
+        if calls is not None:
+            barred |= torch.arange(self.top_k) >= calls.unsqueeze(1)
         weights = weights.masked_fill(barred, 0.0)
         if self.renormalised:
             weights = weights / weights.sum(-1, keepdim=True)
         return (weights * self.scale).to(self.dtype), index.masked_fill(barred, self.experts)
+
+    def _agrees_with_fewer(self, router: Any, forward: Route, x: Tensor) -> bool:
+        """Whether one expert a token is weighed as k are: some routers leave a single weight as it is."""
+        if self.top_k == 1 or not can_choose_fewer(router, forward, x.shape[1]):
+            return True
+        logits, weights, index = call_router(choosing(router, 1), x)
+        return replace(self, top_k=1)._agrees(logits, weights, index)
 
     def _agrees(self, logits: Tensor, weights: Tensor, index: Tensor) -> bool:
         """Logits of what was chosen are compared, not numbers of experts: of two that tie either may be taken."""

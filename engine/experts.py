@@ -128,14 +128,16 @@ class PagedExperts:
     def _one(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A single token, as in decoding one row: nothing to sort, gather or scatter."""
         chosen: list[int] = index[0].tolist()
-        if self._experts in chosen:
-            return self._many(hidden, index, weights)
+        called = [place for place, expert in enumerate(chosen) if expert != self._experts]
+        if not called:
+            return torch.zeros_like(hidden)
         outputs: dict[int, Tensor] = {}
-        with closing(self._bank.visit(self.layer, chosen)) as visit:
+        with closing(self._bank.visit(self.layer, [chosen[place] for place in called])) as visit:
             for expert, slot in visit:
                 outputs[expert] = self._feed_forward(hidden, self._bank.views[slot])  # [1, H]
-        stacked = torch.cat([outputs[expert] for expert in chosen])  # [k, H]
-        return (stacked * weights.view(-1, 1)).sum(0, keepdim=True).to(hidden.dtype)  # [1, H]
+        stacked = torch.cat([outputs[chosen[place]] for place in called])  # [n, H]
+        scale = weights[0] if len(called) == len(chosen) else weights[0, called]  # [n]
+        return (stacked * scale.view(-1, 1)).sum(0, keepdim=True).to(hidden.dtype)  # [1, H]
 
     def _together(self, compiled: Compiled, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """As `_few` for more tokens: an expert's sums are the same whoever is computed beside it."""

@@ -62,19 +62,21 @@ class Room:
 class Limits:
     """What routing says of one layer and pass. `forbidden` bool [1 or B, E]: the experts that a row may not have, None:
     it may have all. `free_weights` and `free_index` [B, k] are filled with the choice among all; None: nobody asks.
+    `calls` i64 [B]: how many experts a row is routed to, None: k.
     """
 
     forbidden: Tensor | None
     free_weights: Tensor | None
     free_index: Tensor | None
+    calls: Tensor | None = None
 
     @property
-    def addresses(self) -> tuple[int, int, int, int]:
+    def addresses(self) -> tuple[int, int, int, int, int]:
         """The stride of a row of `forbidden`, in bytes, is the second."""
-        tensors = self.forbidden, self.free_weights, self.free_index
-        forbidden, weights, index = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+        tensors = self.forbidden, self.free_weights, self.free_index, self.calls
+        forbidden, weights, index, calls = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
         row = 0 if self.forbidden is None or len(self.forbidden) == 1 else self.forbidden.stride(0)
-        return forbidden, row, weights, index
+        return forbidden, row, weights, index, calls
 
 
 FREE = Limits(None, None, None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.restriction import Route, call_router, groups_of, restrict
+from engine.top_k import choosing
 from store.errors import UnsupportedFamily
 
 TRIALS = 8  # tokens
@@ -49,6 +50,12 @@ class MaskedRouter:
             return None  # it does more with its input than a product: sliced copies serve it
         agree = _same(ours[0], (free[0], free[1]), logits) and _same(ours[1], sliced, logits)
         return masked if agree else None
+
+    def choosing(self, count: int) -> MaskedRouter:
+        """One that chooses `count` experts a token."""
+        other = copy.copy(self)
+        other._router = choosing(self._router, count)
+        return other
 
     def __call__(self, logits: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor]:
         """`logits` [T, E], `forbidden` bool [T, E] or [E] -> weights and index [T, k].

@@ -20,11 +20,13 @@ struct layer {
 };
 
 /* Addresses of one call, rows one after the other: x, after attention, the same normed [rows, hidden]; forbidden bytes
- * [1 or rows, experts] or NULL; weights and index of the free choice [rows, top_k] or NULL; weights and index of the choice. */
+ * [1 or rows, experts] or NULL; weights and index of the free choice [rows, top_k] or NULL; weights and index of the choice;
+ * how many experts a row is routed to [rows], NULL: top_k. */
 struct call {
     const char *x, *cos, *sin, *mask, *forbidden;
     char *keys, *values, *middle, *normed, *free_weights, *weights;
     int64_t *free_index, *index;
+    const int64_t *calls;
     long position_row, forbidden_row;
 };
 
@@ -55,14 +57,15 @@ static void shares(const struct choice *c, float *logits, const char *forbidden)
             logits[e] /= sum;
 }
 
-/* The largest of the shares, the first of equals first; what none is left for is nobody's, whose number is `experts`. */
-static void choose(const struct choice *c, float *share, int64_t *index, char *weights)
+/* The `calls` largest of the shares, the first of equals first; the places that none is left for, and those after `calls`,
+ * are nobody's, whose number is `experts`. */
+static void choose(const struct choice *c, float *share, long calls, int64_t *index, char *weights)
 {
     const long size = c->dtype == FLOAT32 ? 4 : 2;
     float sum = 0, chosen[c->top_k];
     for (long place = 0; place < c->top_k; place++) {
         long best = -1;
-        for (long e = 0; e < c->experts; e++)
+        for (long e = 0; e < c->experts && place < calls; e++)
             if (share[e] != TAKEN && (best < 0 || share[e] > share[best]))
                 best = e;
         index[place] = best < 0 ? c->experts : best;
@@ -83,11 +86,11 @@ static void route(const struct choice *c, int dtype, const char *logits, long ro
     if (to->free_weights) {
         widen(logits, dtype, c->experts, share);
         shares(c, share, NULL);
-        choose(c, share, to->free_index + at, to->free_weights + at * weight);
+        choose(c, share, c->top_k, to->free_index + at, to->free_weights + at * weight);
     }
     widen(logits, dtype, c->experts, share);
     shares(c, share, to->forbidden ? to->forbidden + row * to->forbidden_row : NULL);
-    choose(c, share, to->index + at, to->weights + at * weight);
+    choose(c, share, to->calls ? to->calls[row] : c->top_k, to->index + at, to->weights + at * weight);
 }
 
 /* 0 where there is no memory. */
@@ -140,15 +143,16 @@ static int parse_layer(PyObject *fields, struct layer *l)
 
 static int parse_call(PyObject *states, PyObject *routing, struct call *to, int *threads)
 {
-    unsigned long long x, middle, normed, cos, sin, keys, values, mask, forbidden, free_weights, free_index, weights;
+    unsigned long long x, middle, normed, cos, sin, keys, values, mask, forbidden, free_weights, free_index, calls, weights;
     if (!PyArg_ParseTuple(states, "KKKKKlKKKi", &x, &middle, &normed, &cos, &sin, &to->position_row, &keys, &values, &mask,
                           threads) ||
-        !PyArg_ParseTuple(routing, "KlKKK", &forbidden, &to->forbidden_row, &free_weights, &free_index, &weights))
+        !PyArg_ParseTuple(routing, "KlKKKK", &forbidden, &to->forbidden_row, &free_weights, &free_index, &calls, &weights))
         return 0;
     to->x = (const char *)x, to->cos = (const char *)cos, to->sin = (const char *)sin, to->mask = (const char *)mask;
     to->forbidden = (const char *)forbidden;
     to->middle = (char *)middle, to->normed = (char *)normed, to->keys = (char *)keys, to->values = (char *)values;
     to->free_weights = (char *)free_weights, to->free_index = (int64_t *)free_index, to->weights = (char *)weights;
+    to->calls = (const int64_t *)calls;
     return 1;
 }
 

@@ -23,6 +23,7 @@ ADOPTED = "moepager_argument_"  # tensors that a router is called with, kept at 
 BATCHED = "moepager_batched"  # set where a router wants its hidden states as [1, T, H]
 FORWARD = "moepager_forward"  # what is called in place of the class's own forward; see `adopt_linear`
 Route = Callable[[Tensor], Routed]
+Limited = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x [T, H], logits [T, E] -> weights, index [T, k]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Restriction:
     """
 
     allowed: Tensor
-    route: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    route: Limited
     forbidden: Tensor | None = None
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.choice import Choice
@@ -21,14 +21,14 @@ from engine.layer_shape import FREE, Limits
 from engine.lookahead import Lookahead
 from engine.masked_router import MaskedRouter
 from engine.observer import Observer
-from engine.restriction import Restriction, Route, Routed, call_router, check_router, restrict
+from engine.restriction import Limited, Restriction, Route, Routed, call_router, check_router, restrict
+from engine.row_limits import Restrictions, RowLimits
 from engine.stand_ins import DeviceStandIns, Replacement
-from store.errors import InvalidInput
+from engine.top_k import can_choose_fewer, choosing
+from store.errors import InvalidInput, UnsupportedFamily
 from store.records import Selection
 
 WAITING = 32  # passes of single tokens whose coverage is computed together
-
-Restrictions = tuple[Restriction | Replacement, ...]  # one a layer
 
 
 class Switchboard:
@@ -45,6 +45,7 @@ class Switchboard:
         self.added: dict[int, Tensor] = {}  # by layer, [T, H]: what the pass adds for experts that are left out
         self.lookahead: Lookahead | None = None  # where exact mode reads ahead
         self.masked: list[MaskedRouter] = []  # one a layer, or none at all
+        self.fewer = False  # whether all routers can choose fewer than top_k experts a token
         self._routers = [_Router(layer, module, self) for layer, module in enumerate(routers)]
         self._remembered = remembered
         self._cache: OrderedDict[Selection, Restrictions] = OrderedDict()
@@ -66,9 +67,12 @@ class Switchboard:
         self.masked = [router for router in masked if router is not None]
         if len(self.masked) < self.layers:
             self.masked = []
+        self.fewer = all(can_choose_fewer(router.module, router.inner, hidden) for router in self._routers)
 
     def check_selection(self, selection: Selection) -> None:
-        """Raises InvalidInput for a selection of another shape, of unknown experts, or too small for one token."""
+        """Raises InvalidInput for a selection of another shape, of unknown experts, or too small for one token;
+        UnsupportedFamily for one of fewer calls where the routers can't make fewer.
+        """
         if len(selection.experts) != self.layers:
             raise InvalidInput(
                 f"The selection has {len(selection.experts)} layers, the model has {self.layers} MoE layers. "
@@ -83,36 +87,69 @@ class Switchboard:
                     f"layer needs at least {self.top_k} (a token's top-k) of the experts 0 to {self.experts - 1}.",
                     param="selection",
                 )
+        if selection.calls is not None:
+            self._check_calls(selection.calls)
+
+    def _check_calls(self, calls: Sequence[int]) -> None:
+        if max(calls) > self.top_k:
+            raise InvalidInput(
+                f"The selection routes a token to {max(calls)} experts in a layer; the model's top-k is {self.top_k}. "
+                "It was made for another model: profile this one.",
+                param="selection",
+            )
+        if not self.fewer:
+            raise UnsupportedFamily(
+                f"{type(self._routers[0].module).__name__} has no number of experts a token that could be lowered. "
+                "Choose a selection that calls all of them (active 1)."
+            )
 
     def restrictions(self, selection: Selection) -> Restrictions | None:
         """The routers limited to `selection`; None where it limits nothing."""
-        if all(len(ids) == self.experts for ids in selection.experts):
+        calls = selection.calls or (self.top_k,) * self.layers
+        if all(len(ids) == self.experts for ids in selection.experts) and min(calls) == self.top_k:
             return None
         if selection.stand_in is not None:
-            return self._replacements(selection, self.stand_ins.vectors(selection.stand_in))
+            return self._replacements(selection, calls, self.stand_ins.vectors(selection.stand_in))
         if selection not in self._cache:
-            self._cache[selection] = tuple(self._restrict(layer, ids) for layer, ids in enumerate(selection.experts))
+            self._cache[selection] = tuple(map(self._restrict, range(self.layers), selection.experts, calls))
             while len(self._cache) > self._remembered:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(selection)
         return self._cache[selection]
 
-    def _restrict(self, layer: int, ids: Sequence[int]) -> Restriction:
+    def _restrict(self, layer: int, ids: Sequence[int], calls: int) -> Restriction:
+        """One layer's router limited to `ids` and to `calls` experts a token; places left free are nobody's."""
+        module = self._routers[layer].module
+        module = module if calls == self.top_k else choosing(module, calls)
         if not self.masked:
-            return restrict(self._routers[layer].module, ids)
-        device = next(self._routers[layer].module.parameters()).device
+            limit = restrict(module, ids)
+            return limit if calls == self.top_k else Restriction(limit.allowed, self._widened(limit.route))
+        device = next(module.parameters()).device
         kept = torch.tensor(list(ids), device=device)  # [M]
         allowed = torch.zeros(self.experts, dtype=torch.bool, device=device).index_fill_(0, kept, True)  # [E]
         forbidden, router = ~allowed, self.masked[layer]
-        return Restriction(allowed, lambda _, logits: router(logits, forbidden), forbidden.unsqueeze(0))
+        router = router if calls == self.top_k else router.choosing(calls)
+        return Restriction(allowed, self._widened(lambda _, logits: router(logits, forbidden)), forbidden.unsqueeze(0))
 
-    def _replacements(self, selection: Selection, vectors: Tensor) -> Restrictions:
+    def _widened(self, route: Limited) -> Limited:
+        """What `route` chooses, [T, k], in top_k places."""
+
+        def wide(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+            weights, index = route(x, logits)
+            free = (0, self.top_k - index.shape[1])
+            return (F.pad(weights, free), F.pad(index, free, value=self.experts)) if free[1] else (weights, index)
+
+        return wide
+
+    def _replacements(self, selection: Selection, calls: Sequence[int], vectors: Tensor) -> Restrictions:
         """`vectors` [L, E, H]: nothing is copied, so nothing needs to be remembered."""
         allowed = torch.zeros(vectors.shape[:2], dtype=torch.bool)  # [L, E]
         for layer, ids in enumerate(selection.experts):
             allowed[layer, list(ids)] = True
         rows = allowed.to(vectors.device).unbind(0)
-        return tuple(Replacement(*layer) for layer in zip(rows, vectors.unbind(0), strict=True))
+        all_experts = range(self.experts)
+        free = [None if k == self.top_k else self._restrict(at, all_experts, k).route for at, k in enumerate(calls)]
+        return tuple(Replacement(*layer) for layer in zip(rows, vectors.unbind(0), free, strict=True))
 
 
 class _Router:
@@ -133,15 +170,6 @@ class _Router:
         return routed if routing is None else routing.route(self.layer, x, routed)
 
 
-@dataclass(slots=True)
-class _Group:
-    """Rows of the batch with the same selection. `tokens` [n] is None where the group is the whole batch."""
-
-    rows: list[int]
-    restrictions: Restrictions | None
-    tokens: Tensor | None = None
-
-
 class Routing:
     """One batch. `begin` before each pass of the model, `finish` after it. A selection None routes freely."""
 
@@ -149,14 +177,13 @@ class Routing:
         self._board = board
         self._device = device
         self._rows = len(selections)
-        self._groups = _grouped(board, selections)
-        self._limited = any(group.restrictions is not None for group in self._groups)
-        self._inside = self._inside_table() if self._limited else None  # bool [B, L, E]
+        self._limits = RowLimits.of(board, selections, device)
+        self._groups = self._limits.groups
+        self._limited = self._limits.inside is not None
         self._inside_sum = torch.zeros(self._rows, dtype=torch.float64, device=device)
         self._tokens_seen = torch.zeros(self._rows, dtype=torch.float64, device=device)
         self._level = torch.ones(self._rows, dtype=torch.float64, device=device)
-        self._forbidden = self._forbidden_table() if self._board.masked else None  # bool [B, L, E]
-        self._maskable = self._forbidden is not None or self._single_mask()
+        self._maskable = self._limits.forbidden is not None or self._limits.one_mask
         self._forbidden_tokens: Sequence[Tensor] = ()  # of the pass: one a layer, [T, E]
         self._valid: Tensor | None = None
         self._free: Tensor | slice | None = None
@@ -172,10 +199,11 @@ class Routing:
             self._meter()
         self._width, self._valid = width, padded
         self._seen.clear()
-        if self._forbidden is not None:
-            tokens = self._forbidden if width == 1 else self._forbidden.repeat_interleave(width, 0)  # [T, L, E]
+        forbidden, together = self._limits.forbidden, self._limits.together
+        if forbidden is not None and (width == 1 or together):
+            tokens = forbidden if width == 1 else forbidden.repeat_interleave(width, 0)  # [T, L, E]
             self._forbidden_tokens = tokens.unbind(1)  # L of [T, E]
-        if len(self._groups) > 1 and (self._forbidden is None or self._board.lookahead is not None):
+        if len(self._groups) > 1 and (not together or self._board.lookahead is not None):
             self._place_groups(width)
         self._free = None if self._board.lookahead is None else self._free_tokens()
         self._board.routing = self
@@ -208,13 +236,14 @@ class Routing:
         weights = torch.empty(self._rows, choice.top_k, dtype=choice.dtype)  # [B, k]
         index = torch.empty(self._rows, choice.top_k, dtype=torch.long)  # [B, k]
         self._seen.append((weights, index))
-        if self._forbidden is not None:
-            return Limits(self._forbidden_tokens[layer], weights, index)
+        calls = None if self._limits.calls is None else self._limits.calls[layer]  # [B]
+        if self._limits.forbidden is not None:
+            return Limits(self._forbidden_tokens[layer], weights, index, calls)
         restrictions = self._groups[0].restrictions
         assert restrictions is not None
         limit = restrictions[layer]
         assert isinstance(limit, Restriction)
-        return Limits(limit.forbidden, weights, index)
+        return Limits(limit.forbidden, weights, index, calls)
 
     def finish(self) -> None:
         """End the pass and add its coverage to the rows'; single tokens wait until it is asked for, for many together
@@ -329,9 +358,9 @@ class Routing:
             limit = restrictions[layer]
             if isinstance(limit, Restriction):
                 return limit.route(x, logits)
-            index, self._board.added[layer] = limit.apply(weights, index)
+            weights, index, self._board.added[layer] = limit.apply(x, routed)
             return weights, index
-        if self._forbidden is not None:
+        if self._limits.together:
             return self._board.masked[layer](logits, self._forbidden_tokens[layer])
         weights, index = weights.clone(), index.clone()
         for group in self._groups:
@@ -343,48 +372,19 @@ class Routing:
                 weights.index_copy_(0, tokens, own[0].to(weights.dtype))
                 index.index_copy_(0, tokens, own[1])
             else:
-                left, added = limit.apply(weights[tokens], index[tokens])
-                index.index_copy_(0, tokens, left)
+                *chosen, added = limit.apply(x[tokens], (logits[tokens], weights[tokens], index[tokens]))
+                weights.index_copy_(0, tokens, chosen[0].to(weights.dtype))
+                index.index_copy_(0, tokens, chosen[1])
                 whole = self._board.added.setdefault(layer, added.new_zeros(len(x), added.shape[1]))  # [T, H]
                 whole.index_copy_(0, tokens, added)
         return weights, index
 
-    def _inside_table(self) -> Tensor:
-        table = torch.ones(self._rows, self._board.layers, self._board.experts, dtype=torch.bool, device=self._device)
-        for group in self._groups:
-            if group.restrictions is not None:
-                table[group.rows] = torch.stack([restriction.allowed for restriction in group.restrictions])
-        return table
-
-    def _forbidden_table(self) -> Tensor | None:
-        """Where one call can route all rows: groups differ, and no row has stand-ins."""
-        limits = [group.restrictions for group in self._groups if group.restrictions is not None]
-        if self._inside is None or len(self._groups) == 1:
-            return None
-        return None if any(isinstance(limit[0], Replacement) for limit in limits) else ~self._inside
-
-    def _single_mask(self) -> bool:
-        """Whether all rows have the same limit, if any, and that is a mask."""
-        limits = self._groups[0].restrictions if len(self._groups) == 1 else None
-        one = limits is None or (isinstance(limits[0], Restriction) and limits[0].forbidden is not None)
-        return len(self._groups) == 1 and one
-
     def _inside_of(self, index: Tensor, passes: int) -> Tensor:
         """`index` [L, P*T, k] -> bool [L, P*T, k]: whether each choice lies inside its own row's selection."""
-        assert self._inside is not None
+        inside = self._limits.inside
+        assert inside is not None
         layer = torch.arange(index.shape[0], device=index.device).view(-1, 1, 1)
         if self._rows == 1:
-            return self._inside[0][layer, index]
+            return inside[0][layer, index]
         row = torch.arange(self._rows, device=index.device).repeat_interleave(self._width).repeat(passes).view(1, -1, 1)
-        return self._inside[row, layer, index]
-
-
-def _grouped(board: Switchboard, selections: Sequence[Selection | None]) -> list[_Group]:
-    groups: dict[Selection | None, _Group] = {}
-    for row, selection in enumerate(selections):
-        if selection is not None and selection not in groups:
-            board.check_selection(selection)
-        restrictions = None if selection is None else board.restrictions(selection)
-        key = None if restrictions is None else selection
-        groups.setdefault(key, _Group([], restrictions)).rows.append(row)
-    return list(groups.values())
+        return inside[row, layer, index]

@@ -15,25 +15,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.restriction import Limited, Routed
 from store.errors import BudgetError
 from store.records import StandIn
 
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """One layer of one selection: `allowed` bool [E] are its experts, `vectors` f32 [E, H] stand in for the others."""
+    """One layer of one selection: `allowed` bool [E] are its experts, `vectors` f32 [E, H] stand in for the others.
+
+    `fewer` is the router of all experts that chooses fewer a token, None where it chooses as many as ever.
+    """
 
     allowed: Tensor
     vectors: Tensor
+    fewer: Limited | None = None
 
-    def apply(self, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """What the free router chose, [T, k] each -> the index with E for what was left out, and what that adds,
-        [T, H].
+    def apply(self, x: Tensor, routed: Routed) -> tuple[Tensor, Tensor, Tensor]:
+        """`x` [T, H] and what the free router said of it -> weights and index [T, k], with E for what was left out, and
+        what that adds, [T, H].
         """
-        outside = ~self.allowed[index]  # [T, k]
+        logits, weights, index = routed
+        if self.fewer is not None:
+            weights, index = self.fewer(x, logits)
+        known = index.clamp(max=len(self.allowed) - 1)  # [T, k] what is nobody's has no weight, and stays nobody's
+        outside = ~self.allowed[known]  # [T, k]
         scale = weights.float() * outside  # [T, k]
-        added = F.embedding_bag(index, self.vectors, per_sample_weights=scale, mode="sum")  # [T, H]
-        return index.masked_fill(outside, len(self.allowed)), added
+        added = F.embedding_bag(known, self.vectors, per_sample_weights=scale, mode="sum")  # [T, H]
+        return weights, index.masked_fill(outside, len(self.allowed)), added
 
 
 class DeviceStandIns:

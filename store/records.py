@@ -43,10 +43,13 @@ class Selection:
     """The experts that a request may be routed to: for each MoE layer a sorted tuple of expert ids.
 
     With a `stand_in` the router chooses among all experts, and the vectors of those that are not here take their place.
+    `calls` says for each layer how many experts a token is routed to, at least one; None: the model's own top-k
+    everywhere.
     """
 
     experts: tuple[tuple[int, ...], ...]
     stand_in: StandIn | None = None
+    calls: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for layer, ids in enumerate(self.experts):
@@ -54,6 +57,11 @@ class Selection:
                 raise ValueError(
                     f"Layer {layer} of a selection must list distinct expert ids in rising order, got {ids}."
                 )
+        if self.calls is not None and (len(self.calls) != len(self.experts) or min(self.calls, default=1) < 1):
+            raise ValueError(
+                f"A selection of {len(self.experts)} layers needs as many numbers of calls, each at least 1; got "
+                f"{self.calls}."
+            )
 
     @classmethod
     def whole(cls, layers: int, experts: int) -> Selection:
@@ -73,8 +81,9 @@ class Selection:
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits that name this exact set, and what stands in for the others."""
+        """Sixteen hex digits that name this exact set, what stands in for the others, and how many a token calls."""
         named = repr(self.experts) + (f" {self.stand_in.id}" if self.stand_in else "")
+        named += f" calls {self.calls}" if self.calls else ""
         return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 

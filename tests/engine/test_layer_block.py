@@ -90,6 +90,7 @@ def test_the_first_call_is_its_small_steps_bit_for_bit(
     assert positions is not None
     forbidden = torch.zeros(2, engine.card.experts, dtype=torch.bool)
     forbidden[0, :4], forbidden[1, 2:5] = True, True
+    calls = torch.tensor([2, 1])
     for one in blocks(engine):
         layer, shape = one._layer, one._shape
         choice, trial = shape.choice, Trial.of(shape.block, (1.0, 30.0))
@@ -99,7 +100,9 @@ def test_the_first_call_is_its_small_steps_bit_for_bit(
             Room.of(shape, 2),
             (torch.zeros(2, choice.top_k, dtype=choice.dtype), torch.zeros(2, choice.top_k).long()),
         )
-        chosen = own.layer(shape, trial.x, room, trial.mask, positions, mine.layers[-1], Limits(forbidden, *free))
+        chosen = own.layer(
+            shape, trial.x, room, trial.mask, positions, mine.layers[-1], Limits(forbidden, *free, calls)
+        )
         before, after = (
             lambda x, norm=norm: own.norm(x, norm.weight, norm.variance_epsilon)
             for norm in (layer.input_layernorm, layer.post_attention_layernorm)
@@ -109,12 +112,15 @@ def test_the_first_call_is_its_small_steps_bit_for_bit(
         assert torch.equal(room.normed, after(room.middle))
         assert all(map(torch.equal, trial.last(mine), trial.last(theirs)))
         logits = own.linear(room.normed[:, 0], shape.kept[2])
-        agree(choice, (room.weights, torch.tensor(chosen).view(2, -1)), logits, forbidden)
-        agree(choice, free, logits, None)
+        agree(choice, (room.weights, torch.tensor(chosen).view(2, -1)), logits, forbidden, calls)
+        agree(choice, free, logits)
 
 
-def agree(choice: Choice, found: tuple[Tensor, Tensor], logits: Tensor, forbidden: Tensor | None) -> None:
-    weights, index = choice.plain(logits, forbidden)
+def agree(
+    choice: Choice, found: tuple[Tensor, Tensor], logits: Tensor, forbidden: Tensor | None = None,
+    calls: Tensor | None = None,
+) -> None:  # fmt: skip
+    weights, index = choice.plain(logits, forbidden, calls)
     assert torch.equal(found[1], index)
     torch.testing.assert_close(found[0], weights)
 

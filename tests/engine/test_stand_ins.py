@@ -149,7 +149,8 @@ def test_a_token_whose_experts_are_all_left_out_gets_vectors_alone() -> None:
 
     vectors = torch.tensor([[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]])
     layer = Replacement(torch.tensor([False, False, True]), vectors)
-    index, added = layer.apply(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([[0, 1], [2, 1]]))
+    weights, chosen = torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([[0, 1], [2, 1]])
+    _, index, added = layer.apply(torch.zeros(2, 4), (torch.zeros(2, 3), weights, chosen))
     assert index.tolist() == [[3, 3], [2, 3]]
     assert added.tolist() == [[0.75, 0.5], [0.0, 1.0]]
 

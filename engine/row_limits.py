@@ -1,0 +1,96 @@
+"""What each row of a batch may be routed to, for the batch as a whole: tables, and rows of one selection together.
+
+L MoE layers, E experts a layer, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.restriction import Restriction
+from engine.stand_ins import Replacement
+from store.records import Selection
+
+if TYPE_CHECKING:
+    from engine.routing import Switchboard
+
+Restrictions = tuple[Restriction | Replacement, ...]  # one a layer
+
+
+@dataclass(slots=True)
+class Group:
+    """Rows of the batch with the same selection. `tokens` [n] is None where the group is the whole batch."""
+
+    rows: list[int]
+    selection: Selection | None
+    restrictions: Restrictions | None
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowLimits:
+    """`inside` bool [B, L, E]: each row's experts, None where all rows route freely. `forbidden` bool [B, L, E], the
+    others, where rows differ and the logits alone decide for all of them. `calls` i64 [L, B]: how many experts a row
+    is routed to, None where that is the model's own number everywhere.
+    """
+
+    groups: list[Group]
+    inside: Tensor | None
+    forbidden: Tensor | None
+    calls: Tensor | None
+
+    @classmethod
+    def of(cls, board: Switchboard, selections: Sequence[Selection | None], device: torch.device) -> RowLimits:
+        groups = _grouped(board, selections)
+        if all(group.restrictions is None for group in groups):
+            return cls(groups, None, None, None)
+        inside = torch.ones(len(selections), board.layers, board.experts, dtype=torch.bool, device=device)
+        for group in groups:
+            if group.restrictions is not None:
+                inside[group.rows] = torch.stack([limit.allowed for limit in group.restrictions])
+        alike = all(isinstance(limit[0], Restriction) for limit in _limits(groups))
+        forbidden = ~inside if board.masked and alike and len(groups) > 1 else None
+        return cls(groups, inside, forbidden, _calls(board, groups, len(selections), device))
+
+    @property
+    def one_mask(self) -> bool:
+        """Whether one mask of the logits holds for all rows, or none has to."""
+        limits = _limits(self.groups)
+        one = not limits or (isinstance(limits[0][0], Restriction) and limits[0][0].forbidden is not None)
+        return len(self.groups) == 1 and one
+
+    @property
+    def together(self) -> bool:
+        """Whether one call of a router serves all rows, whatever their limits."""
+        return self.forbidden is not None and self.calls is None
+
+
+def _limits(groups: Sequence[Group]) -> list[Restrictions]:
+    return [group.restrictions for group in groups if group.restrictions is not None]
+
+
+def _calls(board: Switchboard, groups: Sequence[Group], rows: int, device: torch.device) -> Tensor | None:
+    chosen = [(group.rows, None if group.selection is None else group.selection.calls) for group in groups]
+    if all(calls is None for _, calls in chosen):
+        return None
+    table = torch.full((board.layers, rows), board.top_k, device=device)  # [L, B]
+    for mine, calls in chosen:
+        if calls is not None:
+            table[:, mine] = torch.tensor(calls, device=device).unsqueeze(1)
+    return table
+
+
+def _grouped(board: Switchboard, selections: Sequence[Selection | None]) -> list[Group]:
+    groups: dict[Selection | None, Group] = {}
+    for row, selection in enumerate(selections):
+        if selection is not None and selection not in groups:
+            board.check_selection(selection)
+        restrictions = None if selection is None else board.restrictions(selection)
+        key = None if restrictions is None else selection
+        groups.setdefault(key, Group([], key, restrictions)).rows.append(row)
+    return list(groups.values())
