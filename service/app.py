@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from service.audit import keep_audit
 from service.context import opening
@@ -16,6 +16,7 @@ from service.draining import Drain, Draining
 from service.guard import Guard, SecurityHeaders
 from service.job_queue import open_jobs
 from service.middleware import BODY_SECONDS, BodyLimit, RequestIds
+from service.parameters import refuse_unknown
 from service.parts import Parts
 from service.rate_limits import RateLimits
 from service.refusals import add_refusals
@@ -99,6 +100,7 @@ def create_app(
         lifespan=lifespan,
         telemetry=TELEMETRY,
         responses=ERRORS,
+        dependencies=[Depends(refuse_unknown)],
         docs_url=None,  # the framework's pages load their scripts from elsewhere; the console has our own
         redoc_url=None,
     )

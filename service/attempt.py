@@ -66,7 +66,7 @@ class Attempt:
         if not ended:
             return "stopped"
         if process.returncode:
-            said = errors.read_text(errors="replace").strip()[-LONGEST_DETAIL:]
+            said = in_settings(errors.read_text(errors="replace").strip())[-LONGEST_DETAIL:]
             if process.returncode == AWAY:
                 raise StoreUnreachable(said)
             if process.returncode == HELD:
@@ -106,6 +106,11 @@ class Attempt:
                 begun = STAGES[step["stage"]]
                 self._progress = min(1.0, begun + share * (1.0 - begun) / 2)
                 self._detail = f"{step['stage']} {step['done']} of {step['total']}"
+
+
+def in_settings(said: str) -> str:
+    """What the process said of its memory, in the name by which the operator of a service gives it."""
+    return said.replace("--memory", "MOEPAGER_JOB_MEMORY")
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -7,13 +7,14 @@ from urllib.parse import quote
 
 from engine.requests import FinishedEvent
 from service.answer import Prepared
+from store.records import NO_TASK
 
 
 def expert_headers(prepared: Sequence[Prepared], finished: Sequence[FinishedEvent] = ()) -> dict[str, str]:
     """`x-expert-*`, percent-encoded where a name is not plain ASCII; several prompts are joined by commas."""
     serving = [one.serving for one in prepared]
     columns: dict[str, list[object]] = {
-        "task": [s.retrieval.task or "none" for s in serving],
+        "task": [s.retrieval.task or NO_TASK for s in serving],
         "mode": [s.mode for s in serving],
         "keep": [f"{s.keep:g}" for s in serving],
         "reason": [s.retrieval.reason for s in serving],

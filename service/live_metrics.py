@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from weakref import WeakKeyDictionary
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,9 +11,7 @@ from prometheus_client.registry import Collector
 
 from engine.engine import Engine
 from engine.worker import EngineWorker, TokenStream
-from store.records import JobTally
-
-NO_TASK = "none"
+from store.records import NO_TASK, JobTally
 
 
 class LiveMetrics(Collector):
@@ -23,6 +21,10 @@ class LiveMetrics(Collector):
         self.jobs: JobTally | None = None  # None: the store is away, and nobody knows
         self.drained = False
         self._seen = {NO_TASK}  # a task whose queue is empty again is a 0, not a gap
+
+    def begin(self, tasks: Iterable[str]) -> None:
+        """Their queues are told from now on."""
+        self._seen.update(tasks)
 
     def submitted(self, stream: TokenStream, task: str | None) -> None:
         self._tasks[stream] = task or NO_TASK

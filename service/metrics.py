@@ -6,7 +6,8 @@ there are as many as are profiled, since a request can't name another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -14,13 +15,14 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from engine.engine import Engine
 from engine.requests import FinishedEvent
 from engine.worker import EngineWorker, TokenStream
-from service.live_metrics import NO_TASK, LiveMetrics
-from store.records import JobTally
+from service.live_metrics import LiveMetrics
+from store.records import NO_TASK, JobTally, Mode
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 NO_MODE = "none"  # of queries that were refused before one was chosen
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds to the first token
 EACH = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)  # seconds a further token
+ESCALATED_AT = ("prompt", "answer")
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
@@ -42,6 +44,8 @@ class Metrics:
             "rate_limits_alone", "Requests whose key's limit was counted by this process alone, for Redis was away."
         )
         self._tokens = self._counter("tokens", "Tokens read and written.", ("kind",))
+        for kind in ("prompt", "completion"):
+            self._tokens.labels(kind)
         self._swaps = self._counter("swaps", "Queries that had to wait for experts.", of_task)
         self._bytes = self._counter("bytes_paged", "Bytes of experts read for queries.", of_task)
         self._hits = self._counter("expert_hits", "Experts of a selection that were there already.", ("task",))
@@ -81,6 +85,25 @@ class Metrics:
         """NaN until a selection was leased."""
         hits, misses = _sum(self._hits), _sum(self._misses)
         return hits / (hits + misses) if hits + misses else float("nan")
+
+    def begin(self, tasks: Iterable[str]) -> None:
+        """Counts of these tasks, and of no task, stand at 0 where nothing was counted yet.
+
+        One that appeared with its first event would hide it, for a rate is a difference between two scrapes; and the
+        first is what matters: a task's cold swap, an alarm.
+        """
+        named = frozenset(tasks)
+        self._live.begin(named)
+        for task in named:
+            self._drifts.labels(task)
+        for task in named | {NO_TASK}:
+            for counter in (self._hits, self._misses, self._choices, self._exact_misses):
+                counter.labels(task)
+            for counter in (self._swaps, self._bytes):
+                for mode in get_args(Mode):
+                    counter.labels(task, mode)
+            for at in ESCALATED_AT:
+                self._escalations.labels(task, at)
 
     def submitted(self, stream: TokenStream, task: str | None) -> None:
         self._live.submitted(stream, task)

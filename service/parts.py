@@ -94,6 +94,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         rules = Rules(background_seconds=settings.background_wait)
         worker = stack.enter_context(EngineWorker(engine, settings.queue_size, rules))
         metrics = Metrics(engine, worker)
+        metrics.begin(catalogue.tasks)
         discovery = stack.enter_context(Discovery(store, settings, embedder, metrics, engine.card.fingerprint))
         yield Parts(
             settings=settings,
@@ -118,6 +119,7 @@ def reread(parts: Parts) -> Parts:
     changes = parts.store.changes.count()
     catalogue = Catalogue.read(parts.store, parts.catalogue.model)
     warn_of_doubts(catalogue, parts.catalogue)
+    parts.metrics.begin(catalogue.tasks)
     retriever = open_retriever(parts.settings, parts.store, parts.retriever.embedder, catalogue.retrievable)
     return replace(parts, catalogue=catalogue, retriever=retriever, changes=changes)
 

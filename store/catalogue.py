@@ -14,7 +14,7 @@ from store.changes import note_change
 from store.connection import Database
 from store.errors import CorruptStore, InvalidInput, NotFound
 from store.packing import exemplar_digest, pack_vector, unpack_vector
-from store.records import Exemplar, ModelRecord, TaskRecord
+from store.records import NO_TASK, Exemplar, ModelRecord, TaskRecord
 from store.schema import ExemplarRow, ModelRow, PartRow, TaskRow
 from store.writing import upsert
 
@@ -149,6 +149,14 @@ def check_name(name: str) -> None:
         raise InvalidInput(
             f"A task's name is 1 to {LONGEST_NAME} printable characters without spaces around, got {name[:80]!r}.",
             param="task",
+        )
+    if name == NO_TASK:
+        raise InvalidInput(
+            f"The name {NO_TASK!r} is what headers and metrics say of queries of no task; choose another.", param="task"
+        )
+    if {".", ".."} & set(name.split("/")):  # clients fold them away: such a task could not be deleted by its URL
+        raise InvalidInput(
+            f"A task's name has no part '.' or '..' between slashes, for it stands in URLs; got {name!r}.", param="task"
         )
 
 

@@ -17,6 +17,7 @@ F64 = npt.NDArray[np.float64]
 Mode = Literal["mask", "exact", "auto"]
 
 GENERALIST = "generalist"  # the task that stands for all of them: its profile serves queries that match none
+NO_TASK = "none"  # what headers and metrics say of a query that has no task, so no task may be called so
 
 
 class ExpertKey(NamedTuple):

@@ -89,7 +89,7 @@ def proposal_named(name: str, parts: Parts) -> Proposal:
         if proposal.id == name:
             return proposal
     raise NotFound(
-        f"There is no proposal {name}: its queries are gone, or others have joined them and it has a new id. "
+        f"There is no proposal {name}: its queries are gone, or it has another id since others joined them. "
         "GET /v1/proposals lists them as they are now."
     )
 

@@ -209,6 +209,18 @@ def test_a_profiling_that_is_killed_fails_and_says_so(running: TestClient, sleep
     assert "exit code -9" in running.get(f"/v1/jobs/{job}").json()["detail"]
 
 
+def test_a_budget_that_is_too_small_for_a_job_is_told_in_the_services_words(
+    running: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process takes --memory; who runs a service gives MOEPAGER_JOB_MEMORY."""
+    code = "import sys; sys.exit('moepager: A budget of 1 MiB is too small. Give --memory 126MiB or more.')"
+    monkeypatch.setattr(service.attempt, "command", lambda job, workshop, folder: [sys.executable, "-c", code])
+    running.post("/v1/tasks", json=TASK)
+    job = running.post("/v1/jobs", json={"task": "garden"}).json()["id"]
+    wait_for(lambda: state_of(running, job) == "failed")
+    assert running.get(f"/v1/jobs/{job}").json()["detail"].endswith("Give MOEPAGER_JOB_MEMORY 126MiB or more.")
+
+
 def test_a_service_that_stops_puts_its_job_back_and_the_next_takes_it_up(own: Parts, sleeper: Path) -> None:
     with TestClient(create_app(lambda: nullcontext(own))) as client:
         wait_for(lambda: client.get("/readyz").status_code == 200)

@@ -22,7 +22,7 @@ from engine.worker import TokenStream
 from service.access_log import JsonLines
 from service.app import create_app
 from service.metrics import CONTENT_TYPE, Metrics
-from service.parts import Parts
+from service.parts import Parts, reread
 from store.errors import StoreUnreachable
 from store.records import JobTally
 
@@ -83,6 +83,23 @@ def test_a_query_is_counted_with_what_it_cost(counted: TestClient, parts: Parts)
     assert found["moepager_expert_hits_total", "task=cooking"] == receipt["experts"]
     assert found["moepager_swaps_total", of_task] == 1
     assert (found["moepager_queue_length", "task=cooking"], found["moepager_running", ""]) == (0, 0)
+
+
+def test_tasks_in_service_count_from_zero_so_that_their_first_event_shows_in_a_rate(parts: Parts) -> None:
+    """A count that appears with its first event has no rate at all: the cold swap and the alarm would never show."""
+    fresh = Metrics(parts.engine, parts.worker)
+    reread(replace(parts, metrics=fresh))
+    for told in (fresh.text(), parts.metrics.text()):  # read again, and as they were opened
+        lines = told.decode().splitlines()
+        assert 'moepager_drift_total{task="cooking"} 0.0' in lines
+        for task in ("cooking", "none"):
+            assert any(line.startswith(f'moepager_queue_length{{task="{task}"}}') for line in lines)
+            assert any(line.startswith(f'moepager_swaps_total{{mode="mask",task="{task}"}}') for line in lines)
+            assert any(line.startswith(f'moepager_bytes_paged_total{{mode="exact",task="{task}"}}') for line in lines)
+            assert any(line.startswith(f'moepager_escalations_total{{at="answer",task="{task}"}}') for line in lines)
+            assert any(line.startswith(f'moepager_expert_misses_total{{task="{task}"}}') for line in lines)
+            assert any(line.startswith(f'moepager_exact_misses_total{{task="{task}"}}') for line in lines)
+    assert "moepager_hit_rate NaN" in fresh.text().decode().splitlines()
 
 
 def test_queries_of_no_task_and_refusals_are_counted(counted: TestClient) -> None:

@@ -86,12 +86,17 @@ def test_groups_are_found_named_and_strays_left_alone() -> None:
     assert len({one.id for one in found}) == 2
 
 
-def test_few_queries_are_no_task_and_an_id_names_its_queries() -> None:
-    proposer = Proposer(HashEmbedder())
-    assert proposer.propose(kept(GARDEN[: LEAST - 1]), []) == []
-    once, again, more = (proposer.propose(kept(texts), []) for texts in (GARDEN[:8], GARDEN[:8], GARDEN))
-    assert once == again or [one.id for one in once] == [one.id for one in again]
-    assert once[0].id != more[0].id
+def test_few_queries_are_no_task() -> None:
+    assert Proposer(HashEmbedder()).propose(kept(GARDEN[: LEAST - 1]), []) == []
+
+
+def test_a_proposal_keeps_its_id_while_traffic_adds_to_it() -> None:
+    """Else it would be gone, under traffic, before an operator has read it."""
+    once, more = (Proposer(HashEmbedder()).propose(kept(texts), []) for texts in (GARDEN[:8], GARDEN))
+    assert (len(once[0].queries), len(more[0].queries)) == (8, len(GARDEN))
+    assert once[0].id == more[0].id
+    without_the_first = Proposer(HashEmbedder()).propose(kept(GARDEN)[1:], [])
+    assert without_the_first[0].id != more[0].id
 
 
 def brute_level(tasks: list[F64]) -> float:

@@ -58,6 +58,14 @@ def test_a_name_that_can_not_be_typed_is_refused(store: Store, name: str) -> Non
     assert store.tasks.list() == []
 
 
+@pytest.mark.parametrize("name", ["none", ".", "..", "a/../b", "./a"])
+def test_a_name_that_means_something_else_in_metrics_or_urls_is_refused(store: Store, name: str) -> None:
+    with pytest.raises(InvalidInput, match=r"choose another|stands in URLs"):
+        store.tasks.put(TaskRecord(name))
+    store.tasks.put(TaskRecord("a.b/c..d"))
+    assert [task.name for task in store.tasks.list()] == ["a.b/c..d"]
+
+
 def test_an_unknown_task_is_not_found_and_the_known_ones_are_named(stocked: Store) -> None:
     for ask in (stocked.tasks.get, stocked.tasks.delete, lambda name: stocked.exemplars.replace(name, [])):
         with pytest.raises(NotFound, match=r"No task 'french' is in the store\. Known: sql"):
