@@ -93,8 +93,10 @@ def onto(
     slots: list[int],
     weights: int,
     weights_dtype: int,
+    shared: tuple[int, ...] | None,
     middle: int,
     out: int,
     threads: int,
     /,
 ) -> None: ...
+def shared(chosen: int, fields: tuple[int, ...], x: int, tokens: int, out: int, threads: int, /) -> None: ...

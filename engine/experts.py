@@ -24,6 +24,7 @@ from engine.layout import SlotLayout
 from engine.observer import ChannelObserver, Observer
 from engine.products import ExpertShape, Products, expert_shape
 from engine.residency import NOBODY
+from engine.shared_expert import SharedExpert
 from store.errors import UnsupportedFamily
 
 IMPLEMENTATION = "moepager"
@@ -101,14 +102,18 @@ class PagedExperts:
             for expert, slot in visit:
                 yield expert, self._bank.views[slot]
 
-    def onto(self, room: Room, chosen: list[int]) -> Tensor:
-        """The residual stream with the experts `chosen` for it, B*k of them, which see `room.normed`: [B, 1, H]."""
+    def onto(self, room: Room, chosen: list[int], shared: SharedExpert | None) -> Tensor:
+        """The residual stream with the experts `chosen` for it, B*k of them, and the shared one, which see
+        `room.normed`: [B, 1, H]."""
         assert self.compiled is not None, self.layer
         slots = self._bank.at_hand(self.layer, chosen)
         if slots is not None:
-            return self.compiled.own.onto(self.compiled.shape, self._bank.memory, room, slots)
-        index = torch.tensor(chosen).view(room.weights.shape)  # [B, k]
-        return room.middle + self._few(self.compiled, room.normed[:, 0], index, room.weights).unsqueeze(1)
+            return self.compiled.own.onto(self.compiled.shape, self._bank.memory, room, slots, shared)
+        index, normed = torch.tensor(chosen).view(room.weights.shape), room.normed[:, 0]  # [B, k], [B, H]
+        added = self._few(self.compiled, normed, index, room.weights)  # [B, H]
+        if shared is not None:
+            added += self.compiled.own.shared(shared, normed)
+        return room.middle + added.unsqueeze(1)
 
     def _few(self, compiled: Compiled, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """All experts in one call where all are at hand, else each as it comes: the sums are the same bit for bit."""

@@ -1,10 +1,10 @@
 """A decoder layer of single tokens in two calls of engine.products, where its module does the usual.
 
 The usual: a norm, attention, a sum, a norm, a feed-forward, a sum. The first call goes from the layer's input to the
-second norm and, where the feed-forward is a router and experts alone, to the router's choice; the second runs the
-chosen experts onto the residual stream. Between the two the bank says in which slots they are. Whether a module does
-just that is found out by trying it against its own forward; any other keeps its own, and one whose feed-forward has
-more to it (shared experts, no experts at all) keeps that.
+second norm and, where the feed-forward is a router, experts and at most one that every token goes to, to the router's
+choice; the second runs those experts onto the residual stream. Between the two the bank says in which slots the chosen
+are. Whether a module does just that is found out by trying it against its own forward; any other keeps its own, and
+one whose feed-forward is something else (another choice, no experts at all) keeps that.
 B rows, S columns of the cache, H hidden, k experts a token.
 """
 
@@ -25,9 +25,11 @@ from engine.layer_shape import FREE, LayerShape, Room
 from engine.norms import computes_the_usual
 from engine.products import BlockShape, Products
 from engine.routing import Switchboard
+from engine.shared_expert import SharedExpert
 from engine.skeleton import Joint
 
 BEFORE, AFTER = "input_layernorm", "post_attention_layernorm"
+SIZES = (0.1, 1.0, 100.0)  # of the inputs of a trial: what clips the inside of a shared expert shows it
 
 
 def adopt_layers(
@@ -35,7 +37,7 @@ def adopt_layers(
     few: Callable[[torch.dtype, int], int],
 ) -> int:  # fmt: skip
     """Decoder layers of `model`, which has its weights, whose batches of single tokens now go to `own`, as many as
-    `few` allows of the dtype and the number of weights of their attention. The layers' number.
+    `few` allows of the dtype and the number of weights of a layer. The layers' number.
     """
     positions = positions_of(model)
     if positions is None:
@@ -45,12 +47,11 @@ def adopt_layers(
     for parts in filter(None, [_Parts.of(module, own) for module in model.modules()]):
         inside = {id(module) for module in parts.feed_forward.modules()}
         joint, paged = next((pair for pair in moe if id(pair[0].experts) in inside), (None, None))
-        with _stubbed(joint):
-            if parts.agrees(own, positions):
-                choice = None if joint is None or paged is None or paged.compiled is None else _choice(parts, joint)
-                usual.append((parts, paged, _layer_shape(parts, joint, choice)))
+        if parts.agrees(own, positions, joint):
+            ours = joint is not None and paged is not None and paged.compiled is not None
+            usual.append((parts, paged, _layer_shape(parts, joint if ours else None, own)))
     for parts, paged, shape in usual:
-        LayerBlock(parts, shape, paged, board, own, few(parts.block.dtype, parts.block.weights)).take_over()
+        LayerBlock(parts, shape, paged, board, own, few(parts.block.dtype, shape.weights)).take_over()
     return len(usual)
 
 
@@ -109,7 +110,7 @@ class LayerBlock:
         if chosen is None or self._paged is None:
             added: Tensor = self._feed_forward(room.normed)
             return room.middle + added
-        return self._paged.onto(room, chosen)
+        return self._paged.onto(room, chosen, shape.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +140,13 @@ class _Parts:
             return None
         return cls(layer, norms[0], parts[attention], norms[1], rest, block)
 
-    def agrees(self, own: Products, positions: tuple[Tensor, Tensor]) -> bool:
+    def agrees(self, own: Products, positions: tuple[Tensor, Tensor], joint: Joint | None) -> bool:
         """Whether one new token of two rows comes out as from the layer's own forward, and leaves the same in the
-        cache.
+        cache. `joint` is where it has experts.
         """
         trial = Trial.of(self.block, (1.0, 30.0))
         mine, theirs = (trial.cache(self.attention) for _ in range(2))
-        with torch.inference_mode():
+        with torch.inference_mode(), _stubbed(joint, _stub):
             try:
                 wanted = self.layer(
                     trial.x,
@@ -168,14 +169,12 @@ class _Parts:
 
 
 @contextmanager
-def _stubbed(joint: Joint | None) -> Iterator[None]:
-    """While this is open a layer's experts, whose weights are not there yet, give something that depends on all they
-    take.
-    """
+def _stubbed(joint: Joint | None, stub: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """While this is open `stub` is in place of a layer's experts, whose weights are not there yet."""
     if joint is None:
         yield
         return
-    joint.experts.forward = _stub
+    joint.experts.forward = stub
     try:
         yield
     finally:
@@ -183,23 +182,47 @@ def _stubbed(joint: Joint | None) -> Iterator[None]:
 
 
 def _stub(hidden: Tensor, _: Tensor, weights: Tensor) -> Tensor:
+    """Something that depends on all that experts take."""
     return (hidden * (1 + weights.float().sum(-1, keepdim=True))).to(hidden.dtype)
 
 
-def _choice(parts: _Parts, joint: Joint) -> Choice | None:
-    """How the router chooses, if the feed-forward is nothing but the experts that it chooses. Experts are stubbed."""
-    choice = Choice.of(joint.router, joint.router.forward.inner, parts.block.hidden)
+def _nothing(hidden: Tensor, _: Tensor, __: Tensor) -> Tensor:
+    return torch.zeros_like(hidden)
+
+
+def _layer_shape(parts: _Parts, joint: Joint | None, own: Products) -> LayerShape:
+    """With the router's choice and the shared expert, if the feed-forward is known to be nothing but these and the
+    experts of `joint`."""
+    alone = LayerShape.of(parts.block, parts.before, parts.after)
+    if joint is None:
+        return alone
+    router, block = joint.router, parts.block
+    choice = Choice.of(router, router.forward.inner, block.hidden)
+    others = [part for part in parts.feed_forward.children() if part not in (router, joint.experts)]
+    shared = SharedExpert.of(others, block.dtype, block.hidden)
+    weight = next(router.parameters())
+    if choice is None or weight.dtype != block.dtype or (others and shared is None):
+        return alone
+    shape = LayerShape.of(block, parts.before, parts.after, weight, choice, shared)
+    return shape if _adds_up(parts.feed_forward, joint, shape, own) else alone
+
+
+def _adds_up(feed_forward: Any, joint: Joint, shape: LayerShape, own: Products) -> bool:
+    """Whether the feed-forward is the sum of its experts and the shared one, each as it is. Where either is small
+    beside the other its size would not show: so the shared one is tried alone too, and with inputs of several sizes.
+    Of an input and its opposite one at least has a share that counts.
+    """
     made = torch.Generator().manual_seed(7)
-    x = torch.randn(2, 1, parts.block.hidden, generator=made).to(parts.block.dtype)
+    one = torch.randn(shape.block.hidden, generator=made)  # [H]
+    flat = torch.stack([one * size for each in SIZES for size in (each, -each)]).to(shape.block.dtype)  # [B, H]
+    x = flat.unsqueeze(1)
     with torch.inference_mode():
-        found = parts.feed_forward(x)
-        _, weights, index = joint.router.forward.inner(x[:, 0])
-        alone = isinstance(found, Tensor) and close_enough(found, _stub(x[:, 0], index, weights).unsqueeze(1))
-    fits = choice is not None and next(joint.router.parameters()).dtype == parts.block.dtype
-    return choice if alone and fits else None
-
-
-def _layer_shape(parts: _Parts, joint: Joint | None, choice: Choice | None) -> LayerShape:
-    if joint is None or choice is None:
-        return LayerShape.of(parts.block, parts.before, parts.after)
-    return LayerShape.of(parts.block, parts.before, parts.after, next(joint.router.parameters()), choice)
+        _, weights, index = joint.router.forward.inner(flat)
+        shared = torch.zeros_like(flat) if shape.shared is None else own.shared(shape.shared, flat)  # [B, H]
+        for stub in (_stub, _nothing):
+            with _stubbed(joint, stub):
+                found = feed_forward(x)
+            wanted = (stub(flat, index, weights) + shared).unsqueeze(1)  # [B, 1, H]
+            if not isinstance(found, Tensor) or not all(map(close_enough, found, wanted)):
+                return False
+    return True

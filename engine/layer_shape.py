@@ -13,22 +13,35 @@ from torch import Tensor
 
 from engine.choice import Choice
 from engine.products import DTYPES, BlockShape, norm_eps
+from engine.shared_expert import SharedExpert
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
     """`fields` are those of `struct layer` beside its block: addresses of weights among them, which `kept` holds.
-    Without a `choice` the layer's feed-forward is somebody else's.
+    Without a `choice` the layer's feed-forward is somebody else's, and `shared`, what it has beside its experts, too.
     """
 
     block: BlockShape
     fields: tuple[int | float, ...]
     choice: Choice | None
     kept: tuple[Tensor, ...]
+    shared: SharedExpert | None = None
+
+    @property
+    def weights(self) -> int:
+        """Of its attention or of its shared expert, whichever has more."""
+        return max(self.block.weights, 0 if self.shared is None else self.shared.weights)
 
     @classmethod
     def of(
-        cls, block: BlockShape, before: Any, after: Any, router: Tensor | None = None, choice: Choice | None = None
+        cls,
+        block: BlockShape,
+        before: Any,
+        after: Any,
+        router: Tensor | None = None,
+        choice: Choice | None = None,
+        shared: SharedExpert | None = None,
     ) -> LayerShape:
         """Of the norms before and after attention, `norms.computes_the_usual`, and the router's weights [E, H]."""
         held = [before.weight, after.weight]
@@ -36,7 +49,7 @@ class LayerShape:
         if router is None or choice is None:
             return cls(block, (*norms, 0, 0, 0, 0, 0, 1.0), None, tuple(held))
         chosen = (choice.experts, choice.top_k, int(choice.renormalised), DTYPES[choice.dtype], choice.scale)
-        return cls(block, (*norms, router.data_ptr(), *chosen), choice, (*held, router))
+        return cls(block, (*norms, router.data_ptr(), *chosen), choice, (*held, router), shared)
 
 
 @dataclass(frozen=True, slots=True)

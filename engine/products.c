@@ -229,6 +229,8 @@ static void product(multiply_t multiply, const struct matrix *m, int dtype, cons
         narrow(found, dtype, rows * m->rows, y);
 }
 
+#include "products_shared.h"
+
 /* Work of one call: `units` experts, expert u has the pairs order[start[u]] to order[start[u + 1]]. */
 struct work {
     long units;
@@ -237,6 +239,7 @@ struct work {
     const float **inputs; /* [pairs] rows of x, in this order */
     float **inner;        /* [pairs] */
     float **outputs;      /* [pairs] */
+    const struct sharing *every;
 };
 
 /* Each expert's rows are split among the threads alike, so all of them end together whatever the experts hit. */
@@ -244,7 +247,7 @@ static void run(int set, const struct layout *l, const struct work *w, int threa
 {
     const multiply_t multiply = sets[set].multiply;
     const long size = l->dtype == FLOAT32 ? 4 : 2;
-    threads = threads_for(w->units * l->inner * l->hidden * (2 + l->gated) * size, threads);
+    threads = threads_for(w->units * l->inner * l->hidden * (2 + l->gated) * size + shared_bytes(w->every), threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int part = omp_get_thread_num(), parts = omp_get_num_threads();
@@ -254,10 +257,12 @@ static void run(int set, const struct layout *l, const struct work *w, int threa
             multiply(&up, l->dtype, w->inputs + at, pairs, w->inner + at, share(up.rows, part, parts),
                      share(up.rows, part + 1, parts));
         }
+        shared_in(multiply, w->every, part, parts);
 #pragma omp barrier
         const long all = w->start[w->units];
         for (long pair = share(all, part, parts); pair < share(all, part + 1, parts); pair++)
             sets[set].activate(l, w->inner[pair]);
+        activate_shared(sets[set].activate, w->every, part, parts);
 #pragma omp barrier
         for (long u = 0; u < w->units; u++) {
             const struct matrix down = down_of(l, w->slots[u]);
@@ -265,6 +270,7 @@ static void run(int set, const struct layout *l, const struct work *w, int threa
             multiply(&down, l->dtype, (const float *const *)w->inner + at, pairs, w->outputs + at,
                      share(down.rows, part, parts), share(down.rows, part + 1, parts));
         }
+        shared_out(multiply, w->every, part, parts);
     }
 }
 
@@ -472,9 +478,10 @@ static void assign(struct work *w, const struct layout *l, const char *bank, con
     start[w->units] = pairs;
 }
 
-/* The experts in `slots` of x [tokens, hidden] -> y f32 [tokens x experts a token, hidden]. 0 with an error set. */
+/* The experts in `slots` of x [tokens, hidden] -> y f32 [tokens x experts a token, hidden], and what of `every` is every
+ * token's. 0 with an error set. */
 static int run_experts(int set, const struct layout *l, const char *bank, const char *x, long tokens, PyObject *slots,
-                       float *y, int threads)
+                       const struct sharing *every, float *y, int threads)
 {
     struct work w;
     float *wide, *inner;
@@ -490,6 +497,8 @@ static int run_experts(int set, const struct layout *l, const char *bank, const 
         Py_BEGIN_ALLOW_THREADS
         widen(x, l->dtype, tokens * l->hidden, wide);
         assign(&w, l, bank, keys, pairs, top_k, wide, inner, y);
+        take_in(every, wide);
+        w.every = every;
         run(set, l, &w, threads);
         Py_END_ALLOW_THREADS
     }
@@ -512,11 +521,12 @@ static PyObject *py_experts(PyObject *self, PyObject *args)
     long tokens, top_k;
     struct layout l;
     PyObject *slots;
+    const struct sharing none = {0};
     if (!PyArg_ParseTuple(args, "i(iiilllllll)KKllO!Ki", &set, &l.dtype, &l.activation, &l.gated, &l.hidden, &l.inner,
                           &l.slot_bytes, &l.up, &l.up_bias, &l.down, &l.down_bias, &bank, &x, &tokens, &top_k,
                           &PyList_Type, &slots, &y, &threads) || !check_set(set) || !check_slots(slots, tokens, top_k))
         return NULL;
-    if (!run_experts(set, &l, (const char *)bank, (const char *)x, tokens, slots, (float *)y, threads))
+    if (!run_experts(set, &l, (const char *)bank, (const char *)x, tokens, slots, &none, (float *)y, threads))
         return NULL;
     Py_RETURN_NONE;
 }
@@ -620,7 +630,10 @@ static PyMethodDef methods[] = {
      "positions, keys, values, mask, threads), cache as `block` has it, (forbidden, stride of its rows, free weights, free "
      "index, weights)) -> what was chosen, or None"},
     {"onto", py_onto, METH_VARARGS,
-     "(set, layout, bank, x, tokens, top_k, slots, weights, weights dtype, what they are added to, out, threads)"},
+     "(set, layout, bank, x, tokens, top_k, slots, weights, weights dtype, shared as `shared` has it or None, what they are added "
+     "to, out, threads)"},
+    {"shared", py_shared, METH_VARARGS,
+     "(set, (dtype, activation, weights and bias of gate, up, down and share, hidden, inner), x, tokens, out, threads)"},
     {"norm", py_norm, METH_VARARGS, "(dtype, x, weights, out, rows, columns, eps)"},
     {NULL, NULL, 0, NULL},
 };

@@ -22,6 +22,7 @@ from engine.layout import SlotLayout
 if TYPE_CHECKING:
     from engine.kvcache import PooledLayer
     from engine.layer_shape import LayerShape, Limits, Room
+    from engine.shared_expert import SharedExpert
 
 try:  # after torch, whose OpenMP runtime it then shares
     from engine import _products as compiled
@@ -29,7 +30,7 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "layer") else "built from older sources"
+    missing = "" if hasattr(compiled, "shared") else "built from older sources"
 
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
 ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch or transformers
@@ -282,16 +283,26 @@ class Products:
         )  # fmt: skip
         return chosen
 
-    def onto(self, shape: ExpertShape, bank: Tensor, room: Room, slots: list[int]) -> Tensor:
-        """A decoder layer's end: its chosen experts, in `slots` of `bank` as for `experts`, added to the residual
-        stream, [B, 1, H].
+    def onto(
+        self, shape: ExpertShape, bank: Tensor, room: Room, slots: list[int], shared: SharedExpert | None
+    ) -> Tensor:
+        """A decoder layer's end: its chosen experts, in `slots` of `bank` as for `experts`, and the one that every
+        token goes to, added to the residual stream, [B, 1, H].
         """
         middle, normed, weights = room.addresses
         rows, out = len(room.middle), torch.empty_like(room.middle)  # [B, 1, H]
         compiled.onto(
             self._set, shape.fields, bank.data_ptr(), normed, rows, len(slots) // rows, slots, weights,
-            DTYPES[room.weights.dtype], middle, out.data_ptr(), torch.get_num_threads(),
+            DTYPES[room.weights.dtype], None if shared is None else shared.fields, middle, out.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
+        return out
+
+    def shared(self, shared: SharedExpert, x: Tensor) -> Tensor:
+        """What a shared expert adds to the chosen ones, `x` [T, H] -> [T, H]: bit for bit what `onto` adds."""
+        x = x.contiguous()
+        out = torch.empty_like(x)  # [T, H]
+        compiled.shared(self._set, shared.fields, x.data_ptr(), len(x), out.data_ptr(), torch.get_num_threads())
         return out
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -194,32 +194,83 @@ static PyObject *py_layer(PyObject *self, PyObject *args)
     return listed(index, choices);
 }
 
-/* out [tokens, hidden] = middle + the weighted sum of a token's experts. */
+/* out [tokens, hidden] = the weighted sum of a token's experts, and what of `every` is its. 0 with an error set. */
+static int sum_experts(int set, const struct layout *l, const char *bank, const char *x, long tokens, PyObject *slots,
+                       const char *weights, int weights_dtype, const struct sharing *every, char *out, int threads)
+{
+    float *y = malloc(sizeof(float) * PyList_GET_SIZE(slots) * l->hidden);
+    int done = y != NULL;
+    if (!done)
+        PyErr_NoMemory();
+    if (done)
+        done = run_experts(set, l, bank, x, tokens, slots, every, y, threads);
+    if (done) {
+        done = sum_up(y, slots, weights, weights_dtype, out, l->dtype, tokens, l->hidden);
+        if (!done)
+            PyErr_NoMemory();
+    }
+    free(y);
+    if (done)
+        add_shared(every, out);
+    return done;
+}
+
+/* out [tokens, hidden] = middle + (a token's experts, weighted, + the shared one). */
 static PyObject *py_onto(PyObject *self, PyObject *args)
 {
     int set, threads, weights_dtype;
     unsigned long long bank, x, weights, middle, out;
     long tokens, top_k;
     struct layout l;
-    PyObject *slots;
-    if (!PyArg_ParseTuple(args, "i(iiilllllll)KKllO!KiKKi", &set, &l.dtype, &l.activation, &l.gated, &l.hidden, &l.inner,
+    struct shared s;
+    struct sharing every;
+    PyObject *slots, *shared;
+    if (!PyArg_ParseTuple(args, "i(iiilllllll)KKllO!KiOKKi", &set, &l.dtype, &l.activation, &l.gated, &l.hidden, &l.inner,
                           &l.slot_bytes, &l.up, &l.up_bias, &l.down, &l.down_bias, &bank, &x, &tokens, &top_k, &PyList_Type,
-                          &slots, &weights, &weights_dtype, &middle, &out, &threads) ||
-        !check_set(set) || !check_slots(slots, tokens, top_k))
+                          &slots, &weights, &weights_dtype, &shared, &middle, &out, &threads) ||
+        !check_set(set) || !check_slots(slots, tokens, top_k) || !parse_shared(shared, &s))
         return NULL;
-    float *y = malloc(sizeof(float) * tokens * top_k * l.hidden);
-    if (!y)
+    char *room = lay_out_shared(&every, &s, tokens);
+    if (!room)
         return PyErr_NoMemory();
-    int done = run_experts(set, &l, (const char *)bank, (const char *)x, tokens, slots, y, threads);
-    if (done) {
-        done = sum_up(y, slots, (const char *)weights, weights_dtype, (char *)out, l.dtype, tokens, l.hidden);
-        if (done)
-            add((const char *)middle, (const char *)out, l.dtype, tokens * l.hidden, (char *)out);
-        else
-            PyErr_NoMemory();
-    }
-    free(y);
+    const int done = sum_experts(set, &l, (const char *)bank, (const char *)x, tokens, slots, (const char *)weights,
+                                 weights_dtype, &every, (char *)out, threads);
+    free(room);
     if (!done)
         return NULL;
+    add((const char *)middle, (const char *)out, l.dtype, tokens * l.hidden, (char *)out);
+    Py_RETURN_NONE;
+}
+
+/* out [tokens, hidden] = what the shared expert of a layer adds to the chosen ones: for when these come one by one. */
+static PyObject *py_shared(PyObject *self, PyObject *args)
+{
+    int set, threads;
+    unsigned long long x, out;
+    long tokens;
+    PyObject *shared;
+    struct shared s;
+    struct sharing every;
+    if (!PyArg_ParseTuple(args, "iO!KlKi", &set, &PyTuple_Type, &shared, &x, &tokens, &out, &threads) || !check_set(set) ||
+        !parse_shared(shared, &s))
+        return NULL;
+    const long count = tokens * s.inside.hidden, nobody = 0;
+    char *room = lay_out_shared(&every, &s, tokens);
+    float *wide = malloc(sizeof(float) * count);
+    const int had_room = room && wide;
+    if (had_room) {
+        const struct work w = {.units = 0, .start = &nobody, .every = &every};
+        Py_BEGIN_ALLOW_THREADS
+        widen((const char *)x, s.inside.dtype, count, wide);
+        take_in(&every, wide);
+        run(set, &s.inside, &w, threads);
+        memset((char *)out, 0, count * (s.inside.dtype == FLOAT32 ? 4 : 2));
+        add_shared(&every, (char *)out);
+        Py_END_ALLOW_THREADS
+    }
+    free(wide);
+    free(room);
+    if (!had_room)
+        return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
