@@ -36,17 +36,17 @@ class Admission:
         if request.selection is not None:
             self.check_selection(request.selection)
 
-    def check_length(self, length: int, budget: int) -> None:
+    def check_length(self, length: int, budget: int, field: str = "prompt") -> None:
         """Raises InvalidInput where a prompt of `length` tokens and `budget` more are none, or more than the context
-        holds."""
+        holds. `field` is what whoever asks calls the prompt."""
         if not length:
-            raise InvalidInput("The prompt is empty. Send at least one token of text.", param="prompt")
+            raise InvalidInput("The prompt is empty. Send at least one token of text.", param=field)
         if length + budget > self._plan.max_context:
             raise InvalidInput(
                 f"The prompt has {length} tokens and max_tokens is {budget}, together {length + budget}; the context "
                 f"holds {self._plan.max_context}. Shorten the prompt, lower max_tokens, or serve with a larger "
                 "max_context.",
-                param="max_tokens" if length < self._plan.max_context else "prompt",
+                param="max_tokens" if length < self._plan.max_context else field,
                 code="context_length_exceeded",
             )
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from engine.requests import MAX_LOGPROBS
-from service.messages import Message, Tools
+from service.messages import Message, TemplateFields
 from service.schemas import Count, ExpertOptions, SamplingFields, Text, Tokens
 from store.errors import InvalidInput
 
@@ -22,6 +22,10 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+    def unknown(self) -> list[str]:
+        """Names of what else is asked for."""
+        return [f"stream_options.{name}" for name, value in (self.model_extra or {}).items() if value]
 
 
 class StructuredOutputs(BaseModel):
@@ -82,11 +86,13 @@ class OpenAIBody(SamplingFields):
                     code="unsupported_parameter",
                 )
         known = self.NEUTRAL.keys() | self.HARMLESS
-        unread = [] if self.stream_options is None or self.stream else ["stream_options"]
-        return tuple(sorted([*unread, *(name for name in extra if name not in known)]))
+        unread = [name for name, value in extra.items() if name not in known and value is not None]
+        if self.stream_options is not None:
+            unread += self.stream_options.unknown() if self.stream else ["stream_options"]
+        return tuple(sorted(unread))
 
 
-class ChatBody(OpenAIBody, Tools):
+class ChatBody(OpenAIBody, TemplateFields):
     """`POST /v1/chat/completions`."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -105,8 +111,6 @@ class ChatBody(OpenAIBody, Tools):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
-    reasoning_effort: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def scores(self) -> int | None:

@@ -116,3 +116,10 @@ class Tools(BaseModel):
         if self.tool_choice == "required" and not names:
             raise InvalidInput("`tool_choice` is required, and there are no tools.", param="tool_choice")
         return () if self.tool_choice == "none" else tuple(self.tools or ())
+
+
+class TemplateFields(Tools):
+    """All that the chat template may be told beside the messages."""
+
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None

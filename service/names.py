@@ -7,15 +7,18 @@ from dataclasses import replace
 from service.parts import Parts
 from service.refusals import UnknownModel
 from service.serving import Wish
-from store.errors import InvalidInput
+from store.errors import InvalidInput, NotFound
 
 
 def resolve_model(name: str, parts: Parts) -> str | None:
-    """The task that a model's name pins; None for the base model. Raises UnknownModel, or NotFound for the task."""
+    """The task that a model's name pins; None for the base model. Raises UnknownModel, for the task too."""
     if name == parts.model_id:
         return None
     if name.startswith(parts.model_id + ":"):
-        return parts.catalogue.named(name.removeprefix(parts.model_id + ":")).name
+        try:
+            return parts.catalogue.named(name.removeprefix(parts.model_id + ":")).name
+        except NotFound as error:
+            raise UnknownModel(str(error)) from None
     raise UnknownModel(
         f"No model {name!r} is served here. Served: {parts.model_id!r}, and {parts.model_id!r} followed by a colon "
         "and a task; GET /v1/models lists them all."

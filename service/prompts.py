@@ -9,8 +9,7 @@ from typing import Any
 from engine.card import ModelCard
 from engine.text import Tokenizer
 from engine.tool_form import GENERIC
-from service.bodies import ChatBody
-from service.messages import Message, Tool, ToolCall
+from service.messages import Message, TemplateFields, Tool, ToolCall
 from service.parts import Parts
 from service.tools import instructions
 from store.errors import InvalidInput
@@ -39,7 +38,9 @@ def encode_query(query: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tokenizer.encode(query)
 
 
-def encode_chat(body: ChatBody, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def encode_chat(
+    messages: Sequence[Message], body: TemplateFields, tokenizer: Tokenizer
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The tokens of a conversation, and the names of fields about the template that this template does not read."""
     options = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
@@ -48,7 +49,7 @@ def encode_chat(body: ChatBody, tokenizer: Tokenizer) -> tuple[tuple[int, ...], 
     known = {name: value for name, value in options.items() if name in readable}
     unread = ("reasoning_effort" if body.reasoning_effort is not None and name == "reasoning_effort" else
               f"chat_template_kwargs.{name}" for name in options if name not in readable)  # fmt: skip
-    return encode_messages(body.messages, tokenizer, body.offered, known), tuple(unread)
+    return encode_messages(messages, tokenizer, body.offered, known), tuple(unread)
 
 
 def encode_messages(

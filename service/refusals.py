@@ -77,7 +77,9 @@ async def _refuse_body(_request: Request, error: Exception) -> JSONResponse:
 
 async def _refuse_route(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}. The routes are listed at /docs."
+    message = f"{request.method} {request.url.path}: {error.detail}."
+    if error.status_code in (404, 405):
+        message += " The routes are listed at /docs."
     if error.status_code == 400:  # the one thing that the framework itself refuses so
         is_form = request.headers.get("content-type", "").startswith("multipart/")
         message = f"The body can't be read as {'a form' if is_form else 'JSON in UTF-8'}: {error.detail}."
@@ -115,7 +117,7 @@ def field_name(location: Sequence[int | str]) -> str | None:
     for step in location[1:]:
         if isinstance(step, int):
             name += f"[{step}]"
-        elif step.isidentifier() and step not in ("str", "int", "Text"):  # the rest are labels of union members
+        elif step.isidentifier() and step[0].islower() and step not in ("str", "int"):  # others label union members
             name += f".{step}" if name else step
     return name or None
 

@@ -15,25 +15,25 @@ from store.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a route asks for beside the fields that all routes share."""
+    """What a route asks for beside the fields that all routes share. `field` is what it calls its prompt."""
 
+    field: str
     scores: int | None = None
     prompt_scores: bool = False
     constraint: Constraint | None = None
 
 
 def sampling_for(
-    fields: SamplingFields, prompt: Sequence[int], limit: int | None, parts: Parts, asked: Asked | None = None
+    fields: SamplingFields, prompt: Sequence[int], limit: int | None, parts: Parts, asked: Asked
 ) -> Sampling:
     """The engine's sampling. Where a request names no limit, the settings' one, as far as the context has room.
 
     Raises InvalidInput where prompt and answer are more than the context holds: before anything is retrieved, for such
     a text is often a whole file. Greedy unless a temperature is asked for: the evidence of a profile was measured so.
     """
-    asked = asked or Asked()
     room = parts.engine.plan.max_context - len(prompt)
     tokens = limit if limit is not None else max(1, min(room, parts.settings.answer_tokens))
-    parts.engine.admission.check_length(len(prompt), tokens)
+    parts.engine.admission.check_length(len(prompt), tokens, asked.field)
     return Sampling(
         max_tokens=tokens,
         temperature=_or(fields.temperature, 0.0),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from service.messages import Message
+from service.messages import Message, TemplateFields
 from service.serving import Wish
 from store.errors import InvalidInput
 from store.records import Mode
@@ -107,14 +107,15 @@ class PrefetchBody(Body):
     scorer: Text | None = None
 
 
-class TokenizeBody(Body):
-    """`POST /tokenize`: a text, or messages in the model's chat template."""
+class TokenizeBody(TemplateFields, Body):
+    """`POST /tokenize`: a text, or messages in the model's chat template, with the fields that tell a chat's one."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool = True  # of a text; a template writes its own
     add_generation_prompt: Literal[True] = True
+    continue_final_message: Literal[False] = False
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

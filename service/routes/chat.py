@@ -72,10 +72,10 @@ def prepare_chat(body: ChatBody, name: str, parts: Parts, caller: Caller) -> Con
     wish = wish_for(body.model, body.expert.wish() if body.expert else Wish(), parts)
     form = form_for(tokenizer) if body.offered else None
     refuse_hopeless(sum(len(message.text) for message in body.messages), "messages", parts)
-    prompt, unread = encode_chat(body, tokenizer)
+    prompt, unread = encode_chat(body.messages, body, tokenizer)
     wanted = wanted_of(body) if form is None else with_tools(body, wanted_of(body), form)
     constraint = None if wanted is None else compiled(wanted, tokenizer)
-    sampling = sampling_for(body, prompt, body.limit(), parts, Asked(body.scores, constraint=constraint))
+    sampling = sampling_for(body, prompt, body.limit(), parts, Asked("messages", body.scores, constraint=constraint))
     free = wanted is None or (form is not None and not wanted.is_json)  # what a grammar rules has no thought
     forms = Forms.after(prompt, tokenizer, form) if free else Forms(form)
     sampling = replace(sampling, channels=forms.channels)

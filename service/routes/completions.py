@@ -66,7 +66,7 @@ def prepare_completions(body: CompletionBody, name: str, parts: Parts, caller: C
     if not limit and not body.echo:
         raise InvalidInput("`max_tokens: 0` asks for no answer, which needs `echo: true`.", param="max_tokens")
     scores = 0 if body.scores is None and (tries > body.choices or not limit) else body.scores
-    asked = Asked(scores, scores is not None and bool(body.echo), constraint)
+    asked = Asked("prompt", scores, scores is not None and bool(body.echo), constraint)
     questions = []
     for place, written in enumerate(prompts):
         refuse_hopeless(len(written), "prompt", parts)  # of token ids it is their number

@@ -25,7 +25,7 @@ from service.parts import Parts
 from service.prompts import encode_query, refuse_hopeless
 from service.refusals import with_error_frame
 from service.running import Running, cancel_all, finish_all, submit
-from service.sampling import sampling_for
+from service.sampling import Asked, sampling_for
 from service.schemas import QueryBody
 from service.sse import EventStream, named_frame
 
@@ -50,7 +50,7 @@ async def query(body: QueryBody, request: Request, name: RequestId, caller: Call
 def prepare_query(body: QueryBody, name: str, parts: Parts, caller: Caller) -> Prepared:
     refuse_hopeless(len(body.query), "query", parts)
     prompt = encode_query(body.query, parts.engine.tokenizer)
-    sampling = sampling_for(body, prompt, body.max_tokens, parts)
+    sampling = sampling_for(body, prompt, body.max_tokens, parts, Asked("query"))
     sampling = replace(sampling, channels=parts.engine.tokenizer.has_channels)
     question = Question(name, "query", body.query, prompt, body.wish(), sampling, caller=caller, whole=not body.stream)
     return prepare(question, parts)

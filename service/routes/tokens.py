@@ -17,7 +17,7 @@ from starlette.responses import Response
 from service.context import PartsDep
 from service.desk import Desk, Stop, refuse_longer
 from service.parts import Parts
-from service.prompts import encode_messages, encode_prompt
+from service.prompts import encode_chat, encode_prompt
 from service.schemas import DetokenizeBody, EmbeddingsBody, TokenizeBody
 from store.errors import InvalidInput
 from store.records import F32
@@ -65,12 +65,13 @@ async def embeddings(body: EmbeddingsBody, request: Request, parts: PartsDep) ->
 
 
 def tokens_of(body: TokenizeBody, parts: Parts) -> dict[str, Any]:
-    tokenizer = parts.engine.tokenizer
+    """`ignored` are options that this model's chat template does not read."""
+    tokenizer, ignored = parts.engine.tokenizer, tuple[str, ...]()
     if body.messages is not None:
-        tokens = encode_messages(body.messages, tokenizer)
+        tokens, ignored = encode_chat(body.messages, body, tokenizer)
     else:
         tokens = tokenizer.encode(body.prompt or "", special_tokens=body.add_special_tokens)
-    found = {"count": len(tokens), "max_model_len": parts.max_context, "tokens": tokens}
+    found = {"count": len(tokens), "max_model_len": parts.max_context, "tokens": tokens, "ignored": ignored}
     return {**found, "token_strs": [tokenizer.spell(t)[0] for t in tokens]} if body.return_token_strs else found
 
 

@@ -28,7 +28,7 @@ def test_a_model_is_found_by_its_id(client: TestClient, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [("other", "model_not_found"), ("a/b", "model_not_found"), ("tiny:no", "not_found")]
+    ("name", "code"), [("other", "model_not_found"), ("a/b", "model_not_found"), ("tiny:no", "model_not_found")]
 )
 def test_an_unknown_model_is_not_found(client: TestClient, name: str, code: str) -> None:
     answer = client.get(f"/v1/models/{name}")
@@ -117,7 +117,9 @@ def test_an_unprintable_request_id_is_replaced(client: TestClient) -> None:
 def test_a_body_beyond_all_bounds_is_refused(client: TestClient) -> None:
     answer = client.post("/v1/query", json={"query": "x" * 9_000_000})
     assert answer.status_code == 413
-    assert "8388608 bytes" in answer.json()["error"]["message"]
+    message = answer.json()["error"]["message"]
+    assert "8388608 bytes" in message
+    assert "/docs" not in message  # no other route takes more
 
 
 def test_health_and_readiness(client: TestClient) -> None:

@@ -103,6 +103,7 @@ QUIET: list[Found] = [
     {"tool_choice": "auto"}, {"tool_choice": "none"}, {"response_format": {"type": "text"}}, {"modalities": ["text"]},
     {"chat_template_kwargs": {}}, {"reasoning_effort": None}, {"top_k": -1}, {"min_tokens": 0}, {"best_of": 1},
     {"repetition_penalty": 1.0}, {"logprobs": False, "top_logprobs": 0}, {"logit_bias": {}}, {"functions": []},
+    {"prompt_logprobs": None, "truncate_prompt_tokens": None},
 ]  # fmt: skip
 
 # What this model, or this service, does not read: named in the receipt.
@@ -145,6 +146,7 @@ REFUSED: list[tuple[Found, str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "odd"}}}]}, "tools"),
     ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
     ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"modalities": ["audio"]}, "modalities"),
@@ -358,6 +360,13 @@ def test_options_of_a_stream_may_be_null(client: TestClient) -> None:
     assert answer.status_code == 200
     assert '"choices": []' not in answer.text
     assert '"ignored": []' in answer.text
+
+
+def test_what_a_stream_can_not_be_told_is_named_in_its_receipt(client: TestClient) -> None:
+    body = {"model": "tiny", "prompt": EGG, "max_tokens": 2, "stream": True}
+    for wanted, named in ((True, '"ignored": ["stream_options.include_obfuscation"]'), (False, '"ignored": []')):
+        answer = client.post(COMPLETE, json={**body, "stream_options": {"include_obfuscation": wanted}})
+        assert named in answer.text
 
 
 def test_exact_mode_needs_no_text_to_retrieve_by(client: TestClient) -> None:

@@ -33,7 +33,9 @@ def test_what_the_context_cannot_hold_is_refused_before_it_is_retrieved(
     monkeypatch.setattr(Retriever, "decide", _never)
     monkeypatch.setattr(UnmatchedQueries, "add", _never)
     answer = client.post(path, json=body)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert error["param"] == next(name for name in ("query", "messages", "prompt") if name in body)
 
 
 @pytest.mark.parametrize(("path", "body"), bodies(HOPELESS))

@@ -214,7 +214,7 @@ def test_a_refused_choice_is_stored_too(client: TestClient, parts: Parts) -> Non
         ({"query": EGG, "task": "stranger"}, 409, None, "a profile of another model"),
         ({"query": EGG, "task": "unproven"}, 400, "mode", "no stored evaluation"),
         ({"query": CUP, "mode": "mask"}, 400, "task", "No task is near enough"),
-        ({"query": "egg " * 300, "max_tokens": 8, "task": "sql"}, 400, "prompt", "the context holds 256"),
+        ({"query": "egg " * 300, "max_tokens": 8, "task": "sql"}, 400, "query", "the context holds 256"),
         ({"query": EGG, "max_tokens": 250}, 400, "max_tokens", "the context holds 256"),
     ],
 )

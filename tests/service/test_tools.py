@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
@@ -164,6 +165,18 @@ def test_a_conversation_goes_on_with_the_results_of_calls(client: openai.OpenAI)
     longer = ask(client, messages=messages, tools=[TIMER], tool_choice="none")
     assert longer.usage.prompt_tokens > ask(client).usage.prompt_tokens + len("set_timer") + len("rang")
     assert longer.choices[0].message.content
+
+
+def test_tokenize_counts_what_the_same_chat_reads(api: str, client: openai.OpenAI) -> None:
+    """With the fields that vllm's clients send along."""
+    told = {"add_special_tokens": False, "add_generation_prompt": True, "continue_final_message": False}
+    for tools in ([], [TIMER], [TIMER, LIGHT]):
+        body = {"messages": QUESTION, "tools": tools, "chat_template_kwargs": {"enable_thinking": False}, **told}
+        found = httpx.post(f"{api}/tokenize", json=body).json()
+        assert found["count"] == ask(client, tools=tools, max_tokens=1).usage.prompt_tokens
+        assert found["ignored"] == ["chat_template_kwargs.enable_thinking"]
+    for wrong in ({"continue_final_message": True}, {"add_generation_prompt": False}, {"temperature": 1}):
+        assert httpx.post(f"{api}/tokenize", json={"messages": QUESTION, **wrong}).status_code == 400
 
 
 def test_langchain_talks_streams_structures_and_calls(api: str) -> None:
