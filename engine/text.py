@@ -19,9 +19,9 @@ from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
 from engine.constraints import Words
-from engine.harmony import CHANNEL, MARKS
+from engine.harmony import CHANNEL, MARKS, TURN
 from engine.thought_form import ThoughtForm, thought_form_of
-from engine.tool_form import ToolForm, form_of
+from engine.tool_form import QUESTION, ToolForm, form_of
 from store.errors import CheckpointError, InvalidInput
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
@@ -117,6 +117,16 @@ class Tokenizer:
         """Whether the model answers in channels (engine/harmony.py), by its chat template and its vocabulary."""
         known = self._tokenizer.get_vocab()
         return any(CHANNEL in source for source in self._template_sources) and all(mark in known for mark in MARKS)
+
+    @cached_property
+    def calls_in_channels(self) -> bool:
+        """Whether the template tells of tools, and leaves it to the model in which channel it begins."""
+        if not self.has_channels or "tools" not in self.template_variables:
+            return False
+        try:
+            return self._rendered([QUESTION], (), True).rstrip().endswith(TURN)
+        except InvalidInput:
+            return False
 
     @cached_property
     def _unspoken(self) -> frozenset[int]:

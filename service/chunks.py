@@ -7,13 +7,14 @@ from typing import Any
 
 from engine.requests import Event, FinishedEvent, Score, TokenEvent
 from engine.text import Tokenizer
-from service.answer_reader import AnswerReader, Forms, Thought
+from service.answer_reader import AnswerReader, Forms
 from service.bodies import StreamOptions
 from service.merging import merged
 from service.replies import Reply, delta_choice, prompt_tokens, text_choice, token_usage, usage
 from service.running import Running
 from service.scores import chat_scores, completion_scores
 from service.sse import DONE, data_frame
+from service.thought_reader import Thought
 from service.tools import Arguments, Begun, Piece, call_object
 
 Choices = Callable[[Event], list[dict[str, Any]]]  # of one event of one answer; none: nothing to show yet

@@ -9,6 +9,7 @@ from typing import Any
 from engine.card import ModelCard
 from engine.text import Tokenizer
 from engine.tool_form import GENERIC
+from service.channel_calls import described, one_call_each
 from service.messages import Message, TemplateFields, Tool, ToolCall
 from service.parts import Parts
 from service.tools import instructions
@@ -61,10 +62,12 @@ def encode_messages(
     """By the model's chat template; where that knows no tools, tools and their calls are told in plain words."""
     if not tools and not any(message.role == "tool" or message.tool_calls for message in messages):
         return tokenizer.encode_chat([_turn(message) for message in messages], options=options)
+    specs, turns = [tool.spec() for tool in tools], [_turn_with_calls(message) for message in messages]
+    if tokenizer.calls_in_channels:
+        return tokenizer.encode_chat(one_call_each(turns), [described(spec) for spec in specs], options)
     if tokenizer.tool_form is None:
         return tokenizer.encode_chat(_in_words(messages, tools), options=options)
-    turns = [_turn_with_calls(message) for message in messages]
-    return tokenizer.encode_chat(turns, [tool.spec() for tool in tools], options)
+    return tokenizer.encode_chat(turns, specs, options)
 
 
 def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, card: ModelCard) -> tuple[tuple[int, ...], str]:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
 from engine.constraints import ONE_LINE, lark_grammar
 from engine.text import Tokenizer
 from engine.tool_form import GENERIC, ToolForm
 from service.bodies import ChatBody
+from service.channel_calls import channel_rules
 from service.constrain import Schema, Wanted
 from service.ids import fresh_id
+from service.json_end import JsonEnd
 from service.messages import NamedTool, Tool
 from store.errors import InvalidInput
 
 MOST_CALLS = 16  # in one answer
+
+IN_CHANNELS: Final = "channels"
+CallForm = ToolForm | Literal["channels"]
 
 INSTRUCTIONS = (
     "You can call functions. These are their names, purposes and parameters, one in a line:\n{tools}\n"
@@ -24,9 +29,9 @@ INSTRUCTIONS = (
 )
 
 
-def form_for(tokenizer: Tokenizer) -> ToolForm:
+def form_for(tokenizer: Tokenizer) -> CallForm:
     """The chat template's own, or the one that `instructions` tell the model."""
-    return tokenizer.tool_form or GENERIC
+    return IN_CHANNELS if tokenizer.calls_in_channels else tokenizer.tool_form or GENERIC
 
 
 def instructions(tools: Sequence[Tool]) -> str:
@@ -35,7 +40,7 @@ def instructions(tools: Sequence[Tool]) -> str:
     return INSTRUCTIONS.format(tools=lines, example=GENERIC.write("NAME", "{...}"))
 
 
-def with_tools(body: ChatBody, answer: Wanted | None, form: ToolForm) -> Wanted | None:
+def with_tools(body: ChatBody, answer: Wanted | None, form: CallForm) -> Wanted | None:
     """The grammar of an answer to `body`, which may be calls, or what it wanted anyway."""
     if not body.offered:
         return answer
@@ -44,15 +49,14 @@ def with_tools(body: ChatBody, answer: Wanted | None, form: ToolForm) -> Wanted 
     tools = [tool for tool in body.offered if not _other(body, tool)]
     forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
     single = body.parallel_tool_calls is False or isinstance(body.tool_choice, NamedTool)
-    lines = ["%llguidance {}", *_calls(tools, form)]
-    if forced:
-        lines += _only(form, single)
-    elif answer is None:
-        lines += _text_or(form, single)
+    json_answer = None if answer is None else _json_rule(answer.schema)
+    if form == IN_CHANNELS:  # where one call ends the answer
+        arguments = {tool.function.name: _json_rule(tool.function.schema_of_arguments) for tool in tools}
+        lines = channel_rules(arguments, forced, json_answer)
     else:
-        lines += [*_only(form, single, rule="calls"), "start: calls | answer", f"answer: {_json_rule(answer.schema)}"]
+        lines = [*_calls(tools, form), *_answers(form, forced, single, json_answer)]
     is_json = forced or answer is not None
-    return Wanted("tools", lark_grammar("\n".join(lines)), True if is_json else None)
+    return Wanted("tools", lark_grammar("\n".join(["%llguidance {}", *lines])), True if is_json else None)
 
 
 def _other(body: ChatBody, tool: Tool) -> bool:
@@ -67,6 +71,14 @@ def _calls(tools: Sequence[Tool], form: ToolForm) -> Iterator[str]:
         head = json.dumps(after + tool.function.name + form.middle)
         schema = _json_rule(tool.function.schema_of_arguments)
         yield f"call_{place}: {head} {schema} {json.dumps(form.end)}"
+
+
+def _answers(form: ToolForm, forced: bool, single: bool, json_answer: str | None) -> list[str]:
+    if forced:
+        return _only(form, single)
+    if json_answer is None:
+        return _text_or(form, single)
+    return [*_only(form, single, rule="calls"), "start: calls | answer", f"answer: {json_answer}"]
 
 
 def _only(form: ToolForm, single: bool, rule: str = "start") -> list[str]:
@@ -124,7 +136,7 @@ class CallReader:
         self._held = ""
         self._state = self._text
         self._skip = ""  # what may stand before the next text and is none
-        self._depth, self._quoted, self._escaped = 0, False, False
+        self._object = JsonEnd()
         self.calls = 0
 
     def push(self, text: str) -> list[Piece]:
@@ -160,28 +172,15 @@ class CallReader:
             return None
         begun = Begun.new(self.calls, self._held[len(self._head) : at])
         self._held, self._state = self._held[at + len(self._form.middle) :], self._arguments
-        self._depth, self._quoted, self._escaped = 0, False, False
+        self._object = JsonEnd()
         self.calls += 1
         return [begun]
 
     def _arguments(self) -> list[Piece] | None:
-        if not self._held:
-            return None
-        length = next((place for place, c in enumerate(self._held, 1) if self._closes(c)), None)
-        said, self._held = self._held[:length], self._held[len(self._held) if length is None else length :]
-        if length is not None:
+        said, self._held = self._object.split(self._held)
+        if self._object.reached:
             self._state = self._end
-        return [Arguments(self.calls - 1, said)]
-
-    def _closes(self, character: str) -> bool:
-        """Whether the JSON object is complete with this character."""
-        if self._quoted:
-            escaped, self._escaped = self._escaped, character == "\\" and not self._escaped
-            self._quoted = escaped or character != '"'
-            return False
-        self._quoted = character == '"'
-        self._depth += (character in "{[") - (character in "}]")
-        return character in "}]" and self._depth == 0
+        return [Arguments(self.calls - 1, said)] if said else None
 
     def _end(self) -> list[Piece] | None:
         if len(self._held) < len(self._form.end):

@@ -77,7 +77,7 @@ def prepare_chat(body: ChatBody, name: str, parts: Parts, caller: Caller) -> Con
     constraint = None if wanted is None else compiled(wanted, tokenizer)
     sampling = sampling_for(body, prompt, body.limit(), parts, Asked("messages", body.scores, constraint=constraint))
     free = wanted is None or (form is not None and not wanted.is_json)  # what a grammar rules has no thought
-    forms = Forms.after(prompt, tokenizer, form) if free else Forms(form)
+    forms = Forms.after(prompt, tokenizer, form) if free else Forms.ruled(form)
     sampling = replace(sampling, channels=forms.channels)
     text = text_to_retrieve(body.messages)
     question = Question(

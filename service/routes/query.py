@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from engine.requests import FinishedEvent
 from engine.text import Tokenizer
 from service.answer import Prepared, Question, prepare
-from service.answer_reader import AnswerReader, Forms, Thought, message_of
+from service.answer_reader import AnswerReader, Forms, message_of
 from service.asking import asking
 from service.callers import Caller, CallerDep
 from service.context import PartsDep, RequestId
@@ -28,6 +28,7 @@ from service.running import Running, cancel_all, finish_all, submit
 from service.sampling import Asked, sampling_for
 from service.schemas import QueryBody
 from service.sse import EventStream, named_frame
+from service.thought_reader import Thought
 
 router = APIRouter(tags=["query"])
 

@@ -16,10 +16,12 @@ from tokenizers import Tokenizer as RawTokenizer
 from engine.harmony import MARKS
 from engine.text import Detokenizer, Tokenizer
 from engine.tiny import write_tiny
-from service.answer_reader import ChannelReader, Forms, Thought, message_of
+from service.answer_reader import Forms, message_of
 from service.app import create_app
+from service.channel_reader import ChannelReader
 from service.parts import Parts, open_parts
 from service.settings import Settings
+from service.thought_reader import Thought
 
 CHANNELS = Forms(channels=True)
 TEMPLATE = (
@@ -36,8 +38,8 @@ def reference(text: str) -> tuple[str, str]:
     told: dict[bool, list[str]] = {True: [], False: []}
     one = r"(.*?)<\|message\|>(.*?)(?:<\|end\|>|(?=<\|start\|>|<\|channel\|>)|\Z)"
     for header, body in re.findall(one, text, re.DOTALL):
-        name = header.rsplit("<|channel|>", 1)[-1].split()[:1]
-        said = name == ["final"] or (name == ["commentary"] and " to=" not in header)
+        name = re.findall(r"\A\s*(\w*)", header.rsplit("<|channel|>", 1)[-1])[0]
+        said = name == "final" or (name == "commentary" and " to=" not in header)
         told[said] += [body] if body else []
     return "\n\n".join(told[False]), "\n\n".join(told[True])
 

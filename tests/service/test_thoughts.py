@@ -18,10 +18,11 @@ from engine.text import Tokenizer
 from engine.thought_form import ThoughtForm, thought_form_of
 from engine.tiny import write_tiny
 from engine.tool_form import ToolForm
-from service.answer_reader import AnswerReader, Forms, Thought, ThoughtReader, message_of
+from service.answer_reader import AnswerReader, Forms, message_of
 from service.app import create_app
 from service.parts import Parts, open_parts
 from service.settings import Settings
+from service.thought_reader import Thought, ThoughtReader
 
 THINK = ThoughtForm("<think>", "</think>")
 CALL = ToolForm("[call ", "] ", " [done]", "")
