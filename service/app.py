@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from fastapi import Depends, FastAPI
 
 from service.audit import keep_audit
+from service.characters import refuse_half_characters
 from service.context import opening
 from service.described import ERRORS, mark_for_operators
 from service.desk import Desk
@@ -100,7 +101,7 @@ def create_app(
         lifespan=lifespan,
         telemetry=TELEMETRY,
         responses=ERRORS,
-        dependencies=[Depends(refuse_unknown)],
+        dependencies=[Depends(refuse_unknown), Depends(refuse_half_characters)],
         docs_url=None,  # the framework's pages load their scripts from elsewhere; the console has our own
         redoc_url=None,
     )

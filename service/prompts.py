@@ -70,14 +70,16 @@ def encode_messages(
     return tokenizer.encode_chat(turns, specs, options)
 
 
-def encode_prompt(prompt: str | Sequence[int], tokenizer: Tokenizer, card: ModelCard) -> tuple[tuple[int, ...], str]:
-    """The tokens of a completion's prompt, and its text."""
+def encode_prompt(
+    prompt: str | Sequence[int], tokenizer: Tokenizer, card: ModelCard, field: str = "prompt"
+) -> tuple[tuple[int, ...], str]:
+    """The tokens of a completion's prompt, and its text. `field` is what the client calls it."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt), prompt
     if not all(0 <= token < card.vocab for token in prompt):
         raise InvalidInput(
-            f"Token ids of this model are 0 to {card.vocab - 1}; the prompt has {min(prompt)} to {max(prompt)}.",
-            param="prompt",
+            f"Token ids of this model are 0 to {card.vocab - 1}; `{field}` has {min(prompt)} to {max(prompt)}.",
+            param=field,
         )
     return tuple(prompt), tokenizer.decode(prompt)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from engine.requests import Sampling
 from service.parts import Parts
 from service.schemas import SamplingFields
 from store.errors import InvalidInput
+
+TOKEN_ID = re.compile(r"[0-9]{1,10}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def sampling_for(
 
 def biases(written: Mapping[str, float], vocab: int) -> tuple[tuple[int, float], ...]:
     for token in written:
-        if not token.isdecimal() or int(token) >= vocab:
+        if not TOKEN_ID.fullmatch(token) or int(token) >= vocab:
             raise InvalidInput(
                 f"`logit_bias` names tokens by their ids, 0 to {vocab - 1} here; got {token!r}. /tokenize tells ids.",
                 param="logit_bias",

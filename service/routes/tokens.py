@@ -76,7 +76,7 @@ def tokens_of(body: TokenizeBody, parts: Parts) -> dict[str, Any]:
 
 
 def text_of(body: DetokenizeBody, parts: Parts) -> dict[str, Any]:
-    return {"prompt": encode_prompt(body.tokens, parts.engine.tokenizer, parts.engine.card)[1]}
+    return {"prompt": encode_prompt(body.tokens, parts.engine.tokenizer, parts.engine.card, "tokens")[1]}
 
 
 def embedded(texts: Sequence[str], form: str, parts: Parts, stop: Stop) -> Response:

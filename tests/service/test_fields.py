@@ -122,6 +122,8 @@ REFUSED: list[tuple[Found, str]] = [
     ({"logprobs": 2}, "logprobs"),
     ({"logit_bias": {"egg": 1}}, "logit_bias"),
     ({"logit_bias": {"100000": 1}}, "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),  # more digits than Python turns into a number
+    ({"logit_bias": {"\u0665": 1}}, "logit_bias"),  # a five, in Arabic
     ({"logit_bias": {"5": 101}}, "logit_bias"),
     ({"temperature": 2.1}, "temperature"),
     ({"min_p": 2}, "min_p"),

@@ -36,7 +36,8 @@ def test_text_becomes_the_models_tokens_and_text_again(client: TestClient, parts
     assert found["tokens"] == list(parts.engine.tokenizer.encode("boil an egg"))
     assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), parts.max_context)
     assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "boil an egg"}
-    assert client.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+    wrong = client.post("/detokenize", json={"tokens": [10**6]})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "tokens")
 
 
 @pytest.mark.parametrize("form", [None, "float"])
