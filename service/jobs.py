@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from service.attempt import LONGEST_DETAIL, Attempt
 from service.context import Opening
+from service.job_folder import job_folder
 from service.lookout import Lookout
 from service.workshop import Workshop, workshop_of
 from store.database import Store
@@ -141,8 +140,8 @@ def _attempt(job: Job, workshop: Workshop, stop: threading.Event) -> str | None:
         corpus = (
             StoredCorpus(GENERALIST, (), (), ()) if job.task == GENERALIST else workshop.store.corpora.get(job.task)
         )
-        with tempfile.TemporaryDirectory(prefix="moepager-job-") as folder:
-            failure = Attempt(job, workshop, corpus, Path(folder)).run(stop)
+        with job_folder() as folder:
+            failure = Attempt(job, workshop, corpus, folder).run(stop)
         if failure is None and corpus.exemplars:
             put_exemplars(corpus, workshop)
     except (StoreUnreachable, Held):
