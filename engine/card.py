@@ -14,6 +14,7 @@ from store.block_scales import FP8, is_scale, scratch_bytes
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap, Part
+from store.fingerprint import Fingerprint
 from store.records import ExpertKey
 from store.shard import TensorSpan
 
@@ -60,8 +61,13 @@ class ModelCard:
     vocab: int
     max_context: int
     expert_bytes: int
-    fingerprint: str
+    hashes: Fingerprint
     geometry: Geometry
+
+    @property
+    def fingerprint(self) -> str:
+        """What a profile is of: config, weights and tokenizer."""
+        return self.hashes.whole
 
     @classmethod
     def read(cls, folder: Path | str) -> ModelCard:
@@ -83,7 +89,7 @@ class ModelCard:
             vocab=_number(config, "vocab_size"),
             max_context=_number(config, "max_position_embeddings"),
             expert_bytes=max(experts.expert_bytes),
-            fingerprint=checkpoint.fingerprint().whole,
+            hashes=checkpoint.fingerprint(),
             geometry=_geometry(config, checkpoint, experts),
         )
 

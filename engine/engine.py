@@ -88,6 +88,7 @@ class Engine:
         device = open_device(config.device)
         tokenizer = Tokenizer(config.model)
         skeleton, renaming = build_skeleton(checkpoint, experts, plan.dtype)
+        checkpoint.papers.check()  # tokenizer and config were read by their paths, after the fingerprint's were
         kernels = Kernels.choose(config.kernel, skeleton.layout.dtype, device)
         assert skeleton.layout.slot_bytes <= plan.slot_bytes, (skeleton.layout.slot_bytes, plan.slot_bytes)
         reader = Reader(reader_bytes(card), READER_THREADS)

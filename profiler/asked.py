@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from engine.card import ModelCard
 from engine.config import EngineConfig
 from profiler.allocation import UNIFORM, choose_allocators, size_of
 from profiler.allocators import PLAIN
@@ -16,13 +17,14 @@ from profiler.options import Options
 from profiler.parts import Part
 from profiler.scorers.registry import BASELINES, SCORERS, choose
 from profiler.stand_ins import choose as choose_stand_ins
-from store.errors import InvalidInput
+from store.errors import InvalidInput, MismatchError
 from store.hub import model_folder
 from store.records import GENERALIST
 from store.sizes import parse_bytes
 from store.stand_ins import NOTHING
 
 MERGES = {"all": True, "none": False}  # else: parts are taken where there are any
+SHOWN_FINGERPRINT = 16  # letters
 SHOWN = 5  # repeated lines of a file that are named one by one
 
 
@@ -35,6 +37,7 @@ class Asked:
     evaluation: Path | None
     others: Path | None
     model: str | None
+    fingerprint: str | None
     memory: str | None
     scorer: list[str] | None
     allocator: list[str] | None
@@ -83,6 +86,22 @@ class Asked:
             # An item goes through in one piece.
             chunk_tokens=max(self.max_context or 2048, 4096 if budget is None else 0),
         )
+
+    def check_model(self, card: ModelCard) -> None:
+        """Raises MismatchError where it is another model than the one that was asked for, by 16 letters or more."""
+        wanted = self.fingerprint
+        if wanted is None:
+            return
+        if len(wanted) < SHOWN_FINGERPRINT:
+            raise InvalidInput(
+                f"--fingerprint takes {SHOWN_FINGERPRINT} letters or more of one, got {wanted!r}.", param="fingerprint"
+            )
+        if not card.fingerprint.startswith(wanted):
+            raise MismatchError(
+                f"{card.folder} is the model {card.fingerprint[:16]} now, and {wanted[:16]} was asked for: its "
+                "weights, config or tokenizer changed. Put the old files back, or restart what serves it (services and "
+                "workers) and profile the task then."
+            )
 
     def options(self) -> Options:
         sizes = [size_of(text) for text in self.keep] if self.keep else list(KEEPS)

@@ -61,6 +61,9 @@ Evolve = Annotated[
     int, typer.Option(min=0, help="Breed so many children of the selections at each size (EEP), on calibration items.")
 ]
 Description = Annotated[str, typer.Option(help="What the task is, for people.")]
+OnlyModel = Annotated[
+    str | None, typer.Option(help="Refuse any other model than the one whose fingerprint this is (`doctor` says it).")
+]
 OwnAnswers = Annotated[
     int | None,
     typer.Option(min=1, help="Let the whole model answer items without a response, in at most so many tokens."),
@@ -94,6 +97,7 @@ def profile(
     evaluation: Evaluation = None,
     others: Others = None,
     model: Model = None,
+    fingerprint: OnlyModel = None,
     store: StoreUrl = None,
     memory: Memory = None,
     scorer: Scorers = None,
@@ -163,6 +167,7 @@ def _run(
     embedding = None if asked.calibration is None else open_embedder(embedder)
     told = lines() if progress_lines else bar()
     with open_store(url) as store, Engine.open(config) as engine, told as report:
+        asked.check_model(engine.card)
         calibration, evaluation, others = (_answer(engine, each, answer_tokens, task.name, report) for each in texts)
         if calibration is None or embedding is None:
             return summary(store, profile_generalist(engine, store, evaluation, options=options, report=report))
@@ -200,6 +205,7 @@ def _run_part(
     assert text is not None, "the generalist has no parts, and a task without a text is refused"
     told = lines() if progress_lines else bar()
     with open_store(url) as store, Engine.open(config) as engine, told as report:
+        asked.check_model(engine.card)
         calibration = _answer(engine, text, answer_tokens, asked.task, report)
         assert calibration is not None
         made = profile_part(engine, store, asked.task, calibration, part, options, report)

@@ -128,7 +128,7 @@ def put_profile(
 
 
 def model_record(engine: Engine, name: str | None) -> ModelRecord:
-    card, parts = engine.card, engine.checkpoint.fingerprint()
+    card = engine.card
     return ModelRecord(
         fingerprint=card.fingerprint,
         name=name or card.folder.name,
@@ -136,9 +136,9 @@ def model_record(engine: Engine, name: str | None) -> ModelRecord:
         layers=card.layers,
         experts=card.experts,
         top_k=card.top_k,
-        config_hash=parts.config,
-        weights_hash=parts.weights,
-        tokenizer_hash=parts.tokenizer,
+        config_hash=card.hashes.config,
+        weights_hash=card.hashes.weights,
+        tokenizer_hash=card.hashes.tokenizer,
     )
 
 

@@ -17,6 +17,7 @@ from service.draining import Drain, Draining
 from service.guard import Guard, SecurityHeaders
 from service.job_queue import open_jobs
 from service.middleware import BODY_SECONDS, BodyLimit, RequestIds
+from service.papers_watch import PapersWatch, watch_papers
 from service.parameters import refuse_unknown
 from service.parts import Parts
 from service.rate_limits import RateLimits
@@ -84,14 +85,15 @@ def create_app(
             await app.state.limits.open()
             watch = app.state.watch = asyncio.create_task(app.state.reloader.watch())
             audit = asyncio.create_task(keep_audit(app.state.opening))
+            papers = asyncio.create_task(watch_papers(app.state.opening, app.state.papers))
             try:
                 yield
             finally:
-                watch.cancel()
-                drain.cancel()
-                audit.cancel()
+                watching = [watch, drain, audit, papers]
+                for task in watching:
+                    task.cancel()
                 await asyncio.to_thread(app.state.jobs.close)
-                await asyncio.wait([watch, drain, audit])
+                await asyncio.wait(watching)
                 await app.state.limits.close()
                 await asyncio.to_thread(flush)
 
@@ -106,6 +108,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.draining = draining or Draining()
+    app.state.papers = PapersWatch()
     app.state.limits = RateLimits(redis)
     app.state.embeddings_desk, app.state.tokens_desk = Desk("embeddings"), Desk("tokens")
     add_refusals(app)

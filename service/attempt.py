@@ -139,6 +139,7 @@ def command(job: Job, workshop: Workshop, folder: Path) -> list[str]:
         "--eval": _unless_empty(folder / "evaluation.jsonl"),
         "--others": _unless_empty(folder / "others.jsonl"),
         "--model": workshop.folder,
+        "--fingerprint": job.model,
         "--store": without_password(url)[0],
         "--embedder": settings.embedder,
         "--memory": memory,

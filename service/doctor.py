@@ -24,7 +24,7 @@ from service.parts import open_index
 from service.serving import Catalogue
 from service.settings import Settings
 from store.database import Store, open_as_it_is
-from store.errors import BudgetError, InvalidInput, MoepagerError, NotFound
+from store.errors import BudgetError, InvalidInput, MismatchError, MoepagerError, NotFound
 from store.home import data_path
 from store.sizes import parse_bytes, show_bytes
 
@@ -232,7 +232,10 @@ def check_profiles(settings: Settings) -> str:
     card = ModelCard.read(engine_config(settings).model)
 
     def count(store: Store) -> str:
-        tasks = Catalogue.read(store, card.fingerprint).tasks
+        catalogue = Catalogue.read(store, card.hashes)
+        if orphaned := catalogue.why_orphaned():
+            raise MismatchError(orphaned)
+        tasks = catalogue.tasks
         proven = [task for task in tasks.values() if task.candidates]
         return f"{len(tasks)} tasks have a profile of this model, {len(proven)} of them with evidence"
 

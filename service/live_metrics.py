@@ -20,6 +20,7 @@ class LiveMetrics(Collector):
         self._tasks: WeakKeyDictionary[TokenStream, str] = WeakKeyDictionary()
         self.jobs: JobTally | None = None  # None: the store is away, and nobody knows
         self.drained = False
+        self.changed = 0  # of the model's files
         self._seen = {NO_TASK}  # a task whose queue is empty again is a 0, not a gap
 
     def begin(self, tasks: Iterable[str]) -> None:
@@ -46,6 +47,11 @@ class LiveMetrics(Collector):
             "moepager_experts_paged", "Experts paged in since start, in every mode.", value=engine.experts_paged
         )
         yield GaugeMetricFamily("moepager_drained", "1 while an operator has drained this process.", value=self.drained)
+        yield GaugeMetricFamily(
+            "moepager_model_files_changed",
+            "Config and tokenizer files that say something else than when the model was opened.",
+            value=self.changed,
+        )
         yield from self._of_jobs()
 
     def _of_jobs(self) -> Iterator[Metric]:

@@ -152,9 +152,9 @@ class Metrics:
         tokens = finished.prompt_tokens + max(0, finished.completion_tokens - 1)
         return tokens * card.layers * card.top_k
 
-    def text(self, jobs: JobTally | None = None, drained: bool = False) -> bytes:
-        """`jobs` are None where the store can't be asked."""
-        self._live.jobs, self._live.drained = jobs, drained
+    def text(self, jobs: JobTally | None = None, drained: bool = False, changed: int = 0) -> bytes:
+        """`jobs` are None where the store can't be asked; `changed` of the model's files are not what was opened."""
+        self._live.jobs, self._live.drained, self._live.changed = jobs, drained, changed
         return generate_latest(self.registry)
 
 

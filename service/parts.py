@@ -85,8 +85,10 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         access = engine.access
         log.log(logging.WARNING if access.why else logging.INFO, "Experts are read %s", show_access(access))
         changes = store.changes.count()  # before the rest: what changes in between is read again
-        catalogue = Catalogue.read(store, engine.card.fingerprint)
+        catalogue = Catalogue.read(store, engine.card.hashes)
         warn_of_doubts(catalogue)
+        if orphaned := catalogue.why_orphaned():
+            log.warning(orphaned)
         policy = Policy.of(settings, engine.plan)
         if settings.unknown_task == "generalist":  # refused now rather than at the first query that needs it
             choose_candidate(catalogue.named(GENERALIST), settings.keep, settings.scorer, policy)
@@ -117,7 +119,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
 def reread(parts: Parts) -> Parts:
     """The same parts with the store's tasks as they are now. The old ones stay good for the requests that hold them."""
     changes = parts.store.changes.count()
-    catalogue = Catalogue.read(parts.store, parts.catalogue.model)
+    catalogue = Catalogue.read(parts.store, parts.engine.card.hashes)
     warn_of_doubts(catalogue, parts.catalogue)
     parts.metrics.begin(catalogue.tasks)
     retriever = open_retriever(parts.settings, parts.store, parts.retriever.embedder, catalogue.retrievable)

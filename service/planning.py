@@ -101,7 +101,7 @@ def make_plan(settings: Settings, task: str | None = None) -> ModelPlan:
     card = ModelCard.read(config.model)
     plan = plan_memory(card, config)
     with open_store(settings.store) as store:
-        catalogue = Catalogue.read(store, card.fingerprint)
+        catalogue = Catalogue.read(store, card.hashes)
     wanted = catalogue.tasks.values() if task is None else [catalogue.named(task)]
     policy = Policy.of(settings, plan)
     tasks = tuple(plan_task(each, policy) for each in sorted(wanted, key=lambda each: each.name))

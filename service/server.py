@@ -17,6 +17,7 @@ from service.serving import Catalogue
 from service.settings import Settings
 from store.database import open_store
 from store.errors import InvalidInput, MoepagerError
+from store.fingerprint import Fingerprint
 from store.home import default_store_url
 from store.records import GENERALIST
 
@@ -27,7 +28,7 @@ def run_server(settings: Settings) -> None:
     card = ModelCard.read(config.model)
     typer.echo(show_memory(card, plan_memory(card, config)))
     if settings.model is None:
-        prepare_demo(settings, card.fingerprint)
+        prepare_demo(settings, card.hashes)
     from service.tracing import exporting  # noqa: PLC0415 - for those who want traces
 
     with exporting(settings.traces), listen(settings.host, settings.port) as bound:
@@ -85,11 +86,11 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def prepare_demo(settings: Settings, fingerprint: str) -> None:
+def prepare_demo(settings: Settings, model: Fingerprint) -> None:
     """Profile the bundled model's tasks where the store lacks them. The demo room does it, as a process: the service
     imports neither it nor the profiler. The generalist comes last, so its evidence says that all is there."""
     with open_store(settings.store) as store:
-        last = Catalogue.read(store, fingerprint).tasks.get(GENERALIST)
+        last = Catalogue.read(store, model).tasks.get(GENERALIST)
     if last is not None and last.candidates:
         return
     typer.echo("The store lacks profiles of the bundled model: profiling its tasks first, which takes some minutes.")

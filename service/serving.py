@@ -16,7 +16,8 @@ from engine.plan import MemoryPlan
 from service.retrieval import Retrieval
 from service.settings import ServedMode, UnknownTask
 from store.errors import InvalidInput, MismatchError, NotFound
-from store.records import GENERALIST, Evaluation, Mode, Price, Profile, Selection, StoredSelection, Trust
+from store.fingerprint import Fingerprint
+from store.records import GENERALIST, Evaluation, Mode, ModelRecord, Price, Profile, Selection, StoredSelection, Trust
 from store.stand_ins import attach_all
 
 if TYPE_CHECKING:
@@ -53,19 +54,37 @@ class ProfiledTask:
 
 
 @dataclass(frozen=True, slots=True)
+class OtherModel:
+    """The one that a task was profiled for."""
+
+    name: str
+    differs: tuple[str, ...] = ()  # where its weights are the same: config, tokenizer
+
+    @classmethod
+    def beside(cls, other: ModelRecord, this: Fingerprint) -> OtherModel:
+        if other.weights_hash != this.weights:
+            return cls(other.name)
+        parts = {"config": other.config_hash == this.config, "tokenizer": other.tokenizer_hash == this.tokenizer}
+        return cls(other.name, tuple(part for part, same in parts.items() if not same))
+
+    def __str__(self) -> str:
+        return f"{self.name}{': the same weights with another ' if self.differs else ''}{' and '.join(self.differs)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Catalogue:
     """Every task that has a profile of one model, as read from the store at one moment."""
 
     model: str  # fingerprint
     tasks: Mapping[str, ProfiledTask]
-    elsewhere: Mapping[str, str] = field(default_factory=dict)  # tasks profiled only for another model: its name
+    elsewhere: Mapping[str, OtherModel] = field(default_factory=dict)  # tasks that are profiled only for another model
 
     @classmethod
-    def read(cls, store: Store, model: str) -> Catalogue:
-        others = [other for other in store.models.list() if other.fingerprint != model]
+    def read(cls, store: Store, model: Fingerprint) -> Catalogue:
+        others = [other for other in store.models.list() if other.fingerprint != model.whole]
         tasks, elsewhere = {}, {}
         for task in store.tasks.list():
-            profile = store.profiles.latest(model, task.name, proven=True)
+            profile = store.profiles.latest(model.whole, task.name, proven=True)
             if profile is not None:
                 tasks[task.name] = ProfiledTask(
                     task.name,
@@ -76,14 +95,27 @@ class Catalogue:
                     profile.trust,
                     profile.doubts,
                 )
-            elif having := [other.name for other in others if store.profiles.latest(other.fingerprint, task.name)]:
-                elsewhere[task.name] = having[0]
-        return cls(model, tasks, elsewhere)
+            elif having := [other for other in others if store.profiles.latest(other.fingerprint, task.name)]:
+                found = [OtherModel.beside(other, model) for other in having]
+                elsewhere[task.name] = max(found, key=lambda one: bool(one.differs))
+        return cls(model.whole, tasks, elsewhere)
 
     def only(self, tasks: Container[str]) -> Catalogue:
         """As if there were no other tasks."""
         there = {name: task for name, task in self.tasks.items() if name in tasks}
         return Catalogue(self.model, there, {name: other for name, other in self.elsewhere.items() if name in tasks})
+
+    def why_orphaned(self) -> str | None:
+        """Where tasks were profiled for these weights under another config or tokenizer: which, and the way out."""
+        orphans = {task: other for task, other in sorted(self.elsewhere.items()) if other.differs}
+        if not orphans:
+            return None
+        changed = " and ".join(sorted({part for other in orphans.values() for part in other.differs}))
+        return (
+            f"The model's {changed} changed since {', '.join(orphans)} were profiled, though its weights did not. A "
+            "profile is of all of them, so these tasks are not served from theirs. Put the old files back, or profile "
+            "the tasks again: POST /v1/jobs, or `moepager profile`."
+        )
 
     def named(self, task: str) -> ProfiledTask:
         if task in self.elsewhere:

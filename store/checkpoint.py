@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any
 from store.errors import CheckpointError
 from store.fingerprint import Fingerprint, fingerprint
 from store.identity import Identity
+from store.papers import Papers, read_object
 from store.shard import Shard, TensorSpan, read_shard
 
 SINGLE = "model.safetensors"
@@ -25,7 +25,7 @@ class CheckpointMap:
     """Every tensor of a model folder by its hub name. Opening reads headers; `fingerprint` samples the weights."""
 
     folder: Path
-    config: Mapping[str, Any]
+    papers: Papers
     shards: tuple[Shard, ...]  # those that hold a tensor, in order of their paths
     tensors: Mapping[str, TensorSpan]
 
@@ -37,12 +37,17 @@ class CheckpointMap:
             raise CheckpointError(
                 f"There is no model folder {folder}. Give a folder with config.json and safetensors files."
             )
-        config = _read_config(folder)
+        papers = Papers.read(folder)
         single = (folder / SINGLE).is_file()
         tensors, shards = _read_single(folder / SINGLE) if single else _read_indexed(folder)
         used = {span.file for span in tensors.values()}
         kept = tuple(sorted((shard for shard in shards if shard.file in used), key=lambda shard: shard.file))
-        return cls(folder, MappingProxyType(config), kept, MappingProxyType(tensors))
+        return cls(folder, papers, kept, MappingProxyType(tensors))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        return self.papers.config
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -54,10 +59,12 @@ class CheckpointMap:
         return {shard.file: shard.identity for shard in self.shards}
 
     def check(self) -> None:
-        """Raises ShardChanged, or CheckpointError for one that is gone, unless all files are still as they were mapped.
+        """Raises ShardChanged or PapersChanged, or CheckpointError for a shard that is gone, unless all files are still
+        as they were mapped.
 
         After reading them by their paths: then what was read is what the map says.
         """
+        self.papers.check()
         for shard in self.shards:
             shard.identity.check_path(shard.file)
 
@@ -72,28 +79,7 @@ class CheckpointMap:
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
-        return fingerprint(self.folder, self.config, self.shards)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json, so it is no model folder. Give the folder that holds config.json."
-        )
-    return _read_object(file)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"Can't read {file}: {error}. Download the file again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{file} must hold a JSON object, it holds a {type(value).__name__}. Download the file again."
-        )
-    return value
+        return fingerprint(self.papers, self.shards)
 
 
 Found = tuple[Mapping[str, TensorSpan], Collection[Shard]]
@@ -107,7 +93,7 @@ def _read_single(file: Path) -> Found:
 def _read_indexed(folder: Path) -> Found:
     if not (folder / INDEX).is_file():
         raise CheckpointError(_why_no_weights(folder))
-    weight_map = _read_object(folder / INDEX).get("weight_map")
+    weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor to file. Download the file again.")
     shards = {name: read_shard(_shard_file(folder, name)) for name in sorted(set(map(str, weight_map.values())))}

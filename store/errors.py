@@ -120,6 +120,13 @@ class ShardChanged(CheckpointError):
     code = "checkpoint_changed"
 
 
+class PapersChanged(CheckpointError):
+    """As above, of the files that say what the weights mean: config and tokenizer."""
+
+    status = 500
+    code = "checkpoint_changed"
+
+
 class UnsupportedFamily(CheckpointError):
     code = "unsupported_family"
 

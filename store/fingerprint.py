@@ -9,39 +9,17 @@ a change that touches no sampled block of a big file is not seen.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from store.errors import CheckpointError
+from store.papers import Papers
 from store.shard import Shard
 
 WHOLE_FILE = 64 * 2**20
 BLOCKS = 32
 BLOCK = 64 * 2**10
-
-# Notes of whoever saved the model: they change with the tool, not with the model.
-CONFIG_NOTES = frozenset({"_name_or_path", "transformers_version"})
-
-TOKENIZER_FILES = frozenset(
-    {
-        "added_tokens.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "merges.txt",
-        "sentencepiece.bpe.model",
-        "special_tokens_map.json",
-        "spiece.model",
-        "tiktoken.model",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "vocab.json",
-        "vocab.txt",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +32,10 @@ class Fingerprint:
     whole: str
 
 
-def fingerprint(folder: Path, config: Mapping[str, Any], shards: Iterable[Shard]) -> Fingerprint:
+def fingerprint(papers: Papers, shards: Iterable[Shard]) -> Fingerprint:
     """Raises ShardChanged where weights changed since their headers were read."""
-    parts = (hash_config(config), hash_weights(shards), hash_tokenizer(folder))
+    parts = (papers.meaning, hash_weights(shards), papers.tokenizer)
     return Fingerprint(*parts, whole=hashlib.sha256(" ".join(parts).encode()).hexdigest())
-
-
-def hash_config(config: Mapping[str, Any]) -> str:
-    """Of config.json with sorted keys, so that neither its layout nor notes of the saving tool count."""
-    kept = {key: value for key, value in config.items() if key not in CONFIG_NOTES}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def hash_weights(shards: Iterable[Shard]) -> str:
@@ -90,14 +62,3 @@ def _sampled(stream: BinaryIO, size: int) -> Iterator[bytes]:
     for index in range(BLOCKS):
         stream.seek((size - BLOCK) * index // (BLOCKS - 1))
         yield stream.read(BLOCK)
-
-
-def hash_tokenizer(folder: Path) -> str:
-    """Of every tokenizer file that is there, by name and content. A folder without any has a hash of its own."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.name in TOKENIZER_FILES and file.is_file():
-            content = file.read_bytes()
-            digest.update(f"{file.name} {len(content)}\n".encode())
-            digest.update(content)
-    return digest.hexdigest()

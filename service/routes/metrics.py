@@ -23,7 +23,8 @@ async def metrics(request: Request, parts: PartsDep) -> Response:
     if parts.tasks is not None:
         raise Forbidden("The metrics count every task, and this key is limited to some. Ask with a key that is not.")
     jobs = await asyncio.to_thread(tally, parts)
-    text = parts.metrics.text(jobs, request.app.state.draining.paused)
+    state = request.app.state
+    text = parts.metrics.text(jobs, state.draining.paused, len(state.papers.changed))
     return Response(text, media_type=CONTENT_TYPE)
 
 

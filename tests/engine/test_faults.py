@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from engine.requests import FinishedEvent, GenerationRequest
 from engine.skeleton import build_skeleton
 from engine.worker import EngineWorker
 from store.checkpoint import CheckpointMap
-from store.errors import CheckpointError, DiskError, ShardChanged
+from store.errors import CheckpointError, DiskError, PapersChanged, ShardChanged
 from store.records import Selection
 
 Checkpoint = Callable[..., Path]
@@ -210,6 +211,22 @@ def test_a_shard_that_is_overwritten_while_dense_weights_load_is_no_model(
     monkeypatch.setattr(reader_module.os, "preadv", overwritten)
     with pytest.raises(ShardChanged):
         open_engine(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_config_or_tokenizer_that_is_changed_while_the_model_is_opened_is_no_model(
+    folder: Path, open_engine: Open, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def change(*args: Any) -> Any:
+        said = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(said | {"eos_token_id": 1}))
+        return build_skeleton(*args)
+
+    monkeypatch.setattr(engine_module, "build_skeleton", change)
+    with pytest.raises(PapersChanged, match=rf"{name} in .* changed after"):
+        open_engine(folder)
+    monkeypatch.undo()
+    open_engine(folder)
 
 
 def test_a_model_whose_shards_change_before_its_fingerprint_is_taken_has_none(folder: Path) -> None:

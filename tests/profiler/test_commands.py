@@ -9,11 +9,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from engine.card import ModelCard
 from engine.tiny import write_tiny
 from profiler import gather, unfinished
 from profiler.commands import app
 from store.database import open_store
-from store.errors import InvalidInput, MoepagerError, PartsMissing
+from store.errors import InvalidInput, MismatchError, MoepagerError, PartsMissing
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +219,17 @@ def test_ctrl_c_in_the_pass_says_that_the_same_command_goes_on_and_it_does(run, 
     monkeypatch.setattr(gather, "_statistics", lambda *arguments: (shards.append(1), real(*arguments))[1])
     assert json.loads(run(*options).stdout.splitlines()[-1])["tokens"] > 0
     assert len(shards) == 1  # the third of three
+
+
+def test_a_model_other_than_the_one_that_was_meant_is_refused(run, write, model, tmp_path):
+    """A service's job opens the folder anew, perhaps after its files changed."""
+    text, card = ("--calibration", write("c", 4), "--scorer", "reap", "--keep", "0.5"), ModelCard.read(model)
+    for part in ((), ("--part", "1/2")):
+        with pytest.raises(MismatchError, match=f"is the model {card.fingerprint[:16]} now, and {'0' * 16} was asked"):
+            run(*text, *part, "--fingerprint", "0" * 64)
+    with pytest.raises(InvalidInput, match="takes 16 letters or more"):
+        run(*text, "--fingerprint", "")
+    with open_store(f"sqlite:///{tmp_path}/home/store.db") as store:
+        assert store.tasks.list() == []
+    for fingerprint in (card.fingerprint, card.fingerprint[:16]):
+        run(*text, "--fingerprint", fingerprint)

@@ -92,8 +92,9 @@ def stock(card: ModelCard, selection_of: Callable[[float, int], Selection]) -> C
 
     def fill(url: str) -> None:
         with open_store(url) as store:
-            for fingerprint in (card.fingerprint, "another-model"):
-                store.models.put(ModelRecord(fingerprint, "tiny", "qwen3_moe", 3, 8, 2, "c", "w", "t"))
+            hashes = (card.hashes.config, card.hashes.weights, card.hashes.tokenizer)
+            store.models.put(ModelRecord(card.fingerprint, "tiny", "qwen3_moe", 3, 8, 2, *hashes))
+            store.models.put(ModelRecord("another-model", "tiny", "qwen3_moe", 3, 8, 2, "c", "w", "t"))
             tasks: dict[str, list[str]] = {"cooking": COOKING, "sql": SQL, "unproven": [], "stranger": []}
             for number, (task, texts) in enumerate(tasks.items()):
                 _put_task(store, task, texts, "another-model" if task == "stranger" else card.fingerprint)

@@ -318,6 +318,7 @@ def test_a_command_shows_no_password_and_takes_names_for_no_options(own: Parts, 
     words = command(job, workshop_of(own), tmp_path)
     assert words[-4:] == ["--search", "--scorer=peu", "--scorer=reap", "--keep=0.5"]
     assert "--own-answers=8" in words
+    assert f"--fingerprint={own.catalogue.model}" in words  # the process refuses another model in its folder
     assert "--draws=3" in words
     assert "--task=--store" in words
     assert not any(word.startswith("--eval") for word in words)

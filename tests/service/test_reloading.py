@@ -21,6 +21,7 @@ from service.parts import Parts, reread
 from service.serving import Catalogue
 from store.database import Store, open_store
 from store.errors import Busy, StoreUnreachable
+from store.fingerprint import Fingerprint
 from store.records import UNJUDGED, ApiKey, Evaluation, Exemplar, Profile, Selection, StoredSelection, TaskRecord
 
 GARDEN = ["when do I plant tomatoes outside", "when do I plant beans outside"]
@@ -115,7 +116,7 @@ def test_what_can_not_be_read_is_told_and_the_old_goes_on(running: TestClient, o
 def test_a_profile_whose_evidence_is_still_made_does_not_displace_one_that_has_it(own: Parts) -> None:
     put_garden(own.store, own, name="old", age=1)
     put_garden(own.store, own, name="new", evidence=False)
-    model = own.engine.card.fingerprint
+    model = own.engine.card.hashes
     assert Catalogue.read(own.store, model).named("garden").profile_id == "old"
     own.store.evaluations.put(Evaluation("s-new", "h", 5, 0.9, 1.0, 1.0, 0.9))
     assert Catalogue.read(own.store, model).named("garden").profile_id == "new"
@@ -175,7 +176,7 @@ def test_a_store_that_was_away_in_the_middle_of_a_reading_is_read_again(
 ) -> None:
     whole, away = Catalogue.read.__func__, [True]  # type: ignore[attr-defined]
 
-    def read(cls: type[Catalogue], store: Store, model: str) -> Catalogue:
+    def read(cls: type[Catalogue], store: Store, model: Fingerprint) -> Catalogue:
         if away:
             raise StoreUnreachable("away")
         found: Catalogue = whole(cls, store, model)

@@ -42,7 +42,7 @@ def settings(stock: Callable[[str], None], tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_store_that_lacks_the_demos_last_profile_is_prepared(runs: Runs, settings: Settings, card: ModelCard) -> None:
-    prepare_demo(settings, card.fingerprint)
+    prepare_demo(settings, card.hashes)
     assert runs == [[sys.executable, "-m", "demo", "prepare", "--store", settings.store]]
 
 
@@ -53,10 +53,10 @@ def test_a_store_that_is_prepared_is_left_alone(runs: Runs, settings: Settings, 
         arrays = {"count": np.ones((3, 8))}
         store.profiles.put(Profile("g", card.fingerprint, GENERALIST, arrays, 1, "h", frozenset(), {}, made))
         store.selections.put(StoredSelection("s", "g", "reap", "uniform", 1.0, Selection.whole(3, 8)))
-        prepare_demo(settings, card.fingerprint)
+        prepare_demo(settings, card.hashes)
         assert len(runs) == 1  # a profile without evidence is half a preparation
         store.evaluations.put(Evaluation("s", "h", 1, 1.0, 1.0, 0.1, 1.0))
-    prepare_demo(settings, card.fingerprint)
+    prepare_demo(settings, card.hashes)
     assert len(runs) == 1
 
 
@@ -65,7 +65,7 @@ def test_a_preparation_that_fails_stops_the_service(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 3))
     with pytest.raises(MoepagerError, match="exit code 3"):
-        prepare_demo(settings, card.fingerprint)
+        prepare_demo(settings, card.hashes)
 
 
 def test_a_free_port_is_bound_and_a_taken_one_refused() -> None:

@@ -14,6 +14,7 @@ from service.retrieval import Ranked, Retrieval, decide, pinned
 from service.serving import (
     Candidate,
     Catalogue,
+    OtherModel,
     Policy,
     ProfiledTask,
     Serving,
@@ -25,6 +26,7 @@ from service.serving import (
 )
 from store.database import open_store
 from store.errors import BudgetError, InvalidInput, MismatchError, MoepagerError, NotFound
+from store.fingerprint import Fingerprint
 from store.records import GENERALIST, Evaluation, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
@@ -54,7 +56,7 @@ def task(*candidates: Candidate, name: str = "cooking") -> ProfiledTask:
     return ProfiledTask(name, "", f"p-{name}", candidates)
 
 
-def catalogue(*tasks: ProfiledTask, elsewhere: Mapping[str, str] | None = None) -> Catalogue:
+def catalogue(*tasks: ProfiledTask, elsewhere: Mapping[str, OtherModel] | None = None) -> Catalogue:
     return Catalogue("f" * 64, {one.name: one for one in tasks}, elsewhere or {})
 
 
@@ -191,7 +193,26 @@ def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
 
 def test_a_task_of_another_model_is_a_mismatch() -> None:
     with pytest.raises(MismatchError, match=r"another model \(olmoe\)"):
-        catalogue(OWN, elsewhere={"sql": "olmoe"}).named("sql")
+        catalogue(OWN, elsewhere={"sql": OtherModel("olmoe")}).named("sql")
+
+
+def test_a_task_of_the_same_weights_under_another_tokenizer_is_told_as_that() -> None:
+    this = Fingerprint(config="c", weights="w", tokenizer="t", whole="f" * 64)
+
+    def other(config: str, weights: str, tokenizer: str) -> OtherModel:
+        made = ModelRecord("e" * 64, "olmoe", "olmoe", 2, 4, 2, config, weights, tokenizer)
+        return OtherModel.beside(made, this)
+
+    assert str(other("c", "other", "other")) == "olmoe"
+    assert str(other("c", "w", "other")) == "olmoe: the same weights with another tokenizer"
+    assert str(other("other", "w", "other")) == "olmoe: the same weights with another config and tokenizer"
+    found = catalogue(OWN, elsewhere={"sql": other("c", "w", "other"), "law": other("c", "other", "t")})
+    with pytest.raises(MismatchError, match=r"another model \(olmoe: the same weights with another tokenizer\)"):
+        found.named("sql")
+    why = found.why_orphaned()
+    assert why is not None
+    assert why.startswith("The model's tokenizer changed since sql were profiled")
+    assert catalogue(OWN, elsewhere={"law": OtherModel("olmoe")}).why_orphaned() is None
 
 
 def test_the_generalist_is_no_task_that_a_query_is_matched_to() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from engine.plan import MemoryPlan
 from service.serving import Catalogue, Policy, choose_candidate
 from store.database import open_store
+from store.fingerprint import Fingerprint
 from store.records import Evaluation, ModelRecord, Profile, Selection, StoredSelection, TaskRecord
 from store.stand_ins import NOVICE
 
@@ -36,7 +37,7 @@ def test_one_with_stand_ins_serves_where_it_is_better_and_there_is_memory_for_it
             [Evaluation(name, "e", 10, accuracy, 1.0, 0.5, 0.9)
              for name, accuracy in (("plain", 0.7), ("better", 0.8), ("worse", 0.6))],
         )  # fmt: skip
-        task = Catalogue.read(store, "f" * 64).tasks["t"]
+        task = Catalogue.read(store, Fingerprint("c", "w", "t", whole="f" * 64)).tasks["t"]
     vectors = {one.stored.id: one.stored.selection.stand_in for one in task.candidates}
     assert vectors["plain"] is None
     assert vectors["better"] is not None
