@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from fastapi.testclient import TestClient
 
+MODELS = "/v1/models?api-version=preview"  # as OpenAI's clients ask that are set up for Azure
+
 
 @pytest.mark.parametrize(
     ("method", "path", "param"),
@@ -14,6 +16,8 @@ from fastapi.testclient import TestClient
         ("GET", "/v1/residency?experts=true&task=sql", "task"),
         ("DELETE", "/v1/unmatched?task=sql", "task"),
         ("POST", "/v1/tasks/reload?task=sql", "task"),
+        ("GET", "/v1/models?limit=1", "limit"),
+        ("GET", "/v1/jobs?api-version=preview", "api-version"),
     ],
 )
 def test_an_unknown_parameter_is_refused_by_its_name(client: TestClient, method: str, path: str, param: str) -> None:
@@ -30,5 +34,11 @@ def test_the_known_ones_are_named_beside_it(client: TestClient) -> None:
 
 
 def test_known_parameters_and_those_of_probes_and_pages_work(client: TestClient) -> None:
-    for path in ("/v1/decisions?task=sql&limit=5", "/v1/residency?experts=true", "/healthz?x=1", "/console/?from=mail"):
+    for path in (
+        "/v1/decisions?task=sql&limit=5",
+        "/v1/residency?experts=true",
+        "/healthz?x=1",
+        "/console/?from=mail",
+        MODELS,
+    ):
         assert client.get(path).status_code == 200, path
