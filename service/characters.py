@@ -30,7 +30,7 @@ async def refuse_half_characters(request: Request) -> None:  # no thread: see co
     field = half_character(read)
     if field is not None:
         raise InvalidInput(
-            f"`{field}` has half of a character (a lone UTF-16 surrogate, U+D800 to U+DFFF), which is no text. Send "
+            f"`{field}` has half of a character (a lone UTF-16 surrogate, U+D800 to U+DFFF), which is no Unicode. Send "
             "whole characters: a text must not be cut between the two halves of one.",
             param=field,
         )
