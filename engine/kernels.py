@@ -1,14 +1,15 @@
-"""Which matrix products an engine uses: our own for few rows and for small experts (engine.products), torch's for many.
+"""Which matrix products an engine uses: our own for few rows and for experts (engine.products), torch's for many.
 
 In 16 bits on the CPU oneDNN compiles a kernel for every shape, about a megabyte that is not given back and a fifth of a
-millisecond. So what goes to torch there is padded to powers of two of rows, which costs about a tenth more time.
+millisecond. So what goes to torch there is split into powers of two of rows, the last one padded.
 
 M rows, K columns, N outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,15 +23,17 @@ from engine.norms import adopt_norms
 from engine.products import ExpertShape, Products, multiplies
 from store.errors import InvalidInput
 
+# Rows that take as long as to lay out the weights for one product more: 17 to 20 of 1024 x 1024 and 1024 x 512.
+AGAIN = 20
 COMPILED = frozenset({torch.bfloat16, torch.float16})
 FEW: Mapping[torch.dtype, int] = {torch.float32: 8, torch.bfloat16: 4}  # rows; above, torch is faster: measured
 # The same where a matrix, or a layer's attention in one call, has few weights: what a call of torch's takes beside its
 # arithmetic is more than its products gain.
 FEW_BESIDE_FEW_WEIGHTS = 8
 FEW_WEIGHTS = 1 << 17
-# Weights of an expert that takes many rows; above, torch is faster in bfloat16 and little slower in float32.
-SMALL: Mapping[torch.dtype, int] = {torch.float32: 1 << 20, torch.bfloat16: 1 << 17}
-UNAIDED = 1 << 23  # the same for bfloat16 on a processor that must widen it: torch was 2 to 7 times slower, at any size
+# Weights of an expert that takes many rows; above, torch is little slower in float32, and nothing larger was measured.
+SMALL: Mapping[torch.dtype, int] = {torch.float32: 1 << 20, torch.bfloat16: 1 << 23}
+SMALL_BESIDE_TILES = 1 << 17  # the same for bfloat16 where the processor multiplies tiles of it, by torch alone
 WIDE = frozenset({"AVX-512", "AVX2"})  # instruction sets for which that was measured
 
 
@@ -72,8 +75,8 @@ class Kernels:
         """Whether our own products run experts of this shape for many tokens, too."""
         if self.own is None or self.own.instruction_set not in WIDE:
             return False
-        aided = shape.dtype == torch.float32 or products.bfloat16_in_hardware()
-        return shape.weights <= (SMALL[shape.dtype] if aided else UNAIDED)
+        tiles = shape.dtype == torch.bfloat16 and products.bfloat16_in_tiles()
+        return shape.weights <= (SMALL_BESIDE_TILES if tiles else SMALL[shape.dtype])
 
     def adopt(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Linear layers, norms and attention of `model` take these products, where torch's own do no better. Needs the
@@ -123,13 +126,34 @@ def pad_rows(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch's: `x` [M, K], `weight` [N, K] -> [M, N]"""
-    padded = pad_rows(x)  # [M', K]
-    y = F.linear(padded, weight, bias)  # [M', N]
-    return y if padded is x else y[: len(x)]
+    return _in_few_shapes(lambda rows: F.linear(rows, weight, bias), x)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """torch's: `x` [M, K], `weight` [K, N] -> [M, N]"""
-    padded = pad_rows(x)  # [M', K]
-    y = padded @ weight  # [M', N]
-    return y if padded is x else y[: len(x)]
+    return _in_few_shapes(lambda rows: rows @ weight, x)
+
+
+def _in_few_shapes(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`multiply` [M, K] -> [M, N], by products of as many rows as `row_counts` says where a kernel is compiled for
+    each number."""
+    if pad_rows(x) is x:
+        return multiply(x)
+    parts = torch.split(x, _real(row_counts(len(x)), len(x)))
+    found = [multiply(pad_rows(part))[: len(part)] for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _real(counts: Sequence[int], rows: int) -> list[int]:
+    """`counts` without the padding of the last."""
+    return [*counts[:-1], rows - sum(counts[:-1])]
+
+
+@lru_cache(maxsize=4096)
+def row_counts(rows: int) -> tuple[int, ...]:
+    """Powers of two, the largest first, that hold `rows` rows in the least time; only the last is padded."""
+    whole = 1 << (rows - 1).bit_length()
+    if whole == rows:
+        return (whole,)
+    parts = (whole // 2, *row_counts(rows - whole // 2))
+    return (whole,) if whole <= sum(parts) + AGAIN * (len(parts) - 1) else parts

@@ -118,6 +118,10 @@ static struct matrix down_of(const struct layout *l, const char *slot)
 #undef VECTORS
 #pragma GCC pop_options
 #pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+#include "products_pairs.h"
+#pragma GCC pop_options
+#pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define NAME(x) EXPAND(x, v3)
 #define LANES 8
@@ -384,11 +388,11 @@ static PyObject *py_sets(PyObject *self, PyObject *ignored)
     return names;
 }
 
-static PyObject *py_bfloat16(PyObject *self, PyObject *ignored)
+static PyObject *py_tiles(PyObject *self, PyObject *ignored)
 {
 #if SETS == 3
     __builtin_cpu_init();
-    return PyBool_FromLong(__builtin_cpu_supports("avx512bf16") != 0);
+    return PyBool_FromLong(__builtin_cpu_supports("amx-bf16") != 0);
 #else
     Py_RETURN_FALSE;
 #endif
@@ -612,7 +616,7 @@ static PyObject *py_attend(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
-    {"bfloat16", py_bfloat16, METH_NOARGS, "Whether the processor multiplies bfloat16 itself, which torch then uses."},
+    {"tiles", py_tiles, METH_NOARGS, "Whether the processor multiplies tiles of bfloat16, which torch uses and we do not."},
     {"product", py_product, METH_VARARGS, "(set, dtype, x, weights, bias, y, rows, outputs, columns, stride, threads)"},
     {"experts", py_experts, METH_VARARGS, "(set, layout, bank, x, tokens, top_k, slots, y, threads)"},
     {"many", py_many, METH_VARARGS, "(set, layout, bank, slots of the bank, x, tokens, top_k, slots, y, threads)"},

@@ -30,7 +30,7 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "shared") else "built from older sources"
+    missing = "" if hasattr(compiled, "tiles") else "built from older sources"
 
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
 ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch or transformers
@@ -48,9 +48,9 @@ def instruction_sets() -> Mapping[str, int]:
     return {} if missing else compiled.sets()
 
 
-def bfloat16_in_hardware() -> bool:
-    """Whether the processor multiplies bfloat16 by instructions of its own (x86 alone is asked)."""
-    return not missing and compiled.bfloat16()
+def bfloat16_in_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX; x86 alone is asked): torch does, our loops do not."""
+    return not missing and compiled.tiles()
 
 
 @dataclass(frozen=True, slots=True)

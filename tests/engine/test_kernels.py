@@ -16,12 +16,24 @@ from engine.requests import GenerationRequest
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 33])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 33, 70, 101])
 def test_a_padded_product_is_the_plain_one(rows: int, dtype: torch.dtype) -> None:
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 16), (24, 16), (24,)))
     torch.testing.assert_close(kernels.linear(x, weight, bias), F.linear(x, weight, bias))
     torch.testing.assert_close(kernels.product(x, weight.t()), x @ weight.t())
     assert kernels.linear(x, weight).shape == (rows, 24)
+
+
+def test_rows_are_split_where_padding_would_take_longer_than_reading_the_weights_again() -> None:
+    assert kernels.row_counts(64) == (64,)
+    assert kernels.row_counts(101) == (128,)
+    assert kernels.row_counts(70) == (64, 8)
+    assert kernels.row_counts(804) == (512, 256, 32, 4)
+    for rows in range(1, 2000):
+        counts = kernels.row_counts(rows)
+        assert all(count & (count - 1) == 0 for count in counts)
+        assert sum(counts[:-1]) < rows <= sum(counts)
+        assert sum(counts) + kernels.AGAIN * (len(counts) - 1) <= 1 << (rows - 1).bit_length()
 
 
 @pytest.mark.parametrize(("dtype", "hidden", "few"), [
