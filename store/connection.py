@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from store.errors import Busy, Conflict, CorruptStore, InvalidInput, MoepagerError, StoreUnreachable
 from store.patience import Breaker, PatientConnection, Silent
+from store.plain_insert import PlainInsert
 
 DRIVERS = {
     "sqlite": "sqlite+pysqlite",
@@ -42,6 +43,7 @@ class Database:
         self._url = parse_url(url)
         self._breaker = Breaker()
         self._engine = _sqlite_engine(self._url) if self.dialect == "sqlite" else _postgres_engine(self._url)
+        self._inserts: dict[tuple[type[Any], tuple[str, ...]], PlainInsert] = {}
 
     @property
     def dialect(self) -> str:
@@ -71,11 +73,19 @@ class Database:
                 yield session
 
     def insert(self, row: type[Any], values: dict[str, Any]) -> None:
-        """One row, in a transaction of its own, past the session: a third of its time, which each query has to wait."""
-        with self._translated(), self._engine.connect() as connection:
-            writing = connection.execution_options(**{WRITES: True})
-            with writing.begin():
-                writing.execute(insert(row), [values])
+        """One row, in a transaction of its own, past the session: each query has to wait for one."""
+        with self._translated():
+            if self.dialect == "sqlite":
+                self._plain(row, tuple(values)).add(values)
+                return
+            with self._engine.connect() as connection, connection.begin():
+                connection.execute(insert(row), [values])
+
+    def _plain(self, row: type[Any], columns: tuple[str, ...]) -> PlainInsert:
+        known = self._inserts.get((row, columns))
+        if known is None:  # made twice where two ask at once, which harms nothing
+            known = self._inserts[row, columns] = PlainInsert(row, columns, self._engine)
+        return known
 
     def check(self) -> None:
         """Has SQLite look at its every page; PostgreSQL checks pages as it reads them. Raises CorruptStore."""

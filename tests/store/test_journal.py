@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from contextlib import closing
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from store.database import Store
-from store.errors import Conflict, InvalidInput, NotFound
+from store.database import Store, open_store
+from store.errors import Busy, Conflict, CorruptStore, InvalidInput, NotFound
 from store.records import Decision, Job, JobTally, TaskRecord
 
 START = datetime(2025, 3, 1, tzinfo=UTC)
@@ -168,3 +171,36 @@ def test_old_decisions_are_forgotten_in_portions(store: Store, monkeypatch: pyte
     assert store.decisions.forget(START + timedelta(days=4)) == 4
     assert [one.request for one in store.decisions.list()] == ["r5", "r4"]
     assert store.decisions.forget(START) == 0
+
+
+def test_a_decision_costs_sqlite_one_statement_and_is_kept_at_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    with open_store(f"sqlite:///{tmp_path / 'store.db'}") as opened:
+        opened.decisions.add(decision(0))
+        with closing(opened.decisions._database._engine.raw_connection()) as held:
+            held.driver_connection.set_trace_callback(said.append)  # type: ignore[union-attr]
+        opened.decisions.add(decision(1))
+        assert [one.split()[0] for one in said] == ["INSERT"]
+        with closing(sqlite3.connect(tmp_path / "store.db")) as other:  # as one that comes after a kill sees it
+            assert other.execute("SELECT request FROM decisions ORDER BY id").fetchall() == [("r0",), ("r1",)]
+
+
+def test_a_decision_that_can_not_be_written_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("store.connection.LOCK_SECONDS", 0.05)
+    file = tmp_path / "store.db"
+    with open_store(f"sqlite:///{file}") as opened, closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Busy, match="Another process has been writing"):
+            opened.decisions.add(decision(0))
+        other.execute("ROLLBACK")
+        with pytest.raises(InvalidInput, match="lone surrogate"):
+            opened.decisions.add(decision(1, task="\ud800"))
+        other.execute("DROP TABLE decisions")
+        with pytest.raises(CorruptStore, match="decisions"):
+            opened.decisions.add(decision(2))
+
+
+def test_a_decision_of_a_time_zone_is_kept_in_utc(store: Store) -> None:
+    given = datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=5)))
+    store.decisions.add(decision(created=given))
+    assert [one.created for one in store.decisions.list()] == [given]
