@@ -31,7 +31,7 @@ class Admission:
     def check(self, request: GenerationRequest) -> None:
         """Raises InvalidInput or BudgetError for a request that could not be served even alone."""
         self.check_length(len(request.prompt), request.sampling.max_tokens)
-        if not all(0 <= token < self._card.vocab for token in request.prompt):
+        if min(request.prompt) < 0 or max(request.prompt) >= self._card.vocab:
             raise InvalidInput(f"A prompt token is outside the vocabulary of {self._card.vocab}.", param="prompt")
         if request.selection is not None:
             self.check_selection(request.selection)

@@ -93,7 +93,7 @@ class MemoryPlan:
 
     def fits(self, selection: Selection) -> bool:
         """Whether the whole selection is resident at once, every layer with enough experts for one token."""
-        enough = len(selection) <= self.slots and all(len(ids) >= self.top_k for ids in selection.experts)
+        enough = len(selection) <= self.slots and min(map(len, selection.experts), default=0) >= self.top_k
         return enough and (selection.stand_in is None or self.stand_ins > 0)
 
     def bytes_of(self, selection: Selection) -> int:

@@ -60,6 +60,8 @@ class AnswerReader:
         return sum(reader.calls for reader in readers if isinstance(reader, ChannelReader | CallReader))
 
     def push(self, text: str) -> Found:
+        if self._first is None and self._calls is None:  # plain text, as most is: every token comes through here
+            return [text] if text else []
         return list(self._read([text] if self._first is None else self._first.push(text)))
 
     def flush(self) -> Found:

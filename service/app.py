@@ -43,14 +43,14 @@ from service.routes import (
 )
 from service.tracing import TELEMETRY, flush
 
-ROUTES = (
+ROUTES = (  # a request is compared with one after the other: first those of queries, whose time counts
+    chat,
+    completions,
+    query,
     health,
     metrics,
     models,
     jobs,
-    chat,
-    completions,
-    query,
     residency,
     drain,
     plan,

@@ -5,12 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, NamedTuple
+
+from fastapi import Depends, Request
 
 from service.access_log import log_refused
-from service.callers import Caller
+from service.callers import Caller, caller_of
+from service.context import parts_of, request_id
 from service.metrics import NO_MODE
 from service.parts import Parts
 from store.errors import Busy, MoepagerError
+
+
+class Asker(NamedTuple):
+    """A request's id, who sent it, and the parts that are there for them."""
+
+    name: str
+    caller: Caller
+    parts: Parts
+
+
+async def asker_of(request: Request) -> Asker:  # no thread: see context.py
+    """All three at once: a dependency takes the framework longer to call than it takes."""
+    return Asker(request_id(request), caller_of(request), parts_of(request))
+
+
+AskerDep = Annotated[Asker, Depends(asker_of)]
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, Request
+from fastapi import Request
 
 from engine.requests import Priority
 from service.bodies import ChatBody, OpenAIBody
@@ -59,15 +59,12 @@ class Caller:
 ANYBODY = Caller()
 
 
-async def caller_of(request: Request) -> Caller:  # no thread: see context.py
+def caller_of(request: Request) -> Caller:
     """What the headers say."""
     key: ApiKey | None = request.scope.get("api_key")
     caller = Caller(key.id if key else "")
     session = next((request.headers[name] for name in HEADERS if request.headers.get(name)), None)
     return caller.named(session) if session else caller
-
-
-CallerDep = Annotated[Caller, Depends(caller_of)]
 
 
 def openai_caller(caller: Caller, body: OpenAIBody) -> Caller:

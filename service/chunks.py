@@ -13,7 +13,7 @@ from service.merging import merged
 from service.replies import Reply, delta_choice, prompt_tokens, text_choice, token_usage, usage
 from service.running import Running
 from service.scores import chat_scores, completion_scores
-from service.sse import DONE, data_frame
+from service.sse import DONE, DataFrames
 from service.thought_reader import Thought
 from service.tools import Arguments, Begun, Piece, call_object
 
@@ -28,6 +28,7 @@ async def stream_frames(
     The chunk that ends a choice also carries its receipt, for usage comes only where it is asked for.
     """
     options = options or StreamOptions()
+    written = DataFrames(reply.chunk_head())
     finished: dict[int, FinishedEvent] = {}
     counts = [0] * len(running)
     async for found in merged(running):
@@ -47,20 +48,20 @@ async def stream_frames(
                 more["usage"] = _running_usage(running, counts) if options.continuous_usage_stats else None
             shown = choices[place](event)
             if shown:
-                frames += data_frame(reply.chunk(shown, **more))
+                frames += written.frame({"choices": shown, **more})
         if len(finished) == len(running):
-            yield frames + last_frames(reply, running, finished, options)
+            yield frames + last_frames(written, running, finished, options)
         elif frames:
             yield frames
 
 
 def last_frames(
-    reply: Reply, running: Sequence[Running], finished: Mapping[int, FinishedEvent], options: StreamOptions
+    written: DataFrames, running: Sequence[Running], finished: Mapping[int, FinishedEvent], options: StreamOptions
 ) -> bytes:
     if not options.include_usage:
         return DONE
     ordered = [finished[place] for place in range(len(running))]
-    return data_frame(reply.chunk([], usage=usage(running, ordered))) + DONE
+    return written.frame({"choices": [], "usage": usage(running, ordered)}) + DONE
 
 
 def _running_usage(running: Sequence[Running], counts: Sequence[int]) -> dict[str, Any]:

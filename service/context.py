@@ -76,15 +76,23 @@ async def _open(
 # Coroutines, though they wait for nothing: the framework runs each plain function in a thread, which takes a tenth of a
 # millisecond or more, and every request has several of these.
 async def current_parts(request: Request) -> Parts:
+    return parts_of(request)
+
+
+async def current_id(request: Request) -> str:
+    return request_id(request)
+
+
+def parts_of(request: Request) -> Parts:
     """As the key of the request sees them."""
     state: Opening = request.app.state.opening
     return state.current().seen_by(request.scope.get("api_key"))
 
 
-async def request_id(request: Request) -> str:
+def request_id(request: Request) -> str:
     value: str = request.scope["request_id"]
     return value
 
 
 PartsDep = Annotated[Parts, Depends(current_parts)]
-RequestId = Annotated[str, Depends(request_id)]
+RequestId = Annotated[str, Depends(current_id)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fastapi import Depends, Request
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.browsers import refuse_pages
 from service.context import Opening
+from service.middleware import put_headers
 from service.rate_limits import RateLimits
 from service.refusals import refusal
 from store.errors import Forbidden, MoepagerError, Unauthorized
@@ -15,17 +16,18 @@ from store.records import ApiKey
 
 OPEN = frozenset({"/", "/docs", "/healthz", "/health", "/readyz"})  # probes and addresses typed by hand carry no key
 CONSOLE = "/console"  # its files are the same for everybody; what they show comes from routes that need a key
-HEADERS = {
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-}
-STRICT = "default-src 'none'; frame-ancestors 'none'"
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+POLICY = b"content-security-policy"
+STRICT = b"default-src 'none'; frame-ancestors 'none'"
 # Of the console: its own files and nothing else, and no script can make markup out of text.
 OWN = (
-    "default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'"
+    b"default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'none'; frame-ancestors 'none'; "
+    b"require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
 
@@ -36,9 +38,7 @@ class SecurityHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.update(HEADERS)
-                headers["content-security-policy"] = OWN if is_console(scope["path"]) else STRICT
+                put_headers(message, (*HEADERS, (POLICY, OWN if is_console(scope["path"]) else STRICT)))
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)

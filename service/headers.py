@@ -26,4 +26,8 @@ def expert_headers(prepared: Sequence[Prepared], finished: Sequence[FinishedEven
         columns["experts-paged"] = [f.served.experts_paged for f in finished]
         columns["bytes-paged"] = [f.served.bytes_paged for f in finished]
         columns["escalated"] = [e.at_token if (e := f.served.escalated) else "none" for f in finished]
-    return {f"x-expert-{name}": ",".join(quote(str(v), safe=" ") for v in values) for name, values in columns.items()}
+    return {f"x-expert-{name}": ",".join(map(_written, values)) for name, values in columns.items()}
+
+
+def _written(value: object) -> str:
+    return quote(value, safe=" ") if isinstance(value, str) else str(value)

@@ -7,7 +7,8 @@ there are as many as are profiled, since a request can't name another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import get_args
+from functools import cache
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -29,6 +30,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 class Metrics:
     def __init__(self, engine: Engine, worker: EngineWorker) -> None:
         self.registry = CollectorRegistry()
+        self._of = cache(_labelled)  # asked ten times a query, always of the same few
         self._engine, self._worker = engine, worker
         of_task = ("task", "mode")
         self._requests = self._counter("requests", "Queries that ended, and how.", (*of_task, "outcome"))
@@ -112,39 +114,39 @@ class Metrics:
         self._abstentions.inc()
 
     def drifted(self, task: str) -> None:
-        self._drifts.labels(task).inc()
+        self._of(self._drifts, task).inc()
 
     def answered(self, status: int) -> None:
-        self._responses.labels(str(status)).inc()
+        self._of(self._responses, str(status)).inc()
 
     def counted_alone(self) -> None:
         self._alone.inc()
 
     def ended(self, task: str | None, mode: str, outcome: str) -> None:
-        self._requests.labels(task or NO_TASK, mode, outcome).inc()
+        self._of(self._requests, task or NO_TASK, mode, outcome).inc()
 
     def finished(self, task: str | None, finished: FinishedEvent, each: float | None) -> None:
         """What an answer cost; `each` is seconds for each further token, None where there was only one."""
         served, name = finished.served, task or NO_TASK
-        self._tokens.labels("prompt").inc(finished.prompt_tokens)
-        self._tokens.labels("completion").inc(finished.completion_tokens)
-        self._bytes.labels(name, served.mode).inc(served.bytes_paged)
+        self._of(self._tokens, "prompt").inc(finished.prompt_tokens)
+        self._of(self._tokens, "completion").inc(finished.completion_tokens)
+        self._of(self._bytes, name, served.mode).inc(served.bytes_paged)
         if served.experts_paged:
-            self._swaps.labels(name, served.mode).inc()
-            self._swap.labels(name, served.mode).observe(served.swap_ms / 1000)
+            self._of(self._swaps, name, served.mode).inc()
+            self._of(self._swap, name, served.mode).observe(served.swap_ms / 1000)
         if finished.completion_tokens:
-            self._ttft.labels(name, served.mode).observe(served.ttft_ms / 1000)
+            self._of(self._ttft, name, served.mode).observe(served.ttft_ms / 1000)
         if each is not None:
-            self._tpot.labels(name, served.mode).observe(each)
+            self._of(self._tpot, name, served.mode).observe(each)
         if served.escalated is not None:
-            self._escalations.labels(name, "answer" if served.escalated.at_token else "prompt").inc()
+            self._of(self._escalations, name, "answer" if served.escalated.at_token else "prompt").inc()
         elif served.mode != "exact":
-            self._coverage.labels(name).observe(served.coverage)
-            self._hits.labels(name).inc(max(0, served.experts - served.experts_paged))
-            self._misses.labels(name).inc(served.experts_paged)
+            self._of(self._coverage, name).observe(served.coverage)
+            self._of(self._hits, name).inc(max(0, served.experts - served.experts_paged))
+            self._of(self._misses, name).inc(served.experts_paged)
         else:
-            self._choices.labels(name).inc(self._chosen(finished))
-            self._exact_misses.labels(name).inc(served.experts_paged)
+            self._of(self._choices, name).inc(self._chosen(finished))
+            self._of(self._exact_misses, name).inc(served.experts_paged)
 
     def _chosen(self, finished: FinishedEvent) -> int:
         """The last token is chosen, but goes through no layer any more."""
@@ -156,6 +158,10 @@ class Metrics:
         """`jobs` are None where the store can't be asked; `changed` of the model's files are not what was opened."""
         self._live.jobs, self._live.drained, self._live.changed = jobs, drained, changed
         return generate_latest(self.registry)
+
+
+def _labelled(metric: Any, *labels: str) -> Any:
+    return metric.labels(*labels)
 
 
 def _sum(counter: Counter) -> float:

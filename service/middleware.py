@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,6 +15,13 @@ from service.ids import fresh_id
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 MOST_BYTES = 8 * 2**20  # of a body: far more text than any context holds
 BODY_SECONDS = 30.0  # for a body to arrive
+
+
+def put_headers(message: Message, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Into the start of an answer, in place of those of the same names, which are lower case. Starlette's own way to do
+    so looks through all headers for each, which every answer would wait for."""
+    names = {name for name, _ in headers}
+    message["headers"] = [one for one in message.get("headers", ()) if one[0] not in names] + list(headers)
 
 
 class RequestIds:
@@ -31,7 +39,7 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = scope["request_id"]
+                put_headers(message, ((b"x-request-id", scope["request_id"].encode()),))
             await send(message)
 
         await self._app(scope, receive, send_with_id)

@@ -101,4 +101,4 @@ def _bytes(turn: Turn) -> bytes:
     """Of each part its length comes first, so that no two conversations run together as one."""
     parts = (turn.role, turn.text.strip(), turn.calls)
     written = [part.encode("utf-8", "surrogatepass") for part in parts]
-    return b"".join(len(one).to_bytes(8, "little") + one for one in written)
+    return b"".join([len(one).to_bytes(8, "little") + one for one in written])

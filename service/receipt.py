@@ -55,4 +55,8 @@ class Receipt:
     doubts: tuple[str, ...] = ()
 
     def json(self) -> dict[str, Any]:
-        return {**asdict(self), "ignored": list(self.ignored), "doubts": list(self.doubts)}
+        """Field by field: `asdict` copies all deeply, and took a tenth of what the service adds to an answer."""
+        said = {name: getattr(self, name) for name in self.__slots__}
+        guard, escalated = (None if one is None else asdict(one) for one in (self.guard, self.escalated))
+        lists = {"ignored": list(self.ignored), "doubts": list(self.doubts)}
+        return {**said, "guard": guard, "escalated": escalated, **lists}

@@ -32,21 +32,19 @@ class Reply:
         return cls("text_completion", model, parts.engine.card.fingerprint[:16], f"cmpl-{fresh_id()}")
 
     def body(self, choices: Sequence[dict[str, Any]], **more: object) -> dict[str, Any]:
-        return self._with(self.kind, choices, more)
+        return {**self._head(self.kind), "choices": list(choices), **more}
 
-    def chunk(self, choices: Sequence[dict[str, Any]], **more: object) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
-        return self._with(kind, choices, more)
+    def chunk_head(self) -> dict[str, Any]:
+        """What every chunk begins with; its `choices` come next."""
+        return self._head("chat.completion.chunk" if self.kind == "chat.completion" else self.kind)
 
-    def _with(self, kind: str, choices: Sequence[dict[str, Any]], more: dict[str, object]) -> dict[str, Any]:
+    def _head(self, kind: str) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
-            "choices": list(choices),
-            **more,
         }
 
 

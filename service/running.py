@@ -164,6 +164,8 @@ async def finish_all(request: Request, running: Sequence[Running]) -> list[Finis
     """Wait for every answer. Whatever ends this early (error, timeout, a client that is gone) cancels all of them."""
     watch = asyncio.create_task(_cancel_when_gone(request, running))
     try:
+        if len(running) == 1:  # the usual case, without a task of its own
+            return [await running[0].finish()]
         return await asyncio.gather(*(one.finish() for one in running))
     finally:
         watch.cancel()

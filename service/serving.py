@@ -296,11 +296,15 @@ def choose_candidate(task: ProfiledTask, keep: float | None, scorer: str | None,
             code="no_evidence",
         )
     allowed = _of_size(_of_scorer(task.candidates, scorer, task.name), keep, task.name)
-    fitting = [c for c in allowed if policy.plan.fits(c.stored.selection)]
-    if not fitting:
-        policy.plan.require(min((c.stored.selection for c in allowed), key=len))
-    largest = max(c.stored.keep for c in fitting)
-    return min((c for c in fitting if c.stored.keep == largest), key=_worse)
+    for size in sorted(
+        {c.stored.keep for c in allowed}, reverse=True
+    ):  # a store may have hundreds: most are not looked at
+        fitting = [c for c in allowed if c.stored.keep == size and policy.plan.fits(c.stored.selection)]
+        if fitting:
+            return min(fitting, key=_worse)
+    smallest = min((c.stored.selection for c in allowed), key=len)
+    policy.plan.require(smallest)
+    raise AssertionError(f"none of {len(allowed)} selections fits, yet the plan takes the smallest")
 
 
 def best_by_size(task: ProfiledTask, scorer: str | None) -> tuple[Candidate, ...]:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: `dumps` makes one for each frame
 DONE = b"data: [DONE]\n\n"
 PING = b": waiting\n\n"  # a comment: every client skips it, and a dead connection shows
 
@@ -17,7 +18,18 @@ def comment_frame(text: str) -> bytes:
 
 
 def data_frame(body: Mapping[str, object]) -> bytes:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
+    return f"data: {_json(body)}\n\n".encode()
+
+
+class DataFrames:
+    """Frames of one stream whose bodies all begin with the fields of `shared`, which are written once."""
+
+    def __init__(self, shared: Mapping[str, object]) -> None:
+        self._head = f"data: {_json(shared)[:-1]}"
+
+    def frame(self, more: Mapping[str, object]) -> bytes:
+        """`data_frame` of both; neither may be empty, nor name a field twice."""
+        return f"{self._head}, {_json(more)[1:]}\n\n".encode()
 
 
 def named_frame(event: str, body: Mapping[str, object]) -> bytes:

@@ -33,6 +33,9 @@ class Trail:
         self._submitted = time.time_ns()
 
     def ended(self, prepared: Prepared, outcome: str, finished: FinishedEvent | None) -> None:
+        span = tracer.start_span("generate", self._context, start_time=self._submitted)
+        if not span.is_recording():  # nobody wants it
+            return
         serving = prepared.serving
         said: dict[str, str | float] = {
             "moepager.task": serving.retrieval.task or "",
@@ -43,7 +46,7 @@ class Trail:
         }
         if finished is not None:
             said |= _figures(finished)
-        span = tracer.start_span("generate", self._context, start_time=self._submitted, attributes=said)
+        span.set_attributes(said)
         if finished is not None:
             self._parts(trace.set_span_in_context(span), finished)
         span.end(time.time_ns())

@@ -78,7 +78,7 @@ class Selection:
                 yield ExpertKey(layer, expert)
 
     def __len__(self) -> int:
-        return sum(len(ids) for ids in self.experts)
+        return sum(map(len, self.experts))
 
     @property
     def digest(self) -> str:

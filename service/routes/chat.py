@@ -13,12 +13,11 @@ from starlette.responses import JSONResponse, Response
 from engine.requests import FinishedEvent
 from service.answer import Prepared, Question, spread
 from service.answer_reader import Forms, message_of
-from service.asking import asking
+from service.asking import AskerDep, asking
 from service.bodies import ChatBody
-from service.callers import Caller, CallerDep, chat_caller, text_to_retrieve
+from service.callers import Caller, chat_caller, text_to_retrieve
 from service.chunks import ChatChoices, finish_reason, stream_frames
 from service.constrain import compiled, wanted_of
-from service.context import PartsDep, RequestId
 from service.headers import expert_headers
 from service.messages import NamedTool
 from service.names import wish_for
@@ -45,10 +44,11 @@ class Conversation:
 
 
 @router.post("/v1/chat/completions")
-async def chat(body: ChatBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep) -> Response:
+async def chat(body: ChatBody, request: Request, asker: AskerDep) -> Response:
     """Answer a conversation, in OpenAI's form. `model` or `expert` may name a task, else the user's last message tells
     it; the receipt is in `usage.expert`. With `stream` as chunks."""
-    with asking(name, caller, parts) as began:
+    name, caller, parts = asker
+    with asking(*asker) as began:
         asked = await asyncio.to_thread(prepare_chat, body, name, parts, chat_caller(caller, body))
         running = submit(asked.rows, parts, began)
     reply = Reply.to_chat(body.model, parts)

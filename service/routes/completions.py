@@ -12,12 +12,11 @@ from starlette.responses import JSONResponse, Response
 
 from engine.requests import FinishedEvent
 from service.answer import Prepared, Question, spread
-from service.asking import asking
+from service.asking import AskerDep, asking
 from service.bodies import CompletionBody
-from service.callers import Caller, CallerDep, openai_caller
+from service.callers import Caller, openai_caller
 from service.chunks import CompletionChoices, stream_frames
 from service.constrain import compiled, wanted_of
-from service.context import PartsDep, RequestId
 from service.headers import expert_headers
 from service.names import wish_for
 from service.parts import Parts
@@ -37,12 +36,11 @@ OPENAI_LIMIT = 16  # tokens of a completion that names no limit, as OpenAI's cli
 
 
 @router.post("/v1/completions")
-async def complete(
-    body: CompletionBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep
-) -> Response:
+async def complete(body: CompletionBody, request: Request, asker: AskerDep) -> Response:
     """Continue a text, or several, in OpenAI's form. `model` or `expert` may name a task; the receipt is in
     `usage.expert`. With `stream` as chunks."""
-    with asking(name, caller, parts) as began:
+    name, caller, parts = asker
+    with asking(*asker) as began:
         prepared = await asyncio.to_thread(prepare_completions, body, name, parts, openai_caller(caller, body))
         running = submit(prepared, parts, began)
     reply = Reply.to_completion(body.model, parts)

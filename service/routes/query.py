@@ -15,9 +15,8 @@ from engine.requests import FinishedEvent
 from engine.text import Tokenizer
 from service.answer import Prepared, Question, prepare
 from service.answer_reader import AnswerReader, Forms, message_of
-from service.asking import asking
-from service.callers import Caller, CallerDep
-from service.context import PartsDep, RequestId
+from service.asking import AskerDep, asking
+from service.callers import Caller
 from service.described import EVENTS
 from service.headers import expert_headers
 from service.merging import merged
@@ -34,10 +33,11 @@ router = APIRouter(tags=["query"])
 
 
 @router.post("/v1/query", responses=EVENTS)
-async def query(body: QueryBody, request: Request, name: RequestId, caller: CallerDep, parts: PartsDep) -> Response:
+async def query(body: QueryBody, request: Request, asker: AskerDep) -> Response:
     """Ask. The task is retrieved by the query's words unless `task` names one; `receipt` says what the answer was
     served from. With `stream` the events `task`, `token` and `done`."""
-    with asking(name, caller, parts) as began:
+    name, caller, parts = asker
+    with asking(*asker) as began:
         prepared = await asyncio.to_thread(prepare_query, body, name, parts, caller.saying(body))
         running = submit([prepared], parts, began)
     if body.stream:

@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from service.answer import decision
-from service.callers import Caller, CallerDep
-from service.context import PartsDep, RequestId
+from service.asking import AskerDep
+from service.callers import Caller
 from service.parts import Parts
 from service.retrieval import Retrieval
 from service.schemas import RetrieveBody
@@ -19,11 +19,11 @@ router = APIRouter(tags=["query"])
 
 
 @router.post("/v1/retrieve")
-async def retrieve(body: RetrieveBody, name: RequestId, caller: CallerDep, parts: PartsDep) -> dict[str, Any]:
+async def retrieve(body: RetrieveBody, asker: AskerDep) -> dict[str, Any]:
     """Which task a query belongs to: null where none is near enough. Nothing is generated."""
-    found = await asyncio.to_thread(retrieve_and_store, body.query, name, caller, parts)
+    found = await asyncio.to_thread(retrieve_and_store, body.query, *asker)
     return {
-        "id": name,
+        "id": asker.name,
         "task": found.task,
         "nearest": found.nearest,
         "similarity": found.similarity,
