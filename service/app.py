@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 
 from service.audit import keep_audit
 from service.characters import refuse_half_characters
@@ -63,6 +63,12 @@ ROUTES = (  # a request is compared with one after the other: first those of que
 )
 
 
+async def refuse_early(request: Request) -> None:
+    """What holds on every route. One dependency, and a coroutine: see asking.py and context.py."""
+    refuse_unknown(request)
+    await refuse_half_characters(request)
+
+
 def create_app(
     open_parts: Callable[[], AbstractContextManager[Parts]],
     on_failure: Callable[[], None] = lambda: None,
@@ -103,7 +109,7 @@ def create_app(
         lifespan=lifespan,
         telemetry=TELEMETRY,
         responses=ERRORS,
-        dependencies=[Depends(refuse_unknown), Depends(refuse_half_characters)],
+        dependencies=[Depends(refuse_early)],
         docs_url=None,  # the framework's pages load their scripts from elsewhere; the console has our own
         redoc_url=None,
     )
