@@ -93,6 +93,10 @@ def test_the_apis_own_page_tells_every_route_and_a_call_to_copy(site: str, visit
     expect(page.get_by_role("heading", level=1, name="API")).to_be_visible()
     routes = [(method, path) for path, item in app.openapi()["paths"].items() for method in item]
     expect(page.get_by_text(f"{len(routes)} of {len(routes)} routes")).to_be_visible()
+    above, below = (page.locator("main .card").filter(visible=True).nth(n).bounding_box() for n in range(2))
+    assert above is not None
+    assert below is not None
+    assert below["y"] - above["y"] - above["height"] == pytest.approx(16, abs=1)  # cards stand apart, as on every page
     page.get_by_label("Find a route or a field").fill("prefetch")
     expect(page.locator("summary").filter(visible=True)).to_have_count(1)
     opened = page.locator("details").filter(has_text="/v1/residency/prefetch")
