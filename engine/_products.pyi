@@ -45,6 +45,23 @@ def many(
 def combine(
     y: int, slots: list[int], weights: int, weights_dtype: int, out: int, dtype: int, tokens: int, hidden: int, /
 ) -> None: ...
+def convert(
+    chosen: int,
+    kind: int,
+    stored: int,
+    scales_dtype: int,
+    scales: int,
+    dtype: int,
+    to: int,
+    rows: int,
+    columns: int,
+    to_row: int,
+    to_column: int,
+    block_rows: int,
+    block_columns: int,
+    threads: int,
+    /,
+) -> None: ...
 def norm(dtype: int, x: int, weights: int, out: int, rows: int, columns: int, eps: float, /) -> None: ...
 def attend(
     chosen: int,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.fp8 import dequantise
+from engine.conversion import convert, convert_fp8
 from engine.layout import DTYPES, Renaming
 from engine.reader import Reader
 from engine.transfer import Extent
@@ -141,9 +141,9 @@ def _scales_of(span: TensorSpan, checkpoint: CheckpointMap, experts: ExpertMap, 
 def _convert(span: TensorSpan, scales: Scales | None, target: Tensor, reader: Reader) -> None:
     host = _on_host(span, reader)
     if scales is None:
-        target.copy_(host)
+        convert(host, target)
     else:
-        dequantise(host, *scales, target)
+        convert_fp8(host, *scales, target)
 
 
 def _on_host(span: TensorSpan, reader: Reader) -> Tensor:

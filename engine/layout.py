@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.core_model_loading import rename_source_key as rename
 
-from engine.fp8 import Scratch, dequantise
+from engine.conversion import convert, convert_fp8
+from engine.fp8 import Scratch
 from store.block_scales import FP8, is_scale, scale_name
 from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
@@ -81,7 +82,7 @@ class SlotLayout:
     def fill(self, views: Sequence[Tensor], span: ExpertSpan, stored: Tensor, scratch: Scratch | None = None) -> None:
         """One expert's slot from its parts as they lie in the files, at their places in the u8 tensor `stored`.
 
-        FP8 parts are worked on in `scratch`, which is made anew where it is not given.
+        FP8 parts are worked on in `scratch` where they need one, which is made anew where it is not given.
         """
         held = {
             part.projection: stored[start:end].view(DTYPES[part.dtype]).view(part.shape)
@@ -90,9 +91,9 @@ class SlotLayout:
         for projection in self.landings:
             target = self.target(projection, views)
             if held[projection].dtype == DTYPES[FP8] and self.block is not None:
-                dequantise(held[projection], held[scale_name(projection)], self.block, target, scratch)
+                convert_fp8(held[projection], held[scale_name(projection)], self.block, target, scratch)
             else:
-                target.copy_(held[projection])
+                convert(held[projection], target)
 
     def target(self, projection: str, views: Sequence[Tensor]) -> Tensor:
         """The part's place inside one expert's parameters."""

@@ -167,7 +167,8 @@ def needs_staging(card: ModelCard, config: EngineConfig, dtype: str) -> bool:
 
 
 def _staging(card: ModelCard, config: EngineConfig, dtype: str) -> int:
-    """The reader's buffers; the ring's, as many bytes as one of them on a device of its own, and scratch for FP8."""
+    """The reader's buffers; the ring's, as many bytes as one of them on a device of its own, and scratch for FP8: a few
+    rows, which only torch's conversion takes. Which one it will be is not known without torch."""
     reader = READER_THREADS * reader_bytes(card)
     if not needs_staging(card, config, dtype):
         return reader

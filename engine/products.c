@@ -14,7 +14,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 
-enum { FLOAT32, BFLOAT16 };
+enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT8 }; /* the last two are only read: products_convert.h */
 enum { SILU, GELU, GELU_TANH, RELU };
 
 #define LINE 64                 /* bytes of a cache line */
@@ -99,6 +99,26 @@ static struct matrix down_of(const struct layout *l, const char *slot)
     return (struct matrix){slot + l->down, l->down_bias < 0 ? NULL : slot + l->down_bias, l->hidden, l->inner, l->inner};
 }
 
+static INLINE long size_of(const int dtype)
+{
+    return dtype == FLOAT8 ? 1 : dtype == FLOAT32 ? 4 : 2;
+}
+
+/* A matrix [rows, columns], stored in one piece, and where it goes: `to_row` and `to_column` are strides there, in entries.
+ * Scales [rows / block_rows, columns / block_columns], both rounded up; NULL for none. */
+struct conversion {
+    int kind, dtype, scales_dtype;
+    const char *from, *scales;
+    char *to;
+    long rows, columns, to_row, to_column, block_rows, block_columns;
+};
+
+static INLINE const char *scales_of(const struct conversion *c, long row)
+{
+    const long blocks = (c->columns + c->block_columns - 1) / c->block_columns;
+    return c->scales ? c->scales + row / c->block_rows * blocks * size_of(c->scales_dtype) : NULL;
+}
+
 #define PASTE(a, b) a##_##b
 #define EXPAND(a, b) PASTE(a, b)
 
@@ -112,6 +132,7 @@ static struct matrix down_of(const struct layout *l, const char *slot)
 #define VECTORS 2
 #include "products_variant.h"
 #include "products_many_variant.h"
+#include "products_convert_variant.h"
 #undef NAME
 #undef LANES
 #undef BLOCK
@@ -129,6 +150,7 @@ static struct matrix down_of(const struct layout *l, const char *slot)
 #define VECTORS 2
 #include "products_variant.h"
 #include "products_many_variant.h"
+#include "products_convert_variant.h"
 #undef NAME
 #undef LANES
 #undef BLOCK
@@ -149,11 +171,13 @@ static struct matrix down_of(const struct layout *l, const char *slot)
 #endif
 #include "products_variant.h"
 #include "products_many_variant.h"
+#include "products_convert_variant.h"
 
 typedef void (*multiply_t)(const struct matrix *, int, const float *const *, long, float *const *, long, long);
 typedef void (*attend_t)(const struct cache *, const struct seen *, int, const float *const *, float *, float *const *);
 typedef void (*activate_t)(const struct layout *, float *);
 typedef void (*expert_t)(const struct layout *, const char *, const char *, long, const long *, long, float *, float *);
+typedef void (*convert_t)(const struct conversion *, long, long);
 
 static const struct {
     const char *name;
@@ -161,16 +185,17 @@ static const struct {
     attend_t attend;
     activate_t activate;
     expert_t expert;
+    convert_t convert;
     long rows; /* that `expert` takes at a time */
 } sets[SETS] = {
 #if SETS == 3
-    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, 32},
-    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, 16},
-    {"SSE2", multiply_base, attend_base, activate_base, expert_base, 8},
+    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, convert_v4, 32},
+    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, convert_v3, 16},
+    {"SSE2", multiply_base, attend_base, activate_base, expert_base, convert_base, 8},
 #elif defined(__aarch64__)
-    {"NEON", multiply_base, attend_base, activate_base, expert_base, 16},
+    {"NEON", multiply_base, attend_base, activate_base, expert_base, convert_base, 16},
 #else
-    {"portable", multiply_base, attend_base, activate_base, expert_base, 8},
+    {"portable", multiply_base, attend_base, activate_base, expert_base, convert_base, 8},
 #endif
 };
 
@@ -613,6 +638,7 @@ static PyObject *py_attend(PyObject *self, PyObject *args)
 
 #include "products_block.h"
 #include "products_layer.h"
+#include "products_convert.h"
 
 static PyMethodDef methods[] = {
     {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
@@ -638,6 +664,9 @@ static PyMethodDef methods[] = {
      "to, out, threads)"},
     {"shared", py_shared, METH_VARARGS,
      "(set, (dtype, activation, weights and bias of gate, up, down and share, hidden, inner), x, tokens, out, threads)"},
+    {"convert", py_convert, METH_VARARGS,
+     "(set, kind, stored, dtype of scales, scales, dtype, to, rows, columns, strides of rows and columns there, rows and columns "
+     "of a block, threads)"},
     {"norm", py_norm, METH_VARARGS, "(dtype, x, weights, out, rows, columns, eps)"},
     {NULL, NULL, 0, NULL},
 };

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engine.layout import SlotLayout
-
 if TYPE_CHECKING:
     from engine.kvcache import PooledLayer
     from engine.layer_shape import LayerShape, Limits, Room
+    from engine.layout import SlotLayout
     from engine.shared_expert import SharedExpert
 
 try:  # after torch, whose OpenMP runtime it then shares
@@ -30,9 +29,16 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "tiles") else "built from older sources"
+    missing = "" if hasattr(compiled, "convert") else "built from older sources"
 
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
+STORED: Mapping[torch.dtype, int] = {**DTYPES, torch.float16: 2, torch.float8_e4m3fn: 3}  # the last two are only read
+CONVERTED = frozenset({  # what is stored, and what is served; halves to float32 torch makes as fast
+    (torch.float8_e4m3fn, torch.bfloat16),
+    (torch.float8_e4m3fn, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.bfloat16),
+})  # fmt: skip
 ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch or transformers
     "SiLU": 0,
     "SiLUActivation": 0,
@@ -305,6 +311,22 @@ class Products:
         compiled.shared(self._set, shared.fields, x.data_ptr(), len(x), out.data_ptr(), torch.get_num_threads())
         return out
 
+    def convert(
+        self, stored: Tensor, target: Tensor, scales: Tensor | None = None, block: tuple[int, int] = (1, 1)
+    ) -> None:
+        """`stored` [N, K], in one piece, into `target` [N, K] of another dtype, rounded once. FP8 is multiplied by
+        `scales` [ceil(N / n), ceil(K / k)], `block` being (n, k). Waits for nobody who holds the interpreter.
+        """
+        rows, columns = stored.shape
+        scales_dtype = 0 if scales is None else DTYPES[scales.dtype]
+        to_row, to_column = target.stride()
+        block_rows, block_columns = (max(1, rows), max(1, columns)) if scales is None else block
+        compiled.convert(
+            self._set, STORED[stored.dtype], stored.data_ptr(), scales_dtype, _address(scales),
+            DTYPES[target.dtype], target.data_ptr(), rows, columns, to_row, to_column, block_rows, block_columns,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Each row of `x` [..., K] by its root mean square, times `weight` [K] of the same dtype."""
         x = x.contiguous()
@@ -314,6 +336,11 @@ class Products:
             DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // columns, columns, eps
         )
         return y
+
+
+def converts(stored: torch.dtype, served: torch.dtype) -> bool:
+    """Whether `Products.convert` makes the one into the other, on the host."""
+    return not missing and (stored, served) in CONVERTED
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:

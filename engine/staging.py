@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from engine.conversion import needs_scratch
 from engine.fp8 import Scratch
 from engine.layout import SlotLayout
 from engine.plan import RingShape
@@ -35,7 +36,7 @@ class Staging:
     def __init__(self, layout: SlotLayout, experts: ExpertMap, shape: RingShape, device: torch.device) -> None:
         self._layout, self._nbytes = layout, shape.nbytes
         self.buffers = [Buffer(shape.nbytes, pinned=device.type == "cuda") for _ in range(shape.buffers)]
-        self._scratch = _scratch(experts, device)
+        self._scratch = _scratch(experts, device) if needs_scratch(layout.dtype, on_host=device.type == "cpu") else None
         self._device = None if device.type == "cpu" else _DeviceCopy(shape.nbytes, device)
 
     @property
