@@ -19,7 +19,7 @@ from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
 from engine.constraints import Words
-from engine.harmony import CHANNEL, MARKS, TURN
+from engine.harmony import MARKS, SIGNS, TURN
 from engine.thought_form import ThoughtForm, thought_form_of
 from engine.tool_form import QUESTION, ToolForm, form_of
 from store.errors import CheckpointError, InvalidInput
@@ -116,7 +116,8 @@ class Tokenizer:
     def has_channels(self) -> bool:
         """Whether the model answers in channels (engine/harmony.py), by its chat template and its vocabulary."""
         known = self._tokenizer.get_vocab()
-        return any(CHANNEL in source for source in self._template_sources) and all(mark in known for mark in MARKS)
+        written = any("<|channel|>" in source for source in self._template_sources)
+        return written and all(mark in known for mark in MARKS)
 
     @cached_property
     def calls_in_channels(self) -> bool:
@@ -129,10 +130,9 @@ class Tokenizer:
             return False
 
     @cached_property
-    def _unspoken(self) -> frozenset[int]:
-        """The special tokens but for the marks of channels."""
-        special = {token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special}
-        return frozenset(special) - set(self._tokenizer.convert_tokens_to_ids(list(MARKS)))
+    def _signs(self) -> Mapping[int, str]:
+        """The signs of channels' marks, by their tokens."""
+        return {self._tokenizer.convert_tokens_to_ids(mark): sign for mark, sign in SIGNS.items()}
 
     def _is_text(self, marks: str) -> bool:
         """Whether they come out of `decode`, which leaves special tokens out."""
@@ -171,9 +171,19 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{code:02x}" for code in raw), raw
 
     def decode(self, tokens: Sequence[int], *, channels: bool = False) -> str:
-        """Special tokens left out; with `channels`, which takes a model that has them, their marks stay in."""
-        kept = [token for token in tokens if token not in self._unspoken] if channels else list(tokens)
-        text: str = self._tokenizer.decode(kept, skip_special_tokens=not channels, clean_up_tokenization_spaces=False)
+        """Special tokens left out; with `channels`, which takes a model that has them, their marks are signs in it."""
+        if not channels:
+            return self._plain(tokens)
+        text, run = "", list[int]()
+        for token in tokens:
+            if token in self._signs:
+                text, run = text + self._plain(run) + self._signs[token], []
+            else:
+                run.append(token)
+        return text + self._plain(run)
+
+    def _plain(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from engine.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, RECIPIENT, START
+from engine.harmony import MARKS, RECIPIENT
+
+START, CHANNEL, MESSAGE, END, CONSTRAIN = MARKS  # as a grammar names special tokens
 
 Turn = Mapping[str, Any]
 

@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer as RawTokenizer
 
 from engine.constraints import Constraint
-from engine.harmony import MARKS
+from engine.harmony import MARKS, SIGNS, spelt
 from engine.text import Tokenizer
 from engine.tiny import write_tiny
 from engine.tool_form import GENERIC
@@ -69,6 +69,13 @@ PREAMBLE = "<|channel|>commentary<|message|>I set it.<|end|><|start|>assistant"
 BEHIND = '<|channel|>commentary to=functions.set_timer <|constrain|>json<|message|>{"minutes":5}'
 BEFORE = ' to=functions.set_timer<|channel|>commentary json<|message|>{"minutes":5}'
 FINAL = "<|channel|>final<|message|>Five minutes."
+
+
+def signed(text: str) -> str:
+    """As it is decoded from special tokens."""
+    for mark, sign in SIGNS.items():
+        text = text.replace(mark, sign)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +189,13 @@ def test_answers_are_taken_apart_however_the_text_arrives(seed: int) -> None:
         thoughts, said, text = list[str](), list[str](), ""
         for _ in range(rng.randrange(4)):
             channel, written = rng.choice([("analysis", thoughts), ("commentary", said)])
-            written.append(rng.choice(["hm", "a\nb", "to=functions.f", "<|", '{"a": 1}']))
-            text += f"<|channel|>{channel}<|message|>{written[-1]}<|end|><|start|>assistant"
+            written.append(rng.choice(["hm", "a\nb", "to=functions.f", "<|end|>", '{"a": 1}']))
+            head, tail = signed(f"<|channel|>{channel}<|message|>"), signed("<|end|><|start|>assistant")
+            text += head + written[-1] + tail
         arguments = json.dumps({"k": rng.choice(['}"\\', "<|end|>", "<|channel|>", 1, [[{}]]]), "n": {}})
         name = rng.choice(["f", "get-it.now"])
-        text += rng.choice([BEHIND, BEFORE]).replace("set_timer", name).replace('{"minutes":5}', arguments)
+        call = signed(rng.choice([BEHIND, BEFORE]))
+        text += call.replace("set_timer", name).replace('{"minutes":5}', arguments)
         assert read(text, rng) == ("\n\n".join(thoughts), "\n\n".join(said), [(name, arguments)]), text
 
 
@@ -207,14 +216,14 @@ def read(text: str, rng: random.Random) -> tuple[str, str, list[tuple[str, str]]
 
 
 def test_a_call_that_the_limit_cut_shows_what_there_is() -> None:
-    message = message_of(NOTE + BEHIND[:-2], Forms(IN_CHANNELS, channels=True))
+    message = message_of(signed(NOTE + BEHIND[:-2]), Forms(IN_CHANNELS, channels=True))
     assert message["reasoning_content"] == "I need the timer."
     assert message["tool_calls"][0]["function"] == {"name": "set_timer", "arguments": '{"minutes":'}
-    assert "tool_calls" not in message_of(BEHIND.partition("<|message|>")[0], Forms(IN_CHANNELS, channels=True))
+    assert "tool_calls" not in message_of(signed(BEHIND.partition("<|message|>")[0]), Forms(IN_CHANNELS, channels=True))
 
 
 def test_without_tools_a_call_is_a_thought() -> None:
-    assert message_of(BEHIND, Forms(channels=True)) == {
+    assert message_of(signed(BEHIND), Forms(channels=True)) == {
         "role": "assistant", "content": "", "reasoning_content": '{"minutes":5}',
     }  # fmt: skip
 
@@ -254,7 +263,7 @@ def test_a_call_of_the_models_own_choice_comes_back_as_one(client: openai.OpenAI
 def test_thought_preamble_and_call_come_back_apart(
     parts: Parts, worker: Any, live: Callable[[Any], AbstractContextManager[str]], stream: bool
 ) -> None:
-    worker.text = NOTE + PREAMBLE + BEHIND
+    worker.text = signed(NOTE + PREAMBLE + BEHIND)
     app = create_app(lambda: nullcontext(replace(parts, worker=worker)))
     with live(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         answer = ask(client, tools=[TIMER], stream=stream)
@@ -320,4 +329,4 @@ def _called(name: str, function: str, arguments: dict[str, Any]) -> dict[str, An
 def shown(api: str, tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> str:
     """What the model reads of a chat, `<|call|>` left out."""
     found = httpx.post(f"{api}/tokenize", json={"messages": messages, "tools": [TIMER, LIGHT]}).json()
-    return tokenizer.decode(found["tokens"], channels=True)
+    return spelt(tokenizer.decode(found["tokens"], channels=True))

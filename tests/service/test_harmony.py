@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from tokenizers import Tokenizer as RawTokenizer
 
-from engine.harmony import MARKS
+from engine.harmony import CHANNEL, MARKS, SIGNS
 from engine.text import Detokenizer, Tokenizer
 from engine.tiny import write_tiny
 from service.answer_reader import Forms, message_of
@@ -24,6 +24,7 @@ from service.settings import Settings
 from service.thought_reader import Thought
 
 CHANNELS = Forms(channels=True)
+TEXTS = ("analysis", "final", "commentary", " to=functions.f", "a", "b\n", "<", "<|", "|>", " ")
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
     "{% if false %}<|channel|>analysis{% endif %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
@@ -31,27 +32,40 @@ TEMPLATE = (
 WHOLE = "<|channel|>analysis<|message|>hm, 6 * 7<|end|><|start|>assistant<|channel|>final<|message|>42"
 
 
+def signed(text: str) -> str:
+    """As it is decoded from special tokens."""
+    for mark, sign in SIGNS.items():
+        text = text.replace(mark, sign)
+    return text
+
+
+def named(text: str) -> str:
+    for mark, sign in SIGNS.items():
+        text = text.replace(sign, mark)
+    return text
+
+
 def reference(text: str) -> tuple[str, str]:
     """Thought and answer by expressions over the whole text."""
-    if not text.lstrip().startswith("<|channel|>"):
-        return "", text
+    if not text.lstrip().startswith(CHANNEL):
+        return "", named(text)
     told: dict[bool, list[str]] = {True: [], False: []}
-    one = r"(.*?)<\|message\|>(.*?)(?:<\|end\|>|(?=<\|start\|>|<\|channel\|>)|\Z)"
+    one = signed(r"(.*?)<|message|>(.*?)(?:<|end|>|(?=<|start|>)|(?=<|channel|>)|\Z)")
     for header, body in re.findall(one, text, re.DOTALL):
-        name = re.findall(r"\A\s*(\w*)", header.rsplit("<|channel|>", 1)[-1])[0]
+        name = re.findall(r"\A\s*(\w*)", header.rsplit(CHANNEL, 1)[-1])[0]
         said = name == "final" or (name == "commentary" and " to=" not in header)
-        told[said] += [body] if body else []
+        told[said] += [named(body)] if body else []
     return "\n\n".join(told[False]), "\n\n".join(told[True])
 
 
-WORDS = (*MARKS, *MARKS, "analysis", "final", "commentary", " to=functions.f", "a", "b\n", "<", "<|", "|>", " ")
+WORDS = (*SIGNS.values(), *SIGNS.values(), *MARKS, *TEXTS)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_channels_are_told_apart_however_the_text_arrives(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(400):
-        text = rng.choice(["", "<|channel|>", WHOLE]) + "".join(rng.choices(WORDS, k=rng.randrange(12)))
+        text = rng.choice(["", CHANNEL, signed(WHOLE)]) + "".join(rng.choices(WORDS, k=rng.randrange(12)))
         reader, pieces, at = ChannelReader(), list[Thought | str](), 0
         while at < len(text):
             step = rng.randrange(1, 9)
@@ -79,8 +93,16 @@ def test_channels_are_told_apart_however_the_text_arrives(seed: int) -> None:
     ],
 )
 def test_a_message_has_the_final_channel_as_its_content(text: str, thought: str | None, said: str) -> None:
-    message = message_of(text, CHANNELS)
+    message = message_of(signed(text), CHANNELS)
     assert (message.get("reasoning_content"), message["content"]) == (thought, said)
+
+
+def test_a_mark_that_is_only_spelt_out_is_text(folder: Path) -> None:
+    """As in an answer about harmony: the same letters, by other tokens."""
+    tokenizer, said = Tokenizer(folder), "a text ends with <|end|>, and <|start|> comes next"
+    letters = [token for letter in said for token in tokenizer.encode(letter, special_tokens=False)]
+    tokens = (*tokenizer.encode("<|channel|>final<|message|>", special_tokens=False), *letters)
+    assert message_of(tokenizer.decode(tokens, channels=True), CHANNELS)["content"] == said
 
 
 def test_a_text_comes_out_as_it_is_written() -> None:
@@ -95,8 +117,8 @@ def test_a_text_comes_out_as_it_is_written() -> None:
         "<|start|>assistant",
         "<|channel|>final",
     )
-    assert [piece for text in texts for piece in reader.push(text)] == [Thought("I "), Thought("wonder")]
-    assert [reader.push(text) for text in ("<|message|>", "42", " it is")] == [[], ["42"], [" it is"]]
+    assert [piece for text in texts for piece in reader.push(signed(text))] == [Thought("I "), Thought("wonder")]
+    assert [reader.push(signed(text)) for text in ("<|message|>", "42", " it is")] == [[], ["42"], [" it is"]]
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +152,9 @@ def test_marks_stay_in_the_text_only_where_they_are_asked_for(folder: Path) -> N
     tokens = (*tokenizer.encode(WHOLE, special_tokens=False), *ends)
     assert tokenizer.has_channels
     assert tokenizer.decode(tokens) == "analysishm, 6 * 7assistantfinal42"
-    assert tokenizer.decode(tokens, channels=True) == WHOLE
+    assert tokenizer.decode(tokens, channels=True) == signed(WHOLE)
     shown = Detokenizer(tokenizer, channels=True)
-    assert "".join([*map(shown.push, tokens), shown.flush()]) == WHOLE
+    assert "".join([*map(shown.push, tokens), shown.flush()]) == signed(WHOLE)
 
 
 def test_a_template_without_channels_has_none(folder: Path, tmp_path: Path) -> None:
