@@ -120,6 +120,10 @@ def quality_command(
         int,
         typer.Option(min=0, help="Also what `profile --evolve` breeds of these scorers' choices, so many children."),
     ] = 0,
+    active: Annotated[
+        list[float] | None,
+        typer.Option(help="Repeatable: each selection with that share of a token's calls, too, by every rule."),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A folder that keeps what is measured: a killed run goes on from it.")
     ] = None,
@@ -132,7 +136,7 @@ def quality_command(
     from benchmarks.quality_means import means
     from profiler.bar import bar
 
-    grid = grid_of(items, task, scorer, allocator, stand_in, draws, few_shot, automatic, evolve)
+    grid = grid_of(items, task, scorer, allocator, stand_in, draws, few_shot, automatic, evolve, active)
     with bar() as report:
         rows = bench_quality(grid, report, checkpoint)
     averages = means(rows)

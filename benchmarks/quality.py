@@ -21,6 +21,7 @@ from profiler.allocation import UNIFORM, needs_of_allocators, select
 from profiler.allocators import PLAIN
 from profiler.batches import Encoded, encode_corpus
 from profiler.bred import room_for, spread
+from profiler.calls import RULES, Errors, budget_of, measure_errors, with_calls
 from profiler.channels.weights import of_weights
 from profiler.draws import draw
 from profiler.evaluate import Measured, judged_role
@@ -60,9 +61,14 @@ def bench_quality(grid: Grid, report: Report, folder: Path | None = None) -> lis
     """All rows of the grid. What `folder` holds of it already is not measured again; without one nothing is kept."""
     config = EngineConfig(bundled_model(), max_context=256, max_batch=ROWS, dtype=DTYPE, threads=THREADS, stand_ins=1)
     rows: list[Row] = []
+    errors = None
     with tempfile.TemporaryDirectory(prefix="moepager-quality-") as beside, Engine.open(config) as engine:
+        if grid.active:
+            for share in grid.active:
+                budget_of(share, engine.card.layers, engine.card.top_k)
+            errors = measure_errors(engine)
         for task in grid.tasks:
-            bench = _Bench(engine, grid, task, Runs(folder or Path(beside), engine.card.fingerprint, task))
+            bench = _Bench(engine, grid, task, Runs(folder or Path(beside), engine.card.fingerprint, task), errors)
             for text in bench.texts():
                 report(Progress(f"{task}, {text.name}", "evaluate", len(rows), len(rows)))
                 rows += bench.rows(text)
@@ -72,8 +78,8 @@ def bench_quality(grid: Grid, report: Report, folder: Path | None = None) -> lis
 class _Bench:
     """One task."""
 
-    def __init__(self, engine: Engine, grid: Grid, task: str, runs: Runs) -> None:
-        self.engine, self.grid, self.task, self.runs = engine, grid, task, runs
+    def __init__(self, engine: Engine, grid: Grid, task: str, runs: Runs, errors: Errors | None = None) -> None:
+        self.engine, self.grid, self.task, self.runs, self.errors = engine, grid, task, runs, errors
         self._calibration = encode_corpus(engine, corpus(task, "calibration"))
         self._test = _in_order(encode_corpus(engine, corpus(task, "test", grid.items)))
         self._evaluation = _in_order(encode_corpus(engine, corpus(task, "evaluation")))
@@ -90,14 +96,19 @@ class _Bench:
         allocators = (FEW_SHOT_ALLOCATOR,) if few else self.grid.allocators
         kinds = (NOTHING,) if few else self.grid.stand_ins
         candidates = self._candidates(text, scorers, allocators, self.grid.keeps, kinds)
-        rows = [self._row(text, one, self._measure(self._test, one.selection)) for one in candidates]
+        measured = list(candidates) if few else [*candidates, *self._with_fewer_calls(candidates)]
         if self.grid.evolve and not few:
-            rows += [
-                self._row(text, one, self._measure(self._test, one.selection)) for one in self._bred(text, candidates)
-            ]
+            measured += self._bred(text, candidates)
         if self.grid.automatic and not few:
-            rows += [self._row(text, one, self._measure(self._test, one.selection)) for one in self._chosen(text)]
-        return rows
+            chosen = list(self._chosen(text))
+            measured += [*chosen, *self._with_fewer_calls(chosen)]
+        return [self._row(text, one, self._measure(self._test, one.selection)) for one in measured]
+
+    def _with_fewer_calls(self, candidates: Sequence[StoredSelection]) -> Iterator[StoredSelection]:
+        """What `profile --active` would make of them."""
+        if self.errors is not None:
+            for one, share, rule in product(candidates, self.grid.active, RULES):
+                yield with_calls(self.errors, one, share, rule)
 
     def _candidates(
         self,
@@ -165,8 +176,8 @@ class _Bench:
         return self.runs.statistics(name, make)
 
     def _measure(self, items: Sequence[Encoded], selection: Selection | None) -> Measured:
-        complete = selection is not None and len(selection) == self.engine.card.layers * self.engine.card.experts
-        kept = None if complete else selection
+        whole = Selection.whole(self.engine.card.layers, self.engine.card.experts)
+        kept = None if selection == whole else selection
         role = judged_role(items)
         return self.runs.measured(items, kept, lambda part: evaluate_forced(self.engine, part, kept, ROWS, role))
 
@@ -185,6 +196,8 @@ class _Bench:
             coverage=measured.coverage,
             items=measured.items,
             stand_in=one.stand_in,
+            active=one.active,
+            calls_by=one.calls_by,
         )
 
 

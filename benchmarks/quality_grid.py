@@ -23,7 +23,8 @@ class Grid:
 
     `few_shot` numbers of items are drawn as often, for `scorers` that need no extras, with one allocator. The automatic
     choice is made from every draw and from the text as it is, never from a few items; so are the selections that are
-    bred by so many children as `evolve` says (0: none).
+    bred by so many children as `evolve` says (0: none). At each share in `active` every selection of scorers, and the
+    automatic choice, is measured with fewer calls a token, too, shared out to the layers by every rule.
     """
 
     items: int = 100
@@ -36,6 +37,7 @@ class Grid:
     few_shot: tuple[int, ...] = ()
     automatic: bool = False
     evolve: int = 0
+    active: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         known = [task.name for task in TASKS]
@@ -61,6 +63,8 @@ class Row:
     coverage: float
     items: int
     stand_in: str = NOTHING
+    active: float = 1.0
+    calls_by: str = "all"
 
 
 def grid_of(
@@ -73,6 +77,7 @@ def grid_of(
     few_shot: str,
     automatic: bool,
     evolve: int = 0,
+    active: Sequence[float] | None = None,
 ) -> Grid:
     """From a command's options. Raises InvalidInput for a name that nobody knows and numbers that are none."""
     names = [name for name, one in SCORERS.items() if not one.needs & UNAVAILABLE]
@@ -91,4 +96,5 @@ def grid_of(
         few_shot=tuple(int(part) for part in parts),
         automatic=automatic,
         evolve=evolve,
+        active=tuple(active or ()),
     )

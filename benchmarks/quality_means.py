@@ -33,20 +33,24 @@ class Mean:
     nll: float
     coverage: float
     stand_in: str = NOTHING
+    active: float = 1.0
+    calls_by: str = "all"
 
     @property
     def way(self) -> str:
         parts = [self.scorer, *([self.allocator] if self.allocator != UNIFORM else [])]
-        return ", ".join([*parts, *([self.stand_in] if self.stand_in != NOTHING else [])])
+        parts += [self.stand_in] if self.stand_in != NOTHING else []
+        return ", ".join([*parts, *([f"{self.active:g} {self.calls_by}"] if self.active < 1 else [])])
 
 
 def means(rows: Sequence[Row]) -> list[Mean]:
     """Best first at each size, the largest size first. Where there are draws, the text as it is takes no part."""
     drawn = any(row.draw for row in rows)
-    groups: dict[tuple[float, str, str, str, int | None], list[Row]] = {}
+    groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if bool(row.draw) == drawn:
-            groups.setdefault((row.keep, row.scorer, row.allocator, row.stand_in, row.shots), []).append(row)
+            way = row.keep, row.scorer, row.allocator, row.stand_in, row.active, row.calls_by, row.shots
+            groups.setdefault(way, []).append(row)
     found = [_mean(group) for group in groups.values()]
     return sorted(found, key=lambda mean: (mean.shots or 0, -mean.keep, -mean.accuracy, mean.nll, mean.way))
 
@@ -71,6 +75,8 @@ def _mean(group: Sequence[Row]) -> Mean:
         nll=fmean(row.nll for row in group),
         coverage=fmean(row.coverage for row in group),
         stand_in=first.stand_in,
+        active=first.active,
+        calls_by=first.calls_by,
     )
 
 

@@ -30,8 +30,8 @@ def plot_quality(rows: Sequence[Row], means: Sequence[Mean], out: Path) -> None:
 def draw(rows: Sequence[Row], means: Sequence[Mean], mib_at: dict[float, float], out: Path) -> None:
     """One panel an allocator with every scorer's mean over the tasks; the last shows each task by the scorer and
     allocator that are best on average at the smallest size."""
-    means = [mean for mean in means if mean.stand_in == NOTHING]
-    rows = [row for row in rows if row.stand_in == NOTHING]
+    means = [mean for mean in means if mean.stand_in == NOTHING and mean.active == 1]
+    rows = [row for row in rows if row.stand_in == NOTHING and row.active == 1]
     allocators = sorted({mean.allocator for mean in means}, reverse=True)
     scorers = sorted({mean.scorer for mean in means})
     figure, panels = plt.subplots(1, len(allocators) + 1, figsize=(5 * len(allocators) + 5, 4.4), sharey=True)

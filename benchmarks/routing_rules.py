@@ -1,7 +1,8 @@
 """Rules that run fewer of the experts that the router chose, to save arithmetic: PESF, NAEE's skipping, LExI.
 
-For evaluation only, on plain transformers with a hook at every router; the engine serves none of them, since they free
-no memory that must be planned: any expert may still be called. A slot whose weight becomes 0 is a call that is saved.
+For evaluation only, on plain transformers with a hook at every router. The engine serves LExI's layers alone, as the
+router's own code weighs fewer experts (profiler/calls.py), and none of the others: none frees memory that must be
+planned, for any expert may still be called. A slot whose weight becomes 0 is a call that is saved.
 B rows, S length, T = B S tokens, E experts, K = top_k slots a token, best first.
 """
 
@@ -22,6 +23,7 @@ from demo.prepare import DTYPE, THREADS, corpus
 from engine.config import EngineConfig
 from engine.engine import Engine
 from profiler.batches import Batch, Encoded, encode_corpus, pad, shards
+from profiler.calls import share_out
 from profiler.progress import Progress, Report
 from profiler.statistics import PROMPT
 from store.home import bundled_model
@@ -83,29 +85,6 @@ def fewer(active: Sequence[int]) -> Rule:
         return _rescaled(weights, (torch.arange(weights.shape[1]) < active[layer]).expand_as(weights))
 
     return rule
-
-
-def share_out(errors: F64, budget: int) -> list[int]:
-    """LExI (2509.02753): how many slots run in each layer, `budget` in all, so that the errors' sum is the least.
-
-    `errors` [L, K]: of a layer with 1 ... K slots. Exact, by dynamic programming; `budget` is
-    from one slot a layer to all.
-    """
-    layers, slots = errors.shape
-    best = np.full((layers + 1, budget + 1), np.inf)
-    best[0, 0] = 0
-    taken = np.zeros((layers + 1, budget + 1), dtype=int)
-    for layer in range(layers):
-        for spent in range(budget + 1):
-            for count in range(1, min(slots, spent) + 1):
-                found = best[layer, spent - count] + errors[layer, count - 1]
-                if found < best[layer + 1, spent]:
-                    best[layer + 1, spent], taken[layer + 1, spent] = found, count
-    active = []
-    for layer in range(layers, 0, -1):
-        active.append(int(taken[layer, budget]))
-        budget -= active[-1]
-    return active[::-1]
 
 
 def bench_rules(tasks: Sequence[str], items: int, report: Report) -> list[RuleRow]:

@@ -88,7 +88,7 @@ class Choice:
         return (weights * self.scale).to(self.dtype), index.masked_fill(barred, self.experts)
 
     def _agrees_with_fewer(self, router: Any, forward: Route, x: Tensor) -> bool:
-        """Whether one expert a token is weighed as k are: some routers leave a single weight as it is."""
+        """Whether one expert a token is weighed as k are: one might leave a single weight as it is."""
         if self.top_k == 1 or not can_choose_fewer(router, forward, x.shape[1]):
             return True
         logits, weights, index = call_router(choosing(router, 1), x)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from engine.channels import Channels
 from engine.experts import PagedExperts
+from engine.kernels import pad_rows
 from engine.layerwise import Reached, decoder_layers, only, since
 from engine.observer import Observer
-from engine.restriction import groups_of, restrict
+from engine.restriction import call_router, groups_of, restrict
 from engine.routing import Routing
 from engine.skeleton import Skeleton
+from engine.top_k import choosing
 from store.errors import UnsupportedFamily
 
 if TYPE_CHECKING:
@@ -102,6 +104,16 @@ class Layers:
             )
         self._engine.admission.require_free_slot([None])
         return self._experts[layer].outputs(x.to(self._engine.device))
+
+    @torch.inference_mode()
+    def routed(self, layer: int, x: Tensor, calls: int) -> Tensor:
+        """What the routed experts of MoE layer `layer` together make of `x` [n, H], which router and experts are given
+        alike, by `calls` experts a token: [n, H]. Of `choosing`'s kind: see `Switchboard.fewer`.
+        """
+        self._engine.admission.require_free_slot([None])
+        x = x.to(self._engine.device)
+        _, weights, index = call_router(choosing(self._joints[layer].router, calls), pad_rows(x))
+        return self._experts[layer](x, index[: len(x)], weights[: len(x)])
 
     @torch.inference_mode()
     def expert_weights(self, layer: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

@@ -100,6 +100,11 @@ class MemoryPlan:
         """Of its experts, and of what stands in for the others."""
         return len(selection) * self.slot_bytes + (selection.stand_in.nbytes if selection.stand_in else 0)
 
+    def token_bytes(self, selection: Selection | None) -> int:
+        """What a token reads of experts: as many as it calls, in all layers."""
+        calls = None if selection is None else selection.calls
+        return self.slot_bytes * (self.layers * self.top_k if calls is None else sum(calls))
+
     def memory_for(self, keep: float) -> int:
         """The budget under which this share of every layer's experts is resident."""
         per_layer = max(self.top_k, round(keep * self.experts))

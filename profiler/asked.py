@@ -47,6 +47,7 @@ class Asked:
     keep: list[str] | None
     draws: int
     evolve: int
+    active: list[float] | None
     stream: bool | None
     part: str | None
     max_context: int | None
@@ -113,6 +114,7 @@ class Asked:
             stand_ins=tuple(choose_stand_ins(self.stand_in)),
             draws=self.draws,
             evolve=self.evolve,
+            active=tuple(sorted(set(self.active or ()), reverse=True)),
             rows=self.batch,
             model_name=self._model_name(),
             base=self.base,

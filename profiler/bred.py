@@ -67,7 +67,8 @@ def _starts(store: Store, profile: Profile, whole: int) -> dict[float, list[Sele
     """What the profile's scorers chose, by size; all experts can't be bred any better."""
     starts: dict[float, list[Selection]] = {}
     for one in store.selections.find(profile.id):
-        if one.scorer not in {*BASELINES, NAME} and one.stand_in == NOTHING and len(one.selection) < whole:
+        plain = one.stand_in == NOTHING and one.active == 1
+        if one.scorer not in {*BASELINES, NAME} and plain and len(one.selection) < whole:
             starts.setdefault(one.keep, []).append(one.selection)
     return starts
 

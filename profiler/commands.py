@@ -60,6 +60,13 @@ Draws = Annotated[
 Evolve = Annotated[
     int, typer.Option(min=0, help="Breed so many children of the selections at each size (EEP), on calibration items.")
 ]
+Active = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Repeatable: a share of a token's calls of experts, such as 0.5, at which the best selection of each size "
+        "is measured too, the calls shared out to the layers (LExI). Faster answers, not less memory."
+    ),
+]
 Description = Annotated[str, typer.Option(help="What the task is, for people.")]
 OnlyModel = Annotated[
     str | None, typer.Option(help="Refuse any other model than the one whose fingerprint this is (`doctor` says it).")
@@ -108,6 +115,7 @@ def profile(
     keep: Keep = None,
     draws: Draws = 0,
     evolve: Evolve = 0,
+    active: Active = None,
     embedder: Embedder = "minilm",
     description: Description = "",
     own_answers: OwnAnswers = None,

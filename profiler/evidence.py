@@ -142,7 +142,8 @@ def put_evaluations(
             store.evaluations.put(replace(measured[_served(stored)], selection=stored.id))
             continue
         whole = whole or evaluate(engine, held_out.items, None, held_out.rows)
-        complete = len(stored.selection) == engine.card.layers * engine.card.experts
+        every = len(stored.selection) == engine.card.layers * engine.card.experts
+        complete = every and stored.selection.calls is None
         here = whole if complete else evaluate(engine, held_out.items, stored.selection, held_out.rows)
         measured[_served(stored)] = as_evaluation(stored, held_out, here, whole)
         store.evaluations.put(measured[_served(stored)])
@@ -150,9 +151,9 @@ def put_evaluations(
         report(Progress(profile.task, "evaluate", len(missing), len(missing)))
 
 
-def _served(stored: StoredSelection) -> tuple[str, tuple[tuple[int, ...], ...]]:
+def _served(stored: StoredSelection) -> tuple[object, ...]:
     """What two selections of a profile that serve alike have in common, read from the store or with their vectors."""
-    return stored.stand_in, stored.selection.experts
+    return stored.stand_in, stored.selection.experts, stored.selection.calls
 
 
 def as_evaluation(stored: StoredSelection, held_out: HeldOut, here: Measured, whole: Measured) -> Evaluation:

@@ -19,13 +19,13 @@ SHOWN = 12  # selections in a message
 def subject_of(
     store: Store, shape: Shape, task: str, keep: float | None, scorer: str | None, allocator: str | None
 ) -> Subject:
-    """The one selection of the task's profile that fits what was said. Raises NotFound, or InvalidInput with those that
-    there are, where it is none or several."""
+    """The one selection of the task's profile that fits what was said; one of fewer calls has to be named by its id.
+    Raises NotFound, or InvalidInput with those that there are, where it is none or several."""
     profile = store.profiles.latest(shape.fingerprint, task, proven=True)
     if profile is None:
         raise NotFound(f"The store has no profile of task {task!r} for {shape.folder}. Make one: moepager profile.")
     found = store.selections.find(profile.id, scorer, keep)
-    fitting = [one for one in found if allocator in (None, one.allocator)]
+    fitting = [one for one in found if allocator in (None, one.allocator) and one.active == 1]
     if len(fitting) != 1:
         raise InvalidInput(
             f"{len(fitting)} selections of {profile.id} fit; one is wanted. Name it by --keep, --scorer and "
@@ -53,6 +53,12 @@ def export(subject: Subject, form: Form, file: Path) -> None:
         raise InvalidInput(
             f"In the selection {stored.id} mean outputs ({stored.stand_in}) stand in for the others, which no other "
             f"engine knows: {form.name} would serve something else. Export a selection without.",
+            param="selection",
+        )
+    if stored.selection.calls is not None and form.name != OWN:
+        raise InvalidInput(
+            f"In the selection {stored.id} a token calls {stored.active:g} of the model's experts, which the form "
+            f"{form.name} can't say: that engine would call all. Export a selection that calls all.",
             param="selection",
         )
     if file.exists():

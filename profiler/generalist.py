@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from engine.engine import Engine
 from profiler.allocation import choose_allocators
 from profiler.batches import encode_corpus
+from profiler.calls import check_active, put_fewer_calls
 from profiler.corpus import Corpus
 from profiler.doubts import judged
 from profiler.evidence import HeldOut, check_sizes
@@ -46,12 +47,14 @@ def profile_generalist(
     if evaluation is not None:
         _refuse_seen(parts, evaluation)
         held_out = HeldOut(encode_corpus(engine, evaluation), evaluation.content_hash, options.rows)
+    check_active(engine, options.active, held_out)
     with hold(options.folder, lock_name(engine.card, GENERALIST)):
         profile = _mean(store, engine.card.fingerprint, parts)
         task = TaskRecord(GENERALIST, f"The mean of {len(parts)} tasks: {', '.join(one.task for one in parts)}.")
         put_profile(store, model_record(engine, options.model_name), task, profile)
         put_evidence(engine, store, profile, (scorers, allocators, sizes), held_out, options, report)
         if held_out is not None:  # made of profiles, not of text, so there is nothing to draw anew
+            put_fewer_calls(engine, store, profile, options.active, held_out, report)
             put_prices(engine, store, profile, held_out, Pricing([], None, replace(options, draws=0)), report)
     return profile
 

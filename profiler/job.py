@@ -14,6 +14,7 @@ from engine.engine import Engine
 from profiler.allocation import UNIFORM, choose_allocators
 from profiler.batches import Encoded, encode_corpus
 from profiler.bred import put_evolved
+from profiler.calls import check_active, put_fewer_calls
 from profiler.channels.weights import of_weights
 from profiler.corpus import Corpus, refuse_overlap
 from profiler.doubts import judged
@@ -66,6 +67,7 @@ def profile_task(
     if options.search and evaluation is None:
         raise InvalidInput("A search judges by held-out items: give --eval FILE.", param="eval")
     text, held_out = _encode(engine, calibration, evaluation, options.rows)
+    check_active(engine, options.active, held_out)
     foreign = _encode(engine, calibration, others, options.rows)[1]
     exemplars = _embed(task.name, calibration, embedder, options.exemplars)
     with hold(options.folder, lock_name(engine.card, task.name)):
@@ -75,6 +77,7 @@ def profile_task(
         if options.evolve:
             put_evolved(engine, store, profile, text, options.evolve, held_out, report)
         if held_out is not None:
+            put_fewer_calls(engine, store, profile, options.active, held_out, report)
             put_prices(engine, store, profile, held_out, Pricing(text, foreign, options), report)
     return profile
 

@@ -26,7 +26,8 @@ class Options:
     layer by layer; None: where the budget does not hold the whole model. `search` measures only a few items for most of
     the scorers and allocators, and all items for the best and the baselines. `budgets` are sizes in bytes beside the
     shares in `keeps`. `draws` is how often the text is drawn anew to see what other text would have chosen,
-    `evolve` how many children of the selections are tried at each size.
+    `evolve` how many children of the selections are tried at each size. `active` are shares of a token's calls of
+    experts, below 1, at which the best selection of each size is measured too.
     `stand_ins` are kinds of store/stand_ins.py, `extras` statistics that nothing of all this reads. `merge` adds up the
     parts that other runs have made of the text: True wants all of them, None takes them where there are any.
     """
@@ -39,6 +40,7 @@ class Options:
     extras: Needs = NOTHING
     draws: int = 0
     evolve: int = 0
+    active: Sequence[float] = ()
     exemplars: int = EXEMPLARS
     rows: int = ROWS
     runs: Path | None = None  # where unfinished runs lie; the data folder's `runs` by default

@@ -81,14 +81,17 @@ def put_prices(
 
 
 def best_by_size(store: Store, profile: Profile, held_out: HeldOut) -> list[tuple[StoredSelection, Evaluation]]:
-    """What would serve at each size: of all but the baselines the best evidence on these items, the largest first."""
-    found: dict[float, tuple[StoredSelection, Evaluation]] = {}
+    """What would serve at each size and share of the calls: of all but the baselines the best evidence on these items,
+    the largest first.
+    """
+    found: dict[tuple[float, float], tuple[StoredSelection, Evaluation]] = {}
     for stored, evidence in store.evaluations.list(profile.id):
         if stored.scorer in BASELINES or evidence.evaluation_hash != held_out.content_hash:
             continue
-        if stored.keep not in found or _worse(stored, evidence) < _worse(*found[stored.keep]):
-            found[stored.keep] = stored, evidence
-    return [found[keep] for keep in sorted(found, reverse=True)]
+        size = stored.keep, stored.active
+        if size not in found or _worse(stored, evidence) < _worse(*found[size]):
+            found[size] = stored, evidence
+    return [found[size] for size in sorted(found, reverse=True)]
 
 
 def own_price(engine: Engine, stored: StoredSelection, evidence: Evaluation, draws: Sequence[Measurement]) -> Price:
@@ -192,10 +195,11 @@ def _statistics(
 
 
 def _reselect(engine: Engine, one: StoredSelection, statistics: Statistics) -> Selection:
-    """What the same scorer and allocator would keep in as many bytes."""
+    """What the same scorer and allocator would keep in as many bytes; calls depend on no text."""
     sizes = [engine.plan.slot_bytes] * engine.card.layers
     size = len(one.selection) * engine.plan.slot_bytes
     kept = select(SCORERS[one.scorer], one.allocator, statistics, size, sizes)
+    kept = replace(kept, calls=one.selection.calls)
     return attach(replace(one, selection=kept), statistics.arrays).selection
 
 

@@ -17,7 +17,7 @@ from store.intervals import wilson
 from store.records import Evaluation, Profile, StoredSelection
 from store.sizes import show_bytes
 
-LEFT = frozenset({"scorer", "allocator", "items of"})
+LEFT = frozenset({"scorer", "allocator", "calls", "items of"})
 
 
 def summary(store: Store, made: Profile) -> dict[str, Any]:
@@ -66,6 +66,9 @@ def _evaluation(stored: StoredSelection, evidence: Evaluation) -> dict[str, Any]
         "scorer": stored.scorer,
         "allocator": stored.allocator,
         "stand_in": stored.stand_in,
+        "active": stored.active,
+        "calls": stored.selection.calls,
+        "calls_by": stored.calls_by,
         "keep": stored.keep,
         "experts": len(stored.selection),
         "accuracy": evidence.accuracy,
@@ -79,13 +82,15 @@ def _evaluation(stored: StoredSelection, evidence: Evaluation) -> dict[str, Any]
 
 def _evaluations(found: dict[str, Any]) -> Table:
     title = f"{found['task']}: profile {found['profile_id']}, {found['tokens']} tokens, {found['seconds']:.1f} s"
-    table = _table(title, "scorer", "allocator", "keep", "experts", "accuracy", "95%", "retention", "nll", "coverage")
+    columns = ("keep", "calls", "experts", "accuracy", "95%", "retention", "nll", "coverage")
+    table = _table(title, "scorer", "allocator", *columns)
     for row in found["evaluations"]:
         low, high = row["accuracy_95"] or (None, None)
         table.add_row(
             row["scorer"],
             row["allocator"],
             f"{row['keep']:g}",
+            _calls(row),
             str(row["experts"]),
             _percent(row["accuracy"]),
             _range(low, high),
@@ -98,15 +103,15 @@ def _evaluations(found: dict[str, Any]) -> Table:
 
 def _prices(found: dict[str, Any]) -> Table:
     of = {row["selection"]: row for row in found["evaluations"]}
-    table = _table(
-        "what each size costs", "scorer", "allocator", "keep", "bytes", "items of", "accuracy", "95%", "draws"
-    )
+    columns = ("keep", "calls", "bytes", "items of", "accuracy", "95%", "draws")
+    table = _table("what each size costs", "scorer", "allocator", *columns)
     for price in found["prices"]:
         row = of[price["selection"]]
         table.add_row(
             row["scorer"],
             row["allocator"],
             f"{row['keep']:g}",
+            _calls(row),
             show_bytes(price["bytes"]),
             {"own": "the task", "others": "other tasks"}[price["text"]],
             _percent(price["accuracy"]),
@@ -114,6 +119,11 @@ def _prices(found: dict[str, Any]) -> Table:
             " ".join(_percent(accuracy) for accuracy, _ in price["draws"]) or "-",
         )
     return table
+
+
+def _calls(row: dict[str, Any]) -> str:
+    """The share of a token's calls of experts that is made, and by which rule."""
+    return "all" if row["calls"] is None else f"{row['active']:g} {row['calls_by']}"
 
 
 def _table(title: str, *columns: str) -> Table:

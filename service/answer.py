@@ -184,6 +184,8 @@ def make_receipt(prepared: Prepared, finished: FinishedEvent) -> Receipt:
         served_task=serving.served_task,
         scorer=serving.scorer,
         stand_in=serving.stand_in,
+        active=serving.active,
+        calls=serving.calls,
         selection=serving.selection.digest if serving.selection else None,
         prompt_tokens=finished.prompt_tokens,
         completion_tokens=finished.completion_tokens,

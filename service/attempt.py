@@ -33,6 +33,7 @@ REPEATED = {
     "allocators": "--allocator",
     "keeps": "--keep",
     "stand_ins": "--stand-in",
+    "active": "--active",
 }  # options of a job that are lists
 
 

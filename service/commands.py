@@ -22,6 +22,9 @@ StoreUrl = Annotated[str | None, typer.Option("--store", help="A database URL. D
 Embedder = Annotated[str | None, typer.Option(help="minilm, hash, or a sentence-transformers name or folder.")]
 Keep = Annotated[float | None, typer.Option(help="Share of the experts to serve with. Default: the most that fits.")]
 Scorer = Annotated[str | None, typer.Option(help="Whose selections to serve. Default: the best evidence.")]
+Active = Annotated[
+    float | None, typer.Option(help="Share of a token's calls of experts to make, as profiled. Default: 1, all.")
+]
 Context = Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")]
 Batch = Annotated[int | None, typer.Option(help="Requests that are decoded at once.")]
 Device = Annotated[str | None, typer.Option(help="Where the model runs, such as cpu or cuda:0.")]
@@ -44,6 +47,7 @@ def serve(
     threshold: Annotated[float | None, typer.Option(help="Least similarity. Default: calibrated.")] = None,
     keep: Keep = None,
     scorer: Scorer = None,
+    active: Active = None,
     mode: Annotated[
         str | None, typer.Option(help="Of requests that name none: mask, or auto (mask with a guard). Default: mask.")
     ] = None,
@@ -129,6 +133,7 @@ def plan(
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
     keep: Keep = None,
     scorer: Scorer = None,
+    active: Active = None,
     max_context: Context = None,
     max_batch: Batch = None,
     device: Device = None,

@@ -56,6 +56,10 @@ class ModelPlan:
             "keep": candidate.stored.keep,
             "scorer": candidate.stored.scorer,
             "stand_in": candidate.stored.stand_in,
+            "active": candidate.stored.active,
+            "calls": candidate.stored.selection.calls,
+            "calls_by": candidate.stored.calls_by,
+            "token_bytes": self.plan.token_bytes(candidate.stored.selection),
             "bytes": self.plan.bytes_of(candidate.stored.selection),
             "fits": self.plan.fits(candidate.stored.selection),
             "quality": evidence.retention,
@@ -68,7 +72,8 @@ class ModelPlan:
     def task(self, each: TaskPlan) -> dict[str, Any]:
         sizes = [self.size(candidate, each.prices) for candidate in each.sizes]
         names = ("keep", "scorer", "bytes", "quality", "accuracy", "nll", "low", "high", "draws", "load_seconds")
-        nothing = {**dict.fromkeys((*names, "stand_in", "others", "others_quality")), "fits": False}
+        calls = ("active", "calls", "calls_by", "token_bytes")
+        nothing = {**dict.fromkeys((*names, *calls, "stand_in", "others", "others_quality")), "fits": False}
         chosen = self.size(each.serves, each.prices) if each.serves else nothing
         as_good = each.as_good.stored.keep if each.as_good else None
         return {
@@ -114,7 +119,8 @@ def judgement(task: ProfiledTask) -> dict[str, Any]:
 
 
 def plan_task(task: ProfiledTask, policy: Policy) -> TaskPlan:
-    sizes = best_by_size(task, policy.scorer)
+    shares = sorted({candidate.stored.active for candidate in task.candidates}, reverse=True)
+    sizes = tuple(size for share in shares for size in best_by_size(task, policy.scorer, share))
     try:
         serves = choose_candidate(task, policy.keep, policy.scorer, policy)
         return TaskPlan(task.name, serves, None, sizes, task)
@@ -155,9 +161,10 @@ def _task_lines(found: ModelPlan, each: TaskPlan) -> Sequence[str]:
     for candidate in each.sizes:
         size = found.size(candidate, each.prices)
         mark = "served" if candidate == each.serves else "fits" if size["fits"] else "too big"
+        way = f"{size['scorer']}{_calls(size)}"
         lines.append(
             f"{each.task:<16} {size['keep']:>6.1%} {show_bytes(size['bytes']):>11} {_percent(size['quality']):>7} "
-            f"{_sure(size):>18} {_percent(size['others']):>8} {size['load_seconds']:>6.2f} s  {size['scorer']} ({mark})"
+            f"{_sure(size):>18} {_percent(size['others']):>8} {size['load_seconds']:>6.2f} s  {way} ({mark})"
         )
     if each.refusal:
         lines.append(f"{each.task:<16} {each.refusal}")
@@ -167,6 +174,13 @@ def _task_lines(found: ModelPlan, each: TaskPlan) -> Sequence[str]:
             "accuracy lies inside the interval of the size that serves."
         )
     return [*lines, *(f"{each.task:<16} doubt: {doubt}" for doubt in each.profiled.doubts)]
+
+
+def _calls(size: dict[str, Any]) -> str:
+    """Nothing where a token makes all of its calls."""
+    if size["calls"] is None:
+        return ""
+    return f", {size['active']:.0%} of the calls by {size['calls_by']}: {show_bytes(size['token_bytes'])} a token"
 
 
 def _sure(size: dict[str, Any]) -> str:

@@ -39,11 +39,12 @@ class Prefetched:
         }
 
 
-async def prefetch(task: str, keep: float | None, scorer: str | None, parts: Parts) -> Prefetched:
+async def prefetch(task: str, keep: float | None, scorer: str | None, active: float | None, parts: Parts) -> Prefetched:
     """Raises what a request of the task would, Busy where its experts do not fit beside those that requests hold now,
     and TimedOut."""
     policy = parts.policy
-    candidate = choose_candidate(parts.catalogue.named(task), keep or policy.keep, scorer or policy.scorer, policy)
+    named = parts.catalogue.named(task)
+    candidate = choose_candidate(named, keep or policy.keep, scorer or policy.scorer, policy, active)
     selection = candidate.stored.selection
     if not parts.engine.admission.has_room(selection, spare=False):
         raise Busy(

@@ -45,13 +45,18 @@ def price_tag(candidate: Candidate, prices: Sequence[Price]) -> PriceTag:
 
 
 def smallest_as_good(serves: Candidate, sizes: Sequence[Candidate], prices: Sequence[Price]) -> Candidate | None:
-    """The smallest size below the one that serves that the evidence can't tell from it; None if there is none."""
+    """The smallest size below the one that serves that the evidence can't tell from it, with as many calls a token;
+    None if there is none.
+    """
     low = price_tag(serves, prices).low
     if low is None:
         return None
     smaller = [
         one
         for one in sizes
-        if one.stored.keep < serves.stored.keep and one.evidence.accuracy is not None and one.evidence.accuracy >= low
+        if one.stored.keep < serves.stored.keep
+        and one.stored.active == serves.stored.active
+        and one.evidence.accuracy is not None
+        and one.evidence.accuracy >= low
     ]
     return min(smaller, key=lambda one: one.stored.keep, default=None)

@@ -16,7 +16,9 @@ Reason = Literal["pinned", "retrieved", "session", "below-threshold", "no-tasks"
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """`task` is what retrieval (or the request) named; `served_task` is whose profile was used, which differs for a
-    generalist. `keep` is 1.0 and `profile_id` None in exact mode: every expert was within reach. What the swap would
+    generalist. `keep` is 1.0 and `profile_id` None in exact mode: every expert was within reach. `active` is the share
+    of a token's calls of experts that was made, `calls` how many those are in each layer; 1.0 and None: all. What the
+    swap would
     cost was predicted when the request was submitted; null in exact mode, where only the routing tells.
 
     In mode auto `guard` is the bound and what it rests on, `level` the lowest that it saw. Where it `escalated` the
@@ -47,6 +49,8 @@ class Receipt:
     served_task: str | None
     scorer: str | None
     stand_in: str | None
+    active: float
+    calls: tuple[int, ...] | None
     selection: str | None
     prompt_tokens: int
     completion_tokens: int
@@ -58,5 +62,5 @@ class Receipt:
         """Field by field: `asdict` copies all deeply, and took a tenth of what the service adds to an answer."""
         said = {name: getattr(self, name) for name in self.__slots__}
         guard, escalated = (None if one is None else asdict(one) for one in (self.guard, self.escalated))
-        lists = {"ignored": list(self.ignored), "doubts": list(self.doubts)}
+        lists = {"ignored": list(self.ignored), "doubts": list(self.doubts), "calls": self.calls and list(self.calls)}
         return {**said, "guard": guard, "escalated": escalated, **lists}

@@ -71,7 +71,8 @@ class SamplingFields(BaseModel):
 class ExpertOptions(Body):
     """How a request chooses its experts. One of priority `background` never makes others wait for its experts;
     requests of one `session` keep their task until their queries drift. `max_swap_ms` refuses (503) what would wait
-    longer than that for its experts, as predicted; `alarm_rate` is that of mode auto, in the setting's place.
+    longer than that for its experts, as predicted; `alarm_rate` is that of mode auto, in the setting's place; `active`
+    is the share of a token's calls of experts that is made, for faster answers at the price in its evidence.
     """
 
     task: Text | None = None
@@ -80,11 +81,14 @@ class ExpertOptions(Body):
     scorer: Text | None = None
     max_swap_ms: Milliseconds | None = None
     alarm_rate: AlarmRate | None = None
+    active: Keep | None = None
     priority: Literal["normal", "background"] | None = None
     session: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     def wish(self) -> Wish:
-        return Wish(self.task, checked_mode(self.mode), self.keep, self.scorer, self.alarm_rate, self.max_swap_ms)
+        return Wish(
+            self.task, checked_mode(self.mode), self.keep, self.scorer, self.alarm_rate, self.max_swap_ms, self.active
+        )
 
 
 class QueryBody(SamplingFields, ExpertOptions):
@@ -105,6 +109,7 @@ class PrefetchBody(Body):
     task: Text
     keep: Keep | None = None
     scorer: Text | None = None
+    active: Keep | None = None
 
 
 class TokenizeBody(TemplateFields, Body):
@@ -152,6 +157,7 @@ class JobOptions(Body):
     allocators: Names | None = None
     keeps: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1, max_length=32)] | None = None
     stand_ins: Names | None = None
+    active: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1, max_length=8)] | None = None
     draws: Annotated[int, Field(gt=0, le=10)] | None = None
     search: bool = False
     off_task: bool = False

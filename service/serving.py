@@ -162,6 +162,7 @@ class Wish:
     scorer: str | None = None
     alarm_rate: float | None = None  # of mode auto
     max_swap_ms: float | None = None
+    active: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +175,12 @@ class Policy:
     scorer: str | None = None
     mode: ServedMode = "mask"
     alarm_rate: float = ALARM_RATE
+    active: float = 1.0
 
     @classmethod
     def of(cls, settings: Settings, plan: MemoryPlan) -> Policy:
-        return cls(plan, settings.unknown_task, settings.keep, settings.scorer, settings.mode, settings.alarm_rate)
+        names = ("unknown_task", "keep", "scorer", "mode", "alarm_rate", "active")
+        return cls(plan, **{name: getattr(settings, name) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,14 @@ class Serving:
     def scorer(self) -> str | None:
         return self.candidate.stored.scorer if self.candidate else None
 
+    @property
+    def active(self) -> float:
+        return self.candidate.stored.active if self.candidate else 1.0
+
+    @property
+    def calls(self) -> tuple[int, ...] | None:
+        return self.selection.calls if self.selection else None
+
 
 def choose_serving(wish: Wish, retrieval: Retrieval, catalogue: Catalogue, policy: Policy) -> Serving:
     """Mask or auto mode where a task is known; else what the policy says. Refuses what it can't do, never falls back.
@@ -240,7 +251,7 @@ def _refuse_alarm_rate(wish: Wish, mode: Mode) -> None:
 
 
 def _exact(wish: Wish, retrieval: Retrieval) -> Serving:
-    for name, value in (("keep", wish.keep), ("scorer", wish.scorer)):
+    for name, value in (("keep", wish.keep), ("scorer", wish.scorer), ("active", wish.active)):
         if value is not None:
             raise InvalidInput(
                 f"`{name}` ({value}) sizes a selection, and exact mode uses none. Leave it out, or ask for mode mask.",
@@ -252,7 +263,7 @@ def _exact(wish: Wish, retrieval: Retrieval) -> Serving:
 def _mask(task: ProfiledTask, wish: Wish, retrieval: Retrieval, policy: Policy) -> Serving:
     keep = wish.keep if wish.keep is not None else policy.keep
     scorer = wish.scorer if wish.scorer is not None else policy.scorer
-    candidate = choose_candidate(task, keep, scorer, policy)
+    candidate = choose_candidate(task, keep, scorer, policy, wish.active)
     mode = wish.mode or policy.mode
     alarm_rate = policy.alarm_rate if wish.alarm_rate is None else wish.alarm_rate
     guard = choose_guard(task, candidate, alarm_rate) if mode == "auto" else None
@@ -285,8 +296,12 @@ def _no_task(retrieval: Retrieval) -> str:
     )
 
 
-def choose_candidate(task: ProfiledTask, keep: float | None, scorer: str | None, policy: Policy) -> Candidate:
-    """The largest size with evidence that fits, and at that size the best evidence."""
+def choose_candidate(
+    task: ProfiledTask, keep: float | None, scorer: str | None, policy: Policy, active: float | None = None
+) -> Candidate:
+    """The largest size with evidence that fits, and at that size the best evidence, among those that make the wanted
+    share of a token's calls: all of them unless the request or the policy say otherwise.
+    """
     if not task.candidates:
         raise InvalidInput(
             f"The profile {task.profile_id} of task {task.name!r} has no stored evaluation at any size, so mask mode "
@@ -295,7 +310,9 @@ def choose_candidate(task: ProfiledTask, keep: float | None, scorer: str | None,
             param="mode",
             code="no_evidence",
         )
-    allowed = _of_size(_of_scorer(task.candidates, scorer, task.name), keep, task.name)
+    share = policy.active if active is None else active
+    allowed = _of_active(_of_scorer(task.candidates, scorer, task.name), share, task.name)
+    allowed = _of_size(allowed, keep, task.name)
     for size in sorted(
         {c.stored.keep for c in allowed}, reverse=True
     ):  # a store may have hundreds: most are not looked at
@@ -307,9 +324,11 @@ def choose_candidate(task: ProfiledTask, keep: float | None, scorer: str | None,
     raise AssertionError(f"none of {len(allowed)} selections fits, yet the plan takes the smallest")
 
 
-def best_by_size(task: ProfiledTask, scorer: str | None) -> tuple[Candidate, ...]:
-    """The candidate with the best evidence at each size, the largest first; whether it fits is another question."""
-    allowed = [c for c in task.candidates if _allowed(c, scorer)]
+def best_by_size(task: ProfiledTask, scorer: str | None, active: float = 1.0) -> tuple[Candidate, ...]:
+    """The candidate with the best evidence at each size, the largest first, of one share of the calls; whether it fits
+    is another question.
+    """
+    allowed = [c for c in task.candidates if _allowed(c, scorer) and c.stored.active == active]
     sizes = sorted({c.stored.keep for c in allowed}, reverse=True)
     return tuple(min((c for c in allowed if c.stored.keep == size), key=_worse) for size in sizes)
 
@@ -336,6 +355,21 @@ def _of_scorer(candidates: Sequence[Candidate], scorer: str | None, task: str) -
         raise InvalidInput(
             f"Task {task!r} has no evaluated selection by {wanted}; it has: {have}. Name one of those.",
             param="scorer",
+            code="no_evidence",
+        )
+    return found
+
+
+def _of_active(candidates: Sequence[Candidate], active: float, task: str) -> Sequence[Candidate]:
+    found = [c for c in candidates if c.stored.active == active]  # as it was profiled: a call each would cost a query
+    found = found or [c for c in candidates if math.isclose(c.stored.active, active, rel_tol=1e-6)]
+    if not found:
+        have = _listed(f"{c.stored.active:g}" for c in candidates)
+        raise InvalidInput(
+            f"Task {task!r} has no evaluated selection that makes {active:g} of a token's calls of experts; it has: "
+            f"{have}. Ask for one of those (`active`, MOEPAGER_ACTIVE), or evaluate it: `moepager profile --task "
+            f"{task} --active {active:g} --calibration FILE --eval FILE`.",
+            param="active",
             code="no_evidence",
         )
     return found

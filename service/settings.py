@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     threshold: float | None = Field(default=None, ge=-1, le=1)  # None: calibrated on the stored exemplars
     keep: float | None = Field(default=None, gt=0, le=1)  # None: the largest with evidence that fits the budget
     scorer: str | None = None  # None: the one with the best evidence
+    active: float = Field(default=1.0, gt=0, le=1)  # share of a token's calls of experts that is made
     mode: ServedMode = "mask"  # of requests of a known task that name none; auto: mask with a guard
     alarm_rate: float = Field(default=ALARM_RATE, gt=0, le=0.5)  # share of on-task queries that the guard may stop
     max_context: int | None = Field(default=None, gt=0)  # tokens; None: the engine's choice for this model

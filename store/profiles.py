@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
@@ -180,10 +181,9 @@ def _put_trust(session: Session, profile: str, trust: Trust) -> None:
 
 
 def _put_selection(session: Session, selection: StoredSelection) -> None:
-    if not 0 < selection.keep <= 1:
-        raise InvalidInput(
-            f"A selection keeps a share of the experts above 0, up to 1; got {selection.keep}.", param="keep"
-        )
+    for name, share in (("keep", selection.keep), ("active", selection.active)):
+        if not 0 < share <= 1:
+            raise InvalidInput(f"A selection's {name} is a share above 0, up to 1; got {share}.", param=name)
     _require_profile(session, selection.profile)
     width, bitmap = pack_selection(selection.selection)
     values = {
@@ -196,11 +196,16 @@ def _put_selection(session: Session, selection: StoredSelection) -> None:
         "width": width,
         "bitmap": bitmap,
         "stand_in": selection.stand_in,
+        "calls": None if selection.selection.calls is None else list(selection.selection.calls),
+        "active": selection.active,
+        "calls_by": selection.calls_by,
     }
     if insert_once(session, SelectionRow, values):
         return
     row = _require_selection(session, selection.id)
-    if any(getattr(row, name) != values[name] for name in ("profile", "layers", "width", "bitmap", "stand_in")):
+    if any(
+        getattr(row, name) != values[name] for name in ("profile", "layers", "width", "bitmap", "stand_in", "calls")
+    ):
         raise Conflict(
             f"Selection {selection.id} is stored already with other experts or of another profile ({row.profile}). "
             "An id stands for one set of experts: give the new one its own."
@@ -247,7 +252,10 @@ def _trust(row: TrustRow) -> Trust:
 
 def _selection(row: SelectionRow) -> StoredSelection:
     selection = unpack_selection(row.layers, row.width, row.bitmap, row.id)
-    return StoredSelection(row.id, row.profile, row.scorer, row.allocator, row.keep, selection, row.stand_in)
+    if row.calls is not None:
+        selection = replace(selection, calls=tuple(row.calls))
+    figures = {name: getattr(row, name) for name in ("scorer", "allocator", "keep", "stand_in", "active", "calls_by")}
+    return StoredSelection(row.id, row.profile, selection=selection, **figures)
 
 
 def _evaluation(row: EvaluationRow) -> Evaluation:

@@ -187,7 +187,9 @@ class StoredSelection:
     """What a scorer keeps of a profile at a size. `keep` is the share of experts, 1.0 being all of them; with stand-ins
     it is the share whose bytes experts and vectors take together.
 
-    `stand_in` is one of store/stand_ins.py's kinds; a selection as read from the store has no vectors yet.
+    `stand_in` is one of store/stand_ins.py's kinds; a selection as read from the store has no vectors yet. `active` is
+    the share of a token's calls of experts that was to be left, 1.0 being all, `calls_by` the rule that shared them out
+    to the layers as `selection.calls`.
     """
 
     id: str
@@ -197,6 +199,8 @@ class StoredSelection:
     keep: float
     selection: Selection
     stand_in: str = "nothing"
+    active: float = 1.0
+    calls_by: str = "all"
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,11 +158,15 @@ class TrustRow(Row):
 
 class SelectionRow(Row):
     """`bitmap` has one row of `width` bits for each of `layers` layers, rows padded to whole bytes; `stand_in` is a
-    kind of store.stand_ins, whose vectors are in the profile's statistics.
+    kind of store.stand_ins, whose vectors are in the profile's statistics. `calls` lists how many experts a token calls
+    in each layer, None: as many as the model does; `active` is the share that was asked for, `calls_by` the rule.
     """
 
     __tablename__ = "selections"
-    __table_args__ = (CheckConstraint("keep > 0 AND keep <= 1", name="keep_is_a_share"),)
+    __table_args__ = (
+        CheckConstraint("keep > 0 AND keep <= 1", name="keep_is_a_share"),
+        CheckConstraint("active > 0 AND active <= 1", name="active_is_a_share"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     profile: Mapped[str] = mapped_column(ForeignKey("profiles.id", ondelete="CASCADE"), index=True)
@@ -173,6 +177,9 @@ class SelectionRow(Row):
     width: Mapped[int]
     bitmap: Mapped[bytes]
     stand_in: Mapped[str] = mapped_column(server_default="nothing")
+    calls: Mapped[list[int] | None] = mapped_column(JSON(none_as_null=True))
+    active: Mapped[float] = mapped_column(server_default="1")
+    calls_by: Mapped[str] = mapped_column(server_default="all")
 
 
 class EvaluationRow(Row):

@@ -43,6 +43,7 @@ class Plain:
             "allocator": stored.allocator,
             "keep": stored.keep,
             "stand_in": stored.stand_in,
+            "calls": stored.selection.calls,
             "digest": stored.selection.digest,
             "evidence": evidence,
             "experts": {str(layer): list(ids) for layer, ids in zip(shape.layers, subject.experts, strict=True)},

@@ -76,7 +76,8 @@ class TaskReport:
         best: dict[float, Measured] = {}
         for one in self.measured:
             known = best.get(one.share)
-            if one.evaluation.accuracy is not None and one.selection.scorer not in BASELINES:
+            serves = one.selection.scorer not in BASELINES and one.selection.active == 1
+            if one.evaluation.accuracy is not None and serves:
                 best[one.share] = one if known is None or _order(one) < _order(known) else known
         down = [best[share] for share in sorted(best, reverse=True)]
         for above, below in pairwise(down):

@@ -76,8 +76,9 @@ def overlap_map(report: ModelReport) -> Markup:
 def accuracy_curves(report: TaskReport, expert_bytes: int) -> Markup:
     """Accuracy over memory for every scorer, with intervals; loss over memory where a task can't be scored. A panel for
     each way to allocate experts and to stand in for them."""
-    scored = [one for one in report.measured if one.evaluation.accuracy is not None]
-    rows = scored or list(report.measured)
+    measured = [one for one in report.measured if one.selection.active == 1]  # fewer calls save no memory
+    scored = [one for one in measured if one.evaluation.accuracy is not None]
+    rows = scored or measured
     scorers = sorted({one.selection.scorer for one in rows})
     settings = sorted({one.setting for one in rows}, key=lambda setting: (setting != PLAIN, setting))
     across = min(2, len(settings))

@@ -209,11 +209,16 @@ function doubtsOf(task, served) {
   return found;
 }
 
+// Of a selection with which a token calls fewer experts than the model would; nothing of any other.
+function called(each) {
+  return each.calls ? `, ${percent(each.active)} of the calls (${each.calls_by})` : "";
+}
+
 function evidenceTable(task) {
   const columns = [["Scorer"], ["Experts kept", true], ["Memory", true], ["Accuracy, 95%", true], ["Of the whole", true],
     ["NLL", true], ["Coverage", true], ["Off its task", true], ["Items", true], ["Draws", true], ["Fits"]];
   const rows = task.evidence.map((each) => [
-    each.scorer + (each.selection === task.serves ? " (serves)" : ""), percent(each.keep), bytes(each.bytes), accuracy(each),
+    each.scorer + called(each) + (each.selection === task.serves ? " (serves)" : ""), percent(each.keep), bytes(each.bytes), accuracy(each),
     percent(each.retention), fixed(each.nll, 3), percent(each.coverage), percent(each.others_quality),
     String(each.items), String(each.draws), each.fits ? "yes" : "no"]);
   return table("Evidence", columns, rows);

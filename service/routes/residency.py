@@ -107,7 +107,7 @@ async def prefetch_task(body: PrefetchBody, parts: PartsDep) -> dict[str, Any]:
     """Page a task's experts in ahead of its next query; answers once they are there. Running requests go on meanwhile
     and keep theirs; where the task's do not fit beside those, it is a 503, for nobody is made to wait for it. What lies
     idle may give way, as it would to a query, and these experts in their turn."""
-    return (await prefetch(body.task, body.keep, body.scorer, parts)).json()
+    return (await prefetch(body.task, body.keep, body.scorer, body.active, parts)).json()
 
 
 @router.delete("/v1/residency", dependencies=[operators_only])

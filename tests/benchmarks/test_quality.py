@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from benchmarks import quality
@@ -14,6 +15,7 @@ from benchmarks.quality_means import means
 from benchmarks.quality_runs import Runs
 from profiler.allocators import ALLOCATORS
 from profiler.batches import Encoded
+from profiler.calls import Errors
 from profiler.corpus import Item
 from profiler.evaluate import Measured
 from profiler.progress import ignore
@@ -70,6 +72,7 @@ def test_the_automatic_choice_is_made_of_every_draw_and_is_among_the_means(monke
     chosen = StoredSelection("", "", "automatic", "searched", 0.5, Selection(((0, 1),)))
     bench = object.__new__(_Bench)
     bench.grid, bench._test = Grid(scorers=("gate",), draws=2, few_shot=(5,), automatic=True), ()
+    bench.errors = None
     monkeypatch.setattr(_Bench, "_candidates", lambda *_: [replace(chosen, scorer="gate", allocator="uniform")])
     monkeypatch.setattr(_Bench, "_chosen", lambda *_: iter([chosen]))
     monkeypatch.setattr(_Bench, "_measure", lambda *_: Measured)
@@ -85,6 +88,26 @@ def test_the_automatic_choice_is_made_of_every_draw_and_is_among_the_means(monke
         ("automatic", 2, None),
         ("gate", 2, 5),
     }
+
+
+def test_fewer_calls_are_measured_by_every_rule_and_are_rows_of_their_own(monkeypatch):
+    chosen = StoredSelection("x", "", "gate", "uniform", 0.5, Selection.of([[0, 1, 2, 3]] * 3))
+    bench = object.__new__(_Bench)
+    bench.grid, bench._test = Grid(scorers=("gate",), active=(0.75, 0.5), few_shot=(5,), draws=1), ()
+    bench.errors = Errors(np.array([[3.0, 2, 1, 0]] * 3), np.ones(3))
+    monkeypatch.setattr(_Bench, "_candidates", lambda *_: [chosen])
+    monkeypatch.setattr(_Bench, "_measure", lambda _, __, selection: selection)
+    monkeypatch.setattr(
+        _Bench,
+        "_row",
+        lambda _, text, one, kept: replace(
+            row("a", "gate", "uniform", 0.5, sum(kept.calls or [12]) / 12), active=one.active, calls_by=one.calls_by
+        ),
+    )
+    found = {mean.way: mean.accuracy for mean in means(bench.rows(_Text(0, None, ())))}
+    rules = ("lexi", "lexi_shares", "equal")
+    assert found == {"gate": 1} | {f"gate, {share:g} {rule}": share for share in (0.75, 0.5) for rule in rules}
+    assert len(bench.rows(_Text(1, 5, ()))) == 1
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,13 +15,13 @@ from benchmarks.routing_rules import (
     lexi_errors,
     pesf,
     rule_means,
-    share_out,
     skipping,
 )
 from demo.prepare import corpus
 from engine.config import EngineConfig
 from engine.engine import Engine
 from profiler.batches import encode_corpus
+from profiler.calls import share_out
 from profiler.progress import ignore
 from store.home import bundled_model
 
@@ -81,17 +80,6 @@ def test_rules_at_their_loosest_change_nothing(routing):
         torch.testing.assert_close(rule(0, weights, index, prompt), weights)
 
 
-def test_lexi_shares_slots_out_as_trying_everything_does():
-    example = np.array([[9, 4, 0], [3, 1, 0], [1, 0.5, 0]])
-    assert [share_out(example, budget) for budget in (5, 6, 7)] == [[3, 1, 1], [3, 2, 1], [3, 3, 1]]
-    draw = np.random.default_rng(5)
-    for budget in (4, 7, 11):
-        errors = -np.sort(-draw.random((4, 3)), axis=1)
-        tried = [each for each in product((1, 2, 3), repeat=4) if sum(each) == budget]
-        best = min(tried, key=lambda each: sum(errors[layer, count - 1] for layer, count in enumerate(each)))
-        assert share_out(errors, budget) == list(best)
-
-
 def test_means_are_over_tasks():
     rows = [RuleRow("a", "x", 1.0, 0.5, 4), RuleRow("a", "y", 0.5, 0.1, 4), RuleRow("b", "x", 0.0, 0.0, 4)]
     assert rule_means(rows) == [RuleRow("a", "mean", 0.75, pytest.approx(0.3), 8), RuleRow("b", "mean", 0.0, 0.0, 4)]
@@ -116,8 +104,8 @@ def test_lexi_starves_the_bundled_models_first_layer_unless_errors_are_shares_of
         assert errors.shape == (6, 4), how
         assert (errors[:, -1] == 0).all(), how
         assert (errors[:, 0] >= errors[:, 2]).all(), how
-    assert share_out(found[""], 12) == [1, 1, 2, 2, 2, 4]
-    assert share_out(found[", shares"], 12) == [2] * 6
+    assert share_out(found[""], 12) == (1, 1, 2, 2, 2, 4)
+    assert share_out(found[", shares"], 12) == (2,) * 6
     assert found[", at the end"][:, 0].argmax() == 0
 
 

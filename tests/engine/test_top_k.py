@@ -27,7 +27,7 @@ Plain = Callable[[Path], Any]
 Draw = Callable[[Engine, random.Random], Selection]
 
 CALLS = (1, 3, 4)  # of 4, in three layers
-WEIGHED = [("qwen3_moe", True), ("qwen3_moe", False), ("olmoe", True), ("olmoe", False)]  # and norm_topk_prob
+WEIGHED = [(kind, renormalised) for kind in ("qwen3_moe", "olmoe", "qwen2_moe") for renormalised in (True, False)]
 ALWAYS = Guard(bound=2.0, alarm_rate=0.5, items=1)  # which no coverage reaches
 
 
@@ -200,7 +200,7 @@ def test_choices_beyond_a_tokens_calls_are_nobodys() -> None:
 
 
 class _Router(nn.Module):
-    """Top-k of a softmax, by a number of its own; `lone` leaves a single weight as it is, as DeepSeek-V2's does."""
+    """Top-k of a softmax, by a number of its own; `lone` leaves a single weight as it is."""
 
     num_experts = 6
 

@@ -331,13 +331,16 @@ def test_a_job_may_ask_what_its_selections_cost_the_other_tasks(own: Parts, tmp_
     for name, item in (("garden", beans), ("bicycles", wheels)):
         corpus = StoredCorpus(name, tuple(GARDEN), (), (item,) * 20)
         own.store.corpora.create(TaskRecord(name, ""), corpus, datetime.now(UTC))
-    job = service.jobs.new_job(own.catalogue.model, "garden", {"off_task": True, "stand_ins": ["novice"]}, None)
+    job = service.jobs.new_job(
+        own.catalogue.model, "garden", {"off_task": True, "stand_ins": ["novice"], "active": [0.5]}, None
+    )
     Attempt(job, workshop_of(own), corpus, tmp_path)
     written = [json.loads(line) for line in (tmp_path / "others.jsonl").read_text().splitlines()]
     assert written == [wheels] * service.attempt.OFF_TASK_ITEMS
     words = command(job, workshop_of(own), tmp_path)
     assert f"--others={tmp_path / 'others.jsonl'}" in words
     assert "--stand-in=novice" in words
+    assert "--active=0.5" in words
 
 
 def test_an_unknown_job_is_not_found(running: TestClient, own: Parts) -> None:

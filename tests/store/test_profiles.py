@@ -172,6 +172,20 @@ def test_an_id_that_stands_for_other_experts_is_refused(
     assert stocked.selections.get("s1") == make_selection()
 
 
+def test_a_selection_of_fewer_calls_comes_back_and_its_id_stands_for_them(
+    stocked: Store, make_profile: MakeProfile, make_selection: MakeSelection
+) -> None:
+    fewer = Selection(((0, 1), (1, 2)), calls=(1, 2))
+    given = make_selection(selection=fewer, active=0.75, calls_by="lexi")
+    stocked.profiles.put(make_profile(), [given])
+    assert stocked.selections.get("s1") == given
+    with pytest.raises(Conflict, match="s1 is stored already"):
+        stocked.selections.put(replace(given, selection=replace(fewer, calls=(2, 1))))
+    with pytest.raises(InvalidInput, match="active is a share"):
+        stocked.selections.put(replace(given, id="s2", active=1.5))
+    assert fewer.digest not in {replace(fewer, calls=calls).digest for calls in (None, (2, 1))}
+
+
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.01, float("nan")])
 def test_a_selection_keeps_a_share(
     stocked: Store, make_profile: MakeProfile, make_selection: MakeSelection, keep: float

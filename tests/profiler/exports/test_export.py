@@ -7,6 +7,7 @@ import json
 import random
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,20 @@ def test_where_ktransformers_counts_other_layers_it_is_told_nothing(config: dict
 def test_stand_ins_are_for_no_other_engine(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="mean outputs"):
         export(_subject([[0, 1], [0, 1]], stand_in="novice"), choose(name), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+def test_fewer_calls_are_told_by_our_own_form_and_refused_to_every_other(name: str, tmp_path: Path) -> None:
+    subject = _subject([[0, 1], [0, 1]])
+    fewer = replace(subject.stored, active=0.5, selection=replace(subject.stored.selection, calls=(1, 1)))
+    subject = replace(subject, stored=fewer)
+    if name == "json":
+        export(subject, choose(name), tmp_path / "out")
+        assert json.loads((tmp_path / "out").read_text())["calls"] == [1, 1]
+        return
+    with pytest.raises(InvalidInput, match="would call all"):
+        export(subject, choose(name), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
