@@ -34,7 +34,10 @@ FEW_WEIGHTS = 1 << 17
 # Weights of an expert that takes many rows; above, torch is little slower in float32, and nothing larger was measured.
 SMALL: Mapping[torch.dtype, int] = {torch.float32: 1 << 20, torch.bfloat16: 1 << 23}
 SMALL_BESIDE_TILES = 1 << 17  # the same for bfloat16 where the processor multiplies tiles of it, by torch alone
-WIDE = frozenset({"AVX-512", "AVX2"})  # instruction sets for which that was measured
+WIDE = frozenset({"AVX-512 BF16", "AVX-512", "AVX2"})  # instruction sets for which that was measured
+PAIRS = "AVX-512 BF16"  # of them, the one that multiplies bfloat16 itself
+FEW_PAIRS = 32  # rows of bfloat16 by it, of a matrix of any size: up to there no slower than torch
+FEW_BESIDE_TILES = 8  # where torch has tiles nobody measured, but eight rows take little longer than their weights
 
 
 class Kernels:
@@ -65,10 +68,11 @@ class Kernels:
             return self.own.linear(x, weight, bias)
         return linear(x, weight, bias)
 
-    @staticmethod
-    def few(dtype: torch.dtype, weights: int) -> int:
-        """How many rows at most our own products take, of a matrix or a layer's attention of so many weights."""
-        few = FEW.get(dtype, 0)
+    def few(self, dtype: torch.dtype, weights: int) -> int:
+        """How many rows at most our own products take, of a matrix or of a layer's largest part of so many weights."""
+        if self.own is not None and self.own.instruction_set == PAIRS and dtype == torch.bfloat16:
+            return FEW_BESIDE_TILES if products.bfloat16_in_tiles() else FEW_PAIRS
+        few = FEW.get(dtype, 0) if self.own is not None else 0
         return max(few, FEW_BESIDE_FEW_WEIGHTS) if few and weights <= FEW_WEIGHTS else few
 
     def takes_many(self, shape: ExpertShape) -> bool:

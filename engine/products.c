@@ -119,11 +119,24 @@ static INLINE const char *scales_of(const struct conversion *c, long row)
     return c->scales ? c->scales + row / c->block_rows * blocks * size_of(c->scales_dtype) : NULL;
 }
 
+/* Floats from one row of inputs to the next: whole lines of the cache, and not a power of two of them, or else many rows
+ * would share few places of the first cache. */
+static INLINE long pitch(long columns)
+{
+    return (columns + LINE / 4 - 1) / (LINE / 4) * (LINE / 4) + LINE / 4;
+}
+
+/* The next whole line of the cache: a vector that lies in two takes two readings. */
+static INLINE float *aligned(float *room)
+{
+    return (float *)(((uintptr_t)room + LINE - 1) / LINE * LINE);
+}
+
 #define PASTE(a, b) a##_##b
 #define EXPAND(a, b) PASTE(a, b)
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SETS 3
+#define SETS 4
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #define NAME(x) EXPAND(x, v4)
@@ -137,10 +150,9 @@ static INLINE const char *scales_of(const struct conversion *c, long row)
 #undef LANES
 #undef BLOCK
 #undef VECTORS
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+#pragma GCC target("avx512bf16")
 #include "products_pairs.h"
+#include "products_pairs_many.h"
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
@@ -187,26 +199,29 @@ static const struct {
     expert_t expert;
     convert_t convert;
     long rows; /* that `expert` takes at a time */
+    int pairs; /* 1: inputs for bfloat16 weights are bfloat16, too; 0: they are floats */
 } sets[SETS] = {
-#if SETS == 3
-    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, convert_v4, 32},
-    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, convert_v3, 16},
-    {"SSE2", multiply_base, attend_base, activate_base, expert_base, convert_base, 8},
+#if SETS == 4
+    {"AVX-512 BF16", multiply_pairs, attend_v4, activate_pairs, expert_spread, convert_v4, 32, 1},
+    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, convert_v4, 32, 0},
+    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, convert_v3, 16, 0},
+    {"SSE2", multiply_base, attend_base, activate_base, expert_base, convert_base, 8, 0},
 #elif defined(__aarch64__)
-    {"NEON", multiply_base, attend_base, activate_base, expert_base, convert_base, 16},
+    {"NEON", multiply_base, attend_base, activate_base, expert_base, convert_base, 16, 0},
 #else
-    {"portable", multiply_base, attend_base, activate_base, expert_base, convert_base, 8},
+    {"portable", multiply_base, attend_base, activate_base, expert_base, convert_base, 8, 0},
 #endif
 };
 
 static int runs_here(int set)
 {
-#if SETS == 3
+#if SETS == 4
     __builtin_cpu_init();
-    if (set == 0)
+    if (set <= 1)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (set == 1)
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               (set == 1 || __builtin_cpu_supports("avx512bf16"));
+    if (set == 2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     return set < SETS;
@@ -237,22 +252,34 @@ static void narrow(const float *from, int dtype, long count, char *to)
         put(to + i * size, from[i], dtype);
 }
 
-/* x [rows, columns] times the matrix -> y [rows, m->rows] in `dtype`; `room` holds both as floats. */
-static void product(multiply_t multiply, const struct matrix *m, int dtype, const char *x, long rows, char *y, float *room,
+/* x [rows, columns] as `multiply` of the set takes it, rows a pitch apart. */
+static void take(int set, const char *x, int dtype, long rows, long columns, float *to)
+{
+    const long size = dtype == FLOAT32 ? 4 : 2;
+    for (long row = 0; row < rows; row++)
+        if (dtype == FLOAT32 || sets[set].pairs)
+            memcpy(to + row * pitch(columns), x + row * columns * size, columns * size);
+        else
+            widen(x + row * columns * size, dtype, columns, to + row * pitch(columns));
+}
+
+/* x [rows, columns] times the matrix -> y [rows, m->rows] in `dtype`; `room` holds both as floats, x a pitch apart. */
+static void product(int set, const struct matrix *m, int dtype, const char *x, long rows, char *y, float *room,
                     const float **inputs, float **outputs, int threads)
 {
     const long size = dtype == FLOAT32 ? 4 : 2;
-    float *found = room + rows * m->columns;
-    widen(x, dtype, rows * m->columns, room);
+    room = aligned(room);
+    float *found = room + rows * pitch(m->columns);
+    take(set, x, dtype, rows, m->columns, room);
     for (long row = 0; row < rows; row++) {
-        inputs[row] = room + row * m->columns;
+        inputs[row] = room + row * pitch(m->columns);
         outputs[row] = dtype == FLOAT32 ? (float *)y + row * m->rows : found + row * m->rows;
     }
     threads = threads_for(m->rows * m->columns * size, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int part = omp_get_thread_num(), parts = omp_get_num_threads();
-        multiply(m, dtype, inputs, rows, outputs, share(m->rows, part, parts), share(m->rows, part + 1, parts));
+        sets[set].multiply(m, dtype, inputs, rows, outputs, share(m->rows, part, parts), share(m->rows, part + 1, parts));
     }
     if (dtype != FLOAT32)
         narrow(found, dtype, rows * m->rows, y);
@@ -415,7 +442,7 @@ static PyObject *py_sets(PyObject *self, PyObject *ignored)
 
 static PyObject *py_tiles(PyObject *self, PyObject *ignored)
 {
-#if SETS == 3
+#if SETS == 4
     __builtin_cpu_init();
     return PyBool_FromLong(__builtin_cpu_supports("amx-bf16") != 0);
 #else
@@ -434,12 +461,12 @@ static PyObject *py_product(PyObject *self, PyObject *args)
         return NULL;
     m.weights = (const char *)weights;
     m.bias = (const char *)bias;
-    const float **inputs = malloc(2 * sizeof(void *) * rows + sizeof(float) * rows * (m.columns + m.rows));
+    const float **inputs = malloc(2 * sizeof(void *) * rows + LINE + sizeof(float) * rows * (pitch(m.columns) + m.rows));
     if (!inputs)
         return PyErr_NoMemory();
     float **outputs = (float **)(inputs + rows);
     Py_BEGIN_ALLOW_THREADS
-    product(sets[set].multiply, &m, dtype, (const char *)x, rows, (char *)y, (float *)(outputs + rows), inputs, outputs,
+    product(set, &m, dtype, (const char *)x, rows, (char *)y, (float *)(outputs + rows), inputs, outputs,
             threads);
     Py_END_ALLOW_THREADS
     free(inputs);
@@ -472,8 +499,8 @@ static long sorted_pairs(PyObject *slots, int64_t *keys)
 static char *lay_out(struct work *w, const struct layout *l, long tokens, long pairs, float **wide, int64_t **keys,
                      float **inner)
 {
-    const long columns = l->inner * (1 + l->gated);
-    char *room = malloc(pairs * (6 * 8 + 4 * columns) + 8 + 4 * tokens * l->hidden);
+    const long columns = pitch(l->inner * (1 + l->gated));
+    char *room = malloc(pairs * (6 * 8 + 4 * columns) + 8 + LINE + 4 * tokens * pitch(l->hidden));
     if (!room)
         return NULL;
     *keys = (int64_t *)room;
@@ -483,7 +510,7 @@ static char *lay_out(struct work *w, const struct layout *l, long tokens, long p
     w->outputs = w->inner + pairs;
     long *start = (long *)(w->outputs + pairs);
     w->start = start;
-    *inner = (float *)(start + pairs + 1);
+    *inner = aligned((float *)(start + pairs + 1));
     *wide = *inner + pairs * columns;
     return room;
 }
@@ -500,8 +527,8 @@ static void assign(struct work *w, const struct layout *l, const char *bank, con
             w->slots[w->units] = bank + slot * l->slot_bytes;
             start[w->units++] = at;
         }
-        w->inputs[at] = x + pair / top_k * l->hidden;
-        w->inner[at] = inner + at * l->inner * (1 + l->gated);
+        w->inputs[at] = x + pair / top_k * pitch(l->hidden);
+        w->inner[at] = inner + at * pitch(l->inner * (1 + l->gated));
         w->outputs[at] = y + pair * l->hidden;
     }
     start[w->units] = pairs;
@@ -524,7 +551,7 @@ static int run_experts(int set, const struct layout *l, const char *bank, const 
     const long pairs = sorted_pairs(slots, keys);
     if (pairs >= 0) {
         Py_BEGIN_ALLOW_THREADS
-        widen(x, l->dtype, tokens * l->hidden, wide);
+        take(set, x, l->dtype, tokens, l->hidden, wide);
         assign(&w, l, bank, keys, pairs, top_k, wide, inner, y);
         take_in(every, wide);
         w.every = every;

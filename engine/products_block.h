@@ -51,7 +51,7 @@ static void project(multiply_t multiply, const struct block *b, const struct roo
     const struct matrix *matrices[3] = {&b->q, &b->k, &b->v};
     float *results[3] = {r->q, r->k, r->v}, **inputs = pointers, **outputs = pointers + rows;
     for (long row = 0; row < rows; row++) {
-        inputs[row] = r->x + row * b->q.columns;
+        inputs[row] = r->x + row * pitch(b->q.columns);
         for (int one = 0; one < 3; one++)
             outputs[one * rows + row] = results[one] + row * matrices[one]->rows;
     }
@@ -91,12 +91,12 @@ static void place(const struct block *b, const struct cache *c, const struct roo
 /* Room for one call in one piece: pointers, floats, then what has the block's dtype. */
 static float **find_room(struct room *r, const struct block *b, long rows)
 {
-    const long floats = rows * (b->q.columns + b->q.rows + b->k.rows + b->v.rows) + 2 * b->rotary;
-    float **pointers = malloc(4 * sizeof(float *) * rows + sizeof(float) * (floats + 2 * rows * b->q.rows));
+    const long floats = rows * (pitch(b->q.columns) + b->q.rows + b->k.rows + b->v.rows) + 2 * b->rotary;
+    float **pointers = malloc(4 * sizeof(float *) * rows + LINE + sizeof(float) * (floats + 2 * rows * b->q.rows));
     if (!pointers)
         return NULL;
-    r->x = (float *)(pointers + 4 * rows);
-    r->q = r->x + rows * b->q.columns;
+    r->x = aligned((float *)(pointers + 4 * rows));
+    r->q = r->x + rows * pitch(b->q.columns);
     r->k = r->q + rows * b->q.rows;
     r->v = r->k + rows * b->k.rows;
     r->cos = r->v + rows * b->v.rows;
@@ -112,17 +112,17 @@ static int run_block(int set, const struct block *b, struct cache *c, const char
 {
     struct room r;
     float **pointers = find_room(&r, b, c->rows);
-    float *last = pointers ? malloc((sizeof(float) * (b->out.columns + b->out.rows) + 2 * sizeof(float *)) * c->rows) : NULL;
+    float *last = pointers ? malloc((sizeof(float) * (pitch(b->out.columns) + b->out.rows) + 2 * sizeof(float *)) * c->rows + LINE) : NULL;
     int done = last != NULL;
     if (done) {
-        widen(x, b->dtype, c->rows * b->q.columns, r.x);
+        take(set, x, b->dtype, c->rows, b->q.columns, r.x);
         project(sets[set].multiply, b, &r, c->rows, pointers, threads);
         place(b, c, &r, cos, sin, position_row, keys, values);
         done = attend_all(sets[set].attend, c, b->dtype, r.asked, keys, values, mask, b->scale, r.found, threads);
     }
     if (done) {
         const float **inputs = (const float **)last;
-        product(sets[set].multiply, &b->out, b->dtype, r.found, c->rows, out, (float *)(inputs + 2 * c->rows), inputs,
+        product(set, &b->out, b->dtype, r.found, c->rows, out, (float *)(inputs + 2 * c->rows), inputs,
                 (float **)(inputs + c->rows), threads);
     }
     free(last);

@@ -99,13 +99,13 @@ static int route_all(int set, const struct layer *l, const struct call *to, long
     const struct choice *c = &l->choice;
     const long hidden = l->before.width;
     const struct matrix m = {c->weights, NULL, c->experts, hidden, hidden};
-    float *room = malloc(sizeof(float) * (rows * (hidden + 2 * c->experts) + c->experts) + 2 * sizeof(void *) * rows);
+    float *room = malloc(LINE + sizeof(float) * (rows * (pitch(hidden) + 2 * c->experts) + c->experts) + 2 * sizeof(void *) * rows);
     if (!room)
         return 0;
     const float **inputs = (const float **)room;
     float *share = (float *)(inputs + 2 * rows);
     char *logits = (char *)(share + c->experts);
-    product(sets[set].multiply, &m, l->block.dtype, to->normed, rows, logits, (float *)logits + rows * c->experts, inputs,
+    product(set, &m, l->block.dtype, to->normed, rows, logits, (float *)logits + rows * c->experts, inputs,
             (float **)(inputs + rows), threads);
     for (long row = 0; row < rows; row++)
         route(c, l->block.dtype, logits, row, to, share);
@@ -254,17 +254,17 @@ static PyObject *py_shared(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "iO!KlKi", &set, &PyTuple_Type, &shared, &x, &tokens, &out, &threads) || !check_set(set) ||
         !parse_shared(shared, &s))
         return NULL;
-    const long count = tokens * s.inside.hidden, nobody = 0;
+    const long hidden = s.inside.hidden, nobody = 0;
     char *room = lay_out_shared(&every, &s, tokens);
-    float *wide = malloc(sizeof(float) * count);
+    float *wide = malloc(LINE + sizeof(float) * tokens * pitch(hidden));
     const int had_room = room && wide;
     if (had_room) {
         const struct work w = {.units = 0, .start = &nobody, .every = &every};
         Py_BEGIN_ALLOW_THREADS
-        widen((const char *)x, s.inside.dtype, count, wide);
-        take_in(&every, wide);
+        take(set, (const char *)x, s.inside.dtype, tokens, hidden, aligned(wide));
+        take_in(&every, aligned(wide));
         run(set, &s.inside, &w, threads);
-        memset((char *)out, 0, count * (s.inside.dtype == FLOAT32 ? 4 : 2));
+        memset((char *)out, 0, tokens * hidden * (s.inside.dtype == FLOAT32 ? 4 : 2));
         add_shared(&every, (char *)out);
         Py_END_ALLOW_THREADS
     }

@@ -1,114 +1,166 @@
-/* As products_many_variant.h, for processors that multiply bfloat16 themselves: a lane holds two neighbouring columns of
- * one row, and one instruction multiplies both with a pair of weights and adds them up. Rows lie across the lanes,
- * [columns / 2, vectors], every pair of weights is spread over a vector of rows, and no sum is ever taken across lanes.
+/* Products of bfloat16 weights where the processor multiplies pairs of bfloat16 into 32-bit sums itself (AVX-512 BF16);
+ * included after the loops of AVX-512, which do all else. Inputs are taken as they are stored, in bfloat16: nothing is
+ * widened, and a vector holds twice as many numbers. Subnormal numbers are 0 to these instructions.
  *
- * A number is summed over the pairs of columns in their order, in its own lane: a row never depends on its batch.
+ * A dot product is summed in one order, however many rows and weights are computed beside it: a row never depends on its
+ * batch.
  */
 #include <immintrin.h>
 
-#define PAIR_LANES 16
-#define PAIR_VECTORS 4
-#define MOST_ROWS 16
+#define PAIRED 32       /* numbers of a vector */
+#define TOGETHER 4      /* rows of x that share one reading of the weights */
+#define NEAR 8          /* rows of x that stay in the first cache while a panel of weights passes */
+#define PANEL (1 << 17) /* bytes of weights that stay in the second cache while all rows of x pass */
+#define MOST_PAIRS 64   /* rows that `expert_pairs` takes */
+#define SOON 1024       /* as AHEAD, where one or two rows of x leave memory as the only limit: measured */
 
-/* `rows` rows of weights, `step` bytes apart, times x [pairs, vectors] -> y [rows, vectors], f32. */
-static INLINE void spread_pairs(const char *w, const int rows, long step, const char *x, const int vectors, long pairs,
-                                float *y)
+/* Each of four vectors, summed to four lanes in the order of `sum_v4`: [a, b, c, d], four lanes each. */
+static INLINE __m512 quarters(__m512 a, __m512 b, __m512 c, __m512 d)
 {
-    __m512 sums[MOST_ROWS][PAIR_VECTORS];
-#pragma GCC unroll 16
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 16
-        for (int v = 0; v < vectors; v++)
-            sums[row][v] = _mm512_setzero_ps();
-    for (long k = 0; k < pairs; k++) {
-        __m512i here[PAIR_VECTORS];
-#pragma GCC unroll 16
-        for (int v = 0; v < vectors; v++)
-            here[v] = _mm512_loadu_si512(x + (k * vectors + v) * LINE);
-#pragma GCC unroll 16
-        for (int row = 0; row < rows; row++) {
-            int pair;
-            memcpy(&pair, w + row * step + 4 * k, 4);
-            const __m512i weights = _mm512_set1_epi32(pair);
-#pragma GCC unroll 16
-            for (int v = 0; v < vectors; v++)
-                sums[row][v] = _mm512_dpbf16_ps(sums[row][v], (__m512bh)here[v], (__m512bh)weights);
+    const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+    const __m512 cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
+    return _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+}
+
+/* Eight dot products in one go, each to the bit what `sum_v4` gives, from the vectors a to d and e to h -> y[8]. */
+static INLINE void sum_eight(__m512 a, __m512 b, __m512 c, __m512 d, __m512 e, __m512 f, __m512 g, __m512 h, float *y)
+{
+    const __m512 one = quarters(a, b, c, d), other = quarters(e, f, g, h);
+    const __m512 halves = _mm512_shuffle_ps(one, other, 0x88) + _mm512_shuffle_ps(one, other, 0xdd);
+    const __m512 wholes = halves + _mm512_permute_ps(halves, 0xb1); /* a a e e b b f f .. */
+    const __m512i order = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 10, 6, 2, 12, 8, 4, 0);
+    _mm256_storeu_ps(y, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, wholes)));
+}
+
+#define EACH(line, row) (sums[0][line][row] + sums[1][line][row])
+
+/* `lines` rows of weights, `stride` numbers apart, times `rows` rows of x, over all pairs of vectors in `columns`
+ * -> y[line * TOGETHER + row]. No array may need an address here, or the sums leave the registers. */
+static INLINE void dots_pairs(const uint16_t *w, long stride, const int lines, const uint16_t *const *x, const int rows,
+                              long columns, float *y)
+{
+    __m512 sums[2][2][TOGETHER]; /* of even vectors and of odd ones */
+    memset(sums, 0, sizeof sums);
+    const long ahead = lines * rows <= 2 ? SOON : AHEAD;
+    for (long k = 0; k + 2 * PAIRED <= columns; k += 2 * PAIRED) {
+        for (int line = 0; line < lines; line++)
+            for (int part = 0; part < 2; part++)
+                __builtin_prefetch((const char *)(w + line * stride + k + part * PAIRED) + ahead, 0, 1);
+        for (int part = 0; part < 2; part++)
+            for (int row = 0; row < rows; row++) {
+                const __m512bh here = (__m512bh)_mm512_loadu_si512(x[row] + k + part * PAIRED);
+                for (int line = 0; line < lines; line++)
+                    sums[part][line][row] = _mm512_dpbf16_ps(
+                        sums[part][line][row], (__m512bh)_mm512_loadu_si512(w + line * stride + k + part * PAIRED), here);
+            }
+    }
+    if (lines * rows == 1)
+        *y = sum_v4((floats_v4)EACH(0, 0));
+    else
+        sum_eight(EACH(0, 0), EACH(0, 1), EACH(0, 2), EACH(0, 3), EACH(1, 0), EACH(1, 1), EACH(1, 2), EACH(1, 3), y);
+}
+#undef EACH
+
+typedef void (*dots_t)(const uint16_t *, long, const uint16_t *const *, long, float *);
+
+/* One function each, so that the sums stay in registers. */
+#define DOTS(lines, rows)                                                                                              \
+    static __attribute__((noinline)) void dots_##lines##_##rows(const uint16_t *w, long stride, const uint16_t *const *x, \
+                                                                long columns, float *y)                                \
+    {                                                                                                                  \
+        dots_pairs(w, stride, lines, x, rows, columns, y);                                                             \
+    }
+DOTS(1, 1) DOTS(1, 2) DOTS(1, 3) DOTS(1, 4) DOTS(2, 1) DOTS(2, 2) DOTS(2, 3) DOTS(2, 4)
+#undef DOTS
+
+static const dots_t dots_of[2][TOGETHER] = {{dots_1_1, dots_1_2, dots_1_3, dots_1_4}, {dots_2_1, dots_2_2, dots_2_3, dots_2_4}};
+
+/* The dot product of what no pair of vectors holds. */
+static float rest_pairs(const uint16_t *w, const uint16_t *x, long count)
+{
+    __m512 sum = _mm512_setzero_ps();
+    for (long k = 0; k < count; k += PAIRED) {
+        const __mmask32 left = count - k < PAIRED ? (1u << (count - k)) - 1 : ~0u;
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(left, w + k),
+                               (__m512bh)_mm512_maskz_loadu_epi16(left, x + k));
+    }
+    return sum_v4((floats_v4)sum);
+}
+
+/* Rows n to n + lines of the weights times `rows` rows of x; result n of row r goes to y[r][n]. */
+static void lines_pairs(const struct matrix *m, long n, int lines, const uint16_t *const *x, long rows, float *const *y)
+{
+    const uint16_t *w = (const uint16_t *)m->weights + n * m->stride;
+    const long rest = m->columns % (2 * PAIRED), whole = m->columns - rest;
+    for (long row = 0; row < rows; row += TOGETHER) {
+        float found[2 * TOGETHER];
+        const long some = rows - row < TOGETHER ? rows - row : TOGETHER;
+        dots_of[lines - 1][some - 1](w, m->stride, x + row, m->columns, found);
+        for (int line = 0; rest && line < lines; line++)
+            for (long r = 0; r < some; r++)
+                found[line * TOGETHER + r] += rest_pairs(w + line * m->stride + whole, x[row + r] + whole, rest);
+        for (int line = 0; line < lines; line++) {
+            const float bias = m->bias ? number(m->bias + (n + line) * 2, BFLOAT16) : 0;
+            for (long r = 0; r < some; r++)
+                y[row + r][n + line] = m->bias ? found[line * TOGETHER + r] + bias : found[line * TOGETHER + r];
         }
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 16
-        for (int v = 0; v < vectors; v++)
-            _mm512_storeu_ps(y + (row * vectors + v) * PAIR_LANES, sums[row][v]);
 }
 
-/* x [m->columns / 2, vectors] -> y [m->rows, vectors] */
-static INLINE void through_pairs(const struct matrix *m, const char *x, const int vectors, float *y)
+/* For few rows memory is what takes the time, and gives most where it is read in order; for more, two rows of weights
+ * share what is read of x. */
+static INLINE void panel_pairs(const struct matrix *m, long first, long last, const uint16_t *const *x, long rows,
+                               float *const *y)
 {
-    const long step = m->columns * 2, lanes = vectors * PAIR_LANES;
-    const int most = vectors == 1 ? 16 : 24 / vectors; /* rows of weights at a time: their sums fill the registers */
-    long n = 0;
-    for (; n + most <= m->rows; n += most)
-        spread_pairs(m->weights + n * step, most, step, x, vectors, m->columns / 2, y + n * lanes);
-    for (; n < m->rows; n++)
-        spread_pairs(m->weights + n * step, 1, step, x, vectors, m->columns / 2, y + n * lanes);
-    for (n = 0; m->bias && n < m->rows; n++)
-        for (long lane = 0; lane < lanes; lane++)
-            y[n * lanes + lane] += number(m->bias + 2 * n, BFLOAT16);
+    long n = first;
+    for (; rows > TOGETHER && n + 2 <= last; n += 2)
+        lines_pairs(m, n, 2, x, rows, y);
+    for (; n < last; n++)
+        lines_pairs(m, n, 1, x, rows, y);
 }
 
-/* inner [gate, up][vectors] or [up][vectors], f32 -> to [inner / 2][vectors], pairs */
-static INLINE void activate_pairs(const struct layout *l, const float *inner, const int vectors, char *to)
+static void multiply_pairs(const struct matrix *m, int dtype, const float *const *x, long rows, float *const *y, long first,
+                           long last)
 {
-    for (long i = 0; i < l->inner; i++)
-        for (int v = 0; v < vectors; v++) {
-            const float *at = inner + (i * vectors + v) * PAIR_LANES;
-            floats_v4 x = load_v4(at);
-            if (l->activation == SILU) {
-                x = silu_v4(x);
-            } else {
-                for (int lane = 0; lane < PAIR_LANES; lane++)
-                    x[lane] = activated(x[lane], l->activation);
-            }
-            if (l->gated)
-                x *= load_v4(at + l->inner * vectors * PAIR_LANES);
-            const __m512i half = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
-            char *pair = to + (i / 2 * vectors + v) * LINE;
-            _mm512_storeu_si512(pair, i % 2 ? _mm512_or_si512(_mm512_loadu_si512(pair), _mm512_slli_epi32(half, 16)) : half);
-        }
+    if (dtype == FLOAT32) {
+        multiply_v4(m, dtype, x, rows, y, first, last);
+        return;
+    }
+    const long panel = PANEL / (2 * m->stride) / 2 * 2 + 2;
+    for (; first < last; first += panel)
+        for (long row = 0; row < rows; row += NEAR)
+            panel_pairs(m, first, first + panel < last ? first + panel : last, (const uint16_t *const *)x + row,
+                        rows - row < NEAR ? rows - row : NEAR, y + row);
 }
 
-static INLINE void forward_pairs(const struct layout *l, const char *slot, const int vectors, char *x, float *inner, char *h,
-                                 float *out)
+/* inner [gate, up] or [up] -> [inner] as `multiply_pairs` takes it, in place */
+static void activate_pairs(const struct layout *l, float *inner)
 {
-    const struct matrix up = up_of(l, slot), down = down_of(l, slot);
-    through_pairs(&up, x, vectors, inner);
-    activate_pairs(l, inner, vectors, h);
-    through_pairs(&down, h, vectors, out);
+    activate_v4(l, inner);
+    if (l->dtype == FLOAT32)
+        return;
+    for (long i = 0; i < l->inner; i += LONGEST_VECTOR) {
+        const __mmask16 left = l->inner - i < LONGEST_VECTOR ? (1u << (l->inner - i)) - 1 : 0xffff;
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(left, inner + i));
+        _mm256_mask_storeu_epi16((uint16_t *)inner + i, left, rounded);
+    }
 }
 
-/* One expert's outputs of the tokens of `pairs`, at most PAIR_VECTORS vectors full: x [tokens, hidden] bfloat16 -> y f32
- * [choices, hidden]. Hidden and inner are even. `room` holds `floats_for_expert` floats. */
+/* As `expert` of AVX-512, for experts that few tokens go to, at most MOST_PAIRS of them: bit for bit what they get one by
+ * one. */
 static void expert_pairs(const struct layout *l, const char *slot, const char *x, long top_k, const long *pairs, long count,
                          float *y, float *room)
 {
-    const int vectors = (int)((count + PAIR_LANES - 1) / PAIR_LANES);
-    const long lanes = vectors * PAIR_LANES, wider = l->hidden > l->inner ? l->hidden : l->inner;
-    uint32_t *packed = (uint32_t *)room; /* [hidden / 2, lanes] and then, in its place, [inner / 2, lanes] */
-    float *inner = room + wider / 2 * lanes, *out = inner;
-    memset(packed, 0, sizeof *packed * (l->hidden / 2) * lanes);
-    for (long first = 0; first < l->hidden / 2; first += PAIR_LANES)
-        for (long row = 0; row < count; row++)
-            for (long i = first; i < first + PAIR_LANES && i < l->hidden / 2; i++)
-                memcpy(packed + i * lanes + row, x + pairs[row] / top_k * l->hidden * 2 + 4 * i, 4);
-    switch (vectors) {
-    case 1: forward_pairs(l, slot, 1, (char *)packed, inner, (char *)packed, out); break;
-    case 2: forward_pairs(l, slot, 2, (char *)packed, inner, (char *)packed, out); break;
-    case 3: forward_pairs(l, slot, 3, (char *)packed, inner, (char *)packed, out); break;
-    case 4: forward_pairs(l, slot, 4, (char *)packed, inner, (char *)packed, out); break;
+    const struct matrix up = up_of(l, slot), down = down_of(l, slot);
+    float *inputs[MOST_PAIRS] = {NULL}, *inner[MOST_PAIRS] = {NULL}, *outputs[MOST_PAIRS] = {NULL};
+    for (long row = 0; row < count; row++) {
+        inputs[row] = room + row * pitch(l->hidden);
+        inner[row] = room + count * pitch(l->hidden) + row * pitch(up.rows);
+        outputs[row] = y + pairs[row] * l->hidden;
+        memcpy(inputs[row], x + pairs[row] / top_k * l->hidden * 2, l->hidden * 2);
     }
-    for (long first = 0; first < l->hidden; first += PAIR_LANES)
-        for (long row = 0; row < count; row++)
-            for (long i = first; i < first + PAIR_LANES && i < l->hidden; i++)
-                y[pairs[row] * l->hidden + i] = out[i * lanes + row];
+    multiply_pairs(&up, l->dtype, (const float *const *)inputs, count, inner, 0, up.rows);
+    for (long row = 0; row < count; row++)
+        activate_pairs(l, inner[row]);
+    multiply_pairs(&down, l->dtype, (const float *const *)inner, count, outputs, 0, down.rows);
 }

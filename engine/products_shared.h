@@ -19,7 +19,8 @@ struct sharing {
 static char *lay_out_shared(struct sharing *c, const struct shared *s, long rows)
 {
     const long inner = s->inside.inner, hidden = s->inside.hidden;
-    char *room = malloc(rows * (5 * sizeof(float *) + sizeof(float) * (2 * inner + hidden + 1)) + 1);
+    const long step = pitch(2 * inner) + pitch(hidden + 1);
+    char *room = malloc(rows * (5 * sizeof(float *) + sizeof(float) * step) + LINE);
     if (!room)
         return NULL;
     *c = (struct sharing){s, s->down.weights ? rows : 0, (const float **)room};
@@ -27,11 +28,11 @@ static char *lay_out_shared(struct sharing *c, const struct shared *s, long rows
     c->ups = c->gates + rows;
     c->outputs = c->ups + rows;
     c->shares = c->outputs + rows;
-    float *numbers = (float *)(c->shares + rows);
-    for (long row = 0; row < c->rows; row++, numbers += 2 * inner + hidden + 1) {
+    float *numbers = aligned((float *)(c->shares + rows));
+    for (long row = 0; row < c->rows; row++, numbers += step) {
         c->gates[row] = numbers;
         c->ups[row] = numbers + inner;
-        c->outputs[row] = numbers + 2 * inner;
+        c->outputs[row] = numbers + pitch(2 * inner);
         c->shares[row] = c->outputs[row] + hidden;
     }
     return room;
@@ -40,7 +41,7 @@ static char *lay_out_shared(struct sharing *c, const struct shared *s, long rows
 static void take_in(const struct sharing *c, const float *wide)
 {
     for (long row = 0; row < c->rows; row++)
-        c->inputs[row] = wide + row * c->shared->inside.hidden;
+        c->inputs[row] = wide + row * pitch(c->shared->inside.hidden);
 }
 
 static long shared_bytes(const struct sharing *c)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine import kernels
+from engine import kernels, products
 from engine.engine import Engine
 from engine.requests import GenerationRequest
 
@@ -41,7 +41,22 @@ def test_rows_are_split_where_padding_would_take_longer_than_reading_the_weights
     (torch.float16, 181, 0),
 ])  # fmt: skip
 def test_more_rows_are_ours_where_there_are_few_weights(dtype: torch.dtype, hidden: int, few: int) -> None:
-    assert kernels.Kernels.few(dtype, 4 * hidden * hidden) == few
+    plain = list(products.instruction_sets())[-1]
+    assert kernels.Kernels(products.Products(plain), plain).few(dtype, 4 * hidden * hidden) == few
+    assert kernels.Kernels(None, "torch").few(dtype, 4 * hidden * hidden) == 0
+
+
+def test_where_the_processor_multiplies_bfloat16_many_rows_are_ours_whatever_the_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But few where torch has tiles for it."""
+    own = products.Products(list(products.instruction_sets())[-1])
+    monkeypatch.setattr(own, "instruction_set", kernels.PAIRS)
+    chosen = kernels.Kernels(own, kernels.PAIRS)
+    for tiles, few in ((False, kernels.FEW_PAIRS), (True, kernels.FEW_BESIDE_TILES)):
+        monkeypatch.setattr(products.compiled, "tiles", lambda there=tiles: there)
+        assert chosen.few(torch.bfloat16, 1 << 30) == few
+        assert chosen.few(torch.float32, 1 << 30) == kernels.FEW[torch.float32]
 
 
 def test_only_powers_of_two_reach_the_kernels_in_16_bits(

@@ -239,6 +239,7 @@ def test_eight_rows_in_16_bits_go_through_the_calls_where_a_layer_is_small(
     assert 8 in rows
     rows.clear()
     monkeypatch.setattr("engine.kernels.FEW_WEIGHTS", 1)  # no layer is small
+    monkeypatch.setattr("engine.kernels.FEW_PAIRS", 4)
     run()
     assert 8 not in rows
 
