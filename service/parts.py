@@ -93,7 +93,7 @@ def open_parts(settings: Settings) -> Iterator[Parts]:
         if settings.unknown_task == "generalist":  # refused now rather than at the first query that needs it
             choose_candidate(catalogue.named(GENERALIST), settings.keep, settings.scorer, policy)
         retriever = open_retriever(settings, store, embedder, catalogue.retrievable)
-        rules = Rules(background_seconds=settings.background_wait)
+        rules = Rules(background_seconds=settings.background_seconds)
         worker = stack.enter_context(EngineWorker(engine, settings.queue_size, rules))
         metrics = Metrics(engine, worker)
         metrics.begin(catalogue.tasks)

@@ -93,6 +93,12 @@ class Settings(BaseSettings):
     stand_ins: int = Field(default=0, ge=0)  # tasks whose stand-ins are in memory at once; 0: none are served
     kernel: str = "auto"  # who multiplies few rows, as in decoding: auto, own (refuses to start without) or torch
 
+    @property
+    def background_seconds(self) -> float:
+        """How long a background request waits for its experts: half of its time at most. The rest is for its answer,
+        and where they do not come it hears of that, not of a timeout."""
+        return min(self.background_wait, self.request_timeout / 2)
+
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     """Refuse the first MOEPAGER_* variable that names no setting, with the nearest right name."""

@@ -17,10 +17,11 @@ from engine.scheduler import Rules
 from engine.worker import EngineWorker
 from service.app import create_app
 from service.callers import ANYBODY, Caller
-from service.parts import Parts
+from service.parts import Parts, open_parts
 from service.passages import Passage, Turn
 from service.retrieval import Ranked, Retrieval, decide
 from service.sessions import IDLE_SECONDS, PATIENCE, Sessions
+from service.settings import Settings
 
 EGG, ROWS, NEITHER = "how long do I boil an egg", "select rows from orders", "who won the cup final yesterday"
 TASKS = ("cooking", "sql")
@@ -228,3 +229,16 @@ def test_the_first_event_of_a_stream_says_what_the_swap_will_cost(own_client: Te
     events = dict(events_of(answer.text))
     assert events["task"]["predicted_bytes"] == events["done"]["receipt"]["bytes_paged"] > 0
     assert events["task"]["predicted_swap_ms"] == events["done"]["receipt"]["predicted_swap_ms"]
+
+
+def test_a_background_request_hears_of_its_experts_before_its_time_is_over(half_settings: Settings) -> None:
+    """Where a request's time is shorter than the wait for experts."""
+    settings = half_settings.model_copy(update={"request_timeout": 1.0})
+    assert (settings.background_wait, half_settings.background_seconds) == (30.0, 30.0)
+    with open_parts(settings) as parts, TestClient(create_app(lambda: nullcontext(parts))) as client:
+        while client.get("/readyz").status_code == 503:
+            time.sleep(0.005)
+        body = {"model": "tiny:sql", "messages": [{"role": "user", "content": ROWS}], "max_tokens": 2}
+        answer = client.post("/v1/chat/completions", json={**body, "expert": {"priority": "background"}})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "busy")
+    assert answer.headers["x-should-retry"] == "true"
