@@ -11,12 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.channels import Expert
 from profiler.pack_mixtures import Outputs, clusters, mean_of
 from profiler.pack_recipes import NewLayer, one_hot
+from store.errors import BudgetError
 from store.records import F64, Selection
+
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class ClusterStandIns:
     frequency: F64  # [L, E]
     width: int
     said: dict[str, Any] = field(default_factory=dict)
+    strips: int = 1
 
     @property
     def kept(self) -> int:
@@ -61,6 +66,7 @@ class OwnWidths:
     keep: float
     across: bool
     said: dict[str, Any] = field(default_factory=dict)
+    strips: int = 1
 
     @property
     def kept(self) -> int:
@@ -71,14 +77,9 @@ class OwnWidths:
         return int(self.scores.shape[2])
 
     def layer(self, layer: int, experts: Sequence[Expert]) -> NewLayer:
-        stays = torch.from_numpy(self.chosen()[layer])  # [E, F]
-        made = [
-            Expert(each.inputs, each.input_biases, each.down * stays[number, :, None], each.down_bias)
-            for number, each in enumerate(experts)
-        ]
-        return NewLayer(made, one_hot(range(len(experts)), len(experts)))
+        return _without(self.chosen()[layer], experts)
 
-    def chosen(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    def chosen(self) -> Bools:
         """Which channels stay, bool [L, E, F]; among equals those of the lower layer, expert and number."""
         groups = 1 if self.across else len(self.scores)
         flat = self.scores.reshape(groups, -1)
@@ -86,3 +87,68 @@ class OwnWidths:
         stays = np.zeros(flat.shape, np.bool_)
         np.put_along_axis(stays, best, values=True, axis=1)
         return stays.reshape(self.scores.shape)
+
+
+@dataclass(frozen=True)
+class OwnStrips:
+    """Every expert's channels, the best first, are cut into `cut` equal strips, of which it keeps as many from the
+    front as they are worth: strips compete as channels do in `OwnWidths`. The router is to be limited to `selection`,
+    the experts that have a strip; a layer has at least `top_k` of those, by their first strips. A packed model in
+    strips (profiler/pack_recipes.py) has one order for all tasks; this is what each task's own order would give.
+    """
+
+    scores: F64  # [L, E, F]
+    keep: float
+    across: bool
+    cut: int
+    top_k: int
+    said: dict[str, Any] = field(default_factory=dict)
+    strips: int = 1
+
+    @property
+    def kept(self) -> int:
+        return int(self.scores.shape[1])
+
+    @property
+    def width(self) -> int:
+        return int(self.scores.shape[2])
+
+    @property
+    def selection(self) -> Selection:
+        return Selection.of([np.flatnonzero(counts).tolist() for counts in self.counts()])
+
+    def layer(self, layer: int, experts: Sequence[Expert]) -> NewLayer:
+        return _without(self.chosen()[layer], experts)
+
+    def chosen(self) -> Bools:
+        """Which channels stay, bool [L, E, F]."""
+        rank = np.argsort(np.argsort(-self.scores, axis=2, kind="stable"), axis=2)  # of each channel in its expert
+        stays: Bools = rank < self.counts()[:, :, None] * (self.width // self.cut)
+        return stays
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """How many strips of each expert stay, [L, E]. Raises BudgetError where they are too few for one token."""
+        layers, experts, width = self.scores.shape
+        budget = round(self.keep * layers * experts * self.cut)
+        if budget < layers * self.top_k:
+            raise BudgetError(
+                f"{budget} strips were asked for; {layers} layers need {layers * self.top_k} of them, a first strip of "
+                f"{self.top_k} experts each. Keep more."
+            )
+        worth = np.maximum(-np.sort(-self.scores, axis=2), 0.0)  # HEAPr says -1 where it knows nothing
+        worth = worth.reshape(layers, experts, self.cut, width // self.cut).sum(axis=3)  # [L, E, P] falling in P
+        if not self.across:
+            worth = worth / np.maximum(worth.sum(axis=(1, 2), keepdims=True), np.finfo(np.float64).tiny)
+        first = np.argsort(-worth[:, :, 0], axis=1, kind="stable")[:, : self.top_k]
+        np.put_along_axis(worth[:, :, 0], first, np.inf, axis=1)
+        best = np.argsort(-worth.reshape(-1), kind="stable")[:budget]
+        return np.bincount(best // self.cut, minlength=layers * experts).reshape(layers, experts)
+
+
+def _without(stays: Bools, experts: Sequence[Expert]) -> NewLayer:
+    """The experts without their channels outside `stays` [E, F]."""
+    made = [
+        Expert(each.inputs, each.input_biases, each.down * torch.from_numpy(kept)[:, None], each.down_bias)
+        for each, kept in zip(experts, stays, strict=True)
+    ]
+    return NewLayer(made, one_hot(range(len(experts)), len(experts)))

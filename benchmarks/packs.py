@@ -2,7 +2,8 @@
 
 Every row is one way at one share of the experts' bytes on one task: a selection that the router is limited to, a
 selection whose other experts are replaced by their mean outputs, or by the mean experts of their clusters, a packed
-model, or one in which each expert has a width of its own. Rows that a folder holds are not measured again.
+model, or one in which each expert has a width of its own, to the channel or in equal strips. Rows that a folder holds
+are not measured again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.overlays import ClusterStandIns, OwnWidths
+from benchmarks.overlays import ClusterStandIns, OwnStrips, OwnWidths
 from demo.prepare import DTYPE, THREADS, corpus
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -50,6 +51,7 @@ ALLOCATOR = "coverage"
 PACK = "pack"  # where others name what stands in
 CLUSTERS = {"cluster_mean, one": 0.0, "cluster_mean, a quarter": 0.25}  # of the bytes for merged experts; at least one
 OWN = ", own widths"
+STRIPS = {", strips of a twelfth": 12, ", strips of a quarter": 4}  # of an expert's channels
 ACROSS = frozenset({"heapr", "heapr_joint", "heapr_unit"})  # their unit is loss, the same in every layer
 BOTH = {0.25: ((0.5, 0.5),), 0.125: ((0.5, 0.25), (0.25, 0.5))}  # shares of experts and channels, at equal bytes
 
@@ -132,6 +134,9 @@ class _Bench:
                 yield self._row(way, PACK, keep, ways)
                 if way in CHANNEL_SCORERS:
                     yield self._row(way + OWN, PACK, keep, ways)
+                    for strips in STRIPS:
+                        with suppress(BudgetError):
+                            yield self._row(way + strips, PACK, keep, ways)
             for experts, channels in BOTH.get(keep, ()):
                 yield self._row(f"camera, experts {experts:g} x channels {channels:g}", PACK, keep, ways)
 
@@ -156,6 +161,10 @@ class _Bench:
             return self._selected(way, stand_in, keep, ways)
         if way.endswith(OWN):
             return self._written(self._own_widths(way.removesuffix(OWN), keep, ways))
+        for ending, strips in STRIPS.items():
+            if way.endswith(ending):
+                recipe = self._own_strips(way.removesuffix(ending), strips, keep, ways)
+                return self._written(recipe, recipe.selection)
         return self._written(self._packed(way, keep, ways))
 
     def _clustered(self, scorer: str, share: float, keep: float, ways: Sequence[str]) -> Recipe:
@@ -175,6 +184,10 @@ class _Bench:
         scores = CHANNEL_SCORERS[way].score(self._gathered(ways))
         return OwnWidths(scores, keep, way in ACROSS)
 
+    def _own_strips(self, way: str, strips: int, keep: float, ways: Sequence[str]) -> OwnStrips:
+        statistics = self._gathered(ways)
+        return OwnStrips(CHANNEL_SCORERS[way].score(statistics), keep, way in ACROSS, strips, statistics.top_k)
+
     def _selected(self, scorer: str, stand_in: str, keep: float, ways: Sequence[str]) -> Measured:
         statistics, sizes = self._gathered(ways), [self._engine.plan.slot_bytes] * self._engine.card.layers
         scores = choose_scorers([scorer])[0].score(statistics)
@@ -191,11 +204,11 @@ class _Bench:
             pack = pack_of(name, keep)
         return make_recipe(self._engine, self._gathered(ways), pack, self._text, ROWS)
 
-    def _written(self, recipe: Recipe) -> Measured:
+    def _written(self, recipe: Recipe, selection: Selection | None = None) -> Measured:
         with tempfile.TemporaryDirectory(prefix="moepager-pack-") as beside:
             write_pack(self._packer, recipe, Path(beside) / "pack", lambda _: {})
             with _open(Path(beside) / "pack", DTYPE) as packed:
-                return self._measure(packed, None)
+                return self._measure(packed, selection)
 
     def _measure(self, engine: Engine, selection: Selection | None) -> Measured:
         return evaluate_forced(engine, self._test, selection, ROWS, judged_role(self._test))

@@ -15,7 +15,7 @@ from engine.plan import MemoryPlan
 from engine.reader import Meter
 from engine.requests import GenerationRequest, SwapCost
 from engine.residency import ABSENT
-from engine.routing import Switchboard
+from engine.switchboard import Switchboard
 from store.errors import BudgetError, InvalidInput
 from store.records import Selection
 

@@ -22,6 +22,7 @@ ITEMSIZE: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float
 NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # How configs call the number of experts a token goes through.
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts", "top_k")
+STRIPS = "expert_strips"  # how packs in strips call the number of strips that each expert was cut into
 STATE_SPACE, NO_ATTENTION = "mamba", frozenset({"moe", "mlp"})
 FULL_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -49,7 +50,8 @@ class Geometry:
 class ModelCard:
     """One model folder.
 
-    `layers` counts MoE layers, `expert_bytes` is one expert's on the disk, `max_context` the model's own.
+    `layers` counts MoE layers, `expert_bytes` is one expert's on the disk, `max_context` the model's own. Where experts
+    are cut into `strips`, each is what the other numbers count as an expert.
     """
 
     folder: Path
@@ -63,6 +65,12 @@ class ModelCard:
     expert_bytes: int
     hashes: Fingerprint
     geometry: Geometry
+    strips: int = 1
+
+    @property
+    def least(self) -> int:
+        """How few experts a layer can serve with: those that one token goes through, of each the smallest piece."""
+        return self.top_k // self.strips
 
     @property
     def fingerprint(self) -> str:
@@ -91,6 +99,7 @@ class ModelCard:
             expert_bytes=max(experts.expert_bytes),
             hashes=checkpoint.fingerprint(),
             geometry=_geometry(config, checkpoint, experts),
+            strips=_strips(config, experts.experts),
         )
 
 
@@ -100,6 +109,16 @@ def _refuse_the_unservable(config: Mapping[str, Any]) -> None:
             f"Layers of kind {', '.join(other)} keep a state that moepager's KV cache does not hold. "
             f"Supported are {', '.join(sorted(FULL_ATTENTION))}."
         )
+
+
+def _strips(config: Mapping[str, Any], experts: int) -> int:
+    strips = config.get(STRIPS, 1)
+    if type(strips) is not int or strips < 1 or experts % strips or _number(config, *TOP_K) % strips:
+        raise CheckpointError(
+            f"config.json says {STRIPS} {strips!r}, a number that divides {experts} experts and the "
+            f"{_number(config, *TOP_K)} of a token. Pack the model again."
+        )
+    return strips
 
 
 def _layer_kinds(config: Mapping[str, Any]) -> set[str]:

@@ -35,9 +35,11 @@ from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
 from engine.reader import Access, Reader
 from engine.requests import Event, FailedEvent, GenerationRequest, Submission
 from engine.restriction import adopt_linear
-from engine.routing import Routing, Switchboard
+from engine.routing import Routing
 from engine.skeleton import Skeleton, build_skeleton
 from engine.stand_ins import DeviceStandIns
+from engine.strips import Strips, fold_routers
+from engine.switchboard import Switchboard
 from engine.text import Tokenizer
 from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
@@ -50,7 +52,7 @@ class Engine:
 
     def __init__(
         self, checkpoint: CheckpointMap, card: ModelCard, plan: MemoryPlan, tokenizer: Tokenizer, skeleton: Skeleton,
-        bank: Bank, reader: Reader, device: torch.device, kernels: Kernels,
+        bank: Bank, reader: Reader, device: torch.device, kernels: Kernels, strips: Strips,
     ) -> None:  # fmt: skip
         self.checkpoint, self.card, self.plan = checkpoint, card, plan
         self.tokenizer, self.bank, self.device = tokenizer, bank, device
@@ -60,7 +62,8 @@ class Engine:
             dispatch.bind(joint.experts, paged)
         routers = [joint.router for joint in skeleton.joints]
         stand_ins = DeviceStandIns(plan.stand_ins, device)
-        self.board = Switchboard(routers, card.experts, card.top_k, remembered=plan.max_batch, stand_ins=stand_ins)
+        top_k = card.top_k // strips.count
+        self.board = Switchboard(routers, strips, top_k, remembered=plan.max_batch, stand_ins=stand_ins)
         for paged in experts:
             paged.added = self.board.added
         if bank.guesses.most:
@@ -95,14 +98,16 @@ class Engine:
         try:
             reader.hold(checkpoint.identities)
             load_dense(skeleton.model, renaming, checkpoint, experts, reader, device)
+            routers = [joint.router for joint in skeleton.joints]
+            strips = fold_routers(routers, card.strips, card.top_k, card.hidden)
             kernels.adopt(skeleton.model, skeleton.layout.dtype, device)
             if kernels.own is not None:
-                for joint in skeleton.joints:
-                    adopt_linear(joint.router, kernels.linear)
+                for router in routers:
+                    adopt_linear(router, kernels.linear)
             pages = plan.slots < plan.layers * plan.experts  # else nothing is ever read twice
             ahead = config.read_ahead if pages else 0
             bank = Bank(skeleton.layout, experts, plan.slots, device, reader, ahead)
-            return cls(checkpoint, card, plan, tokenizer, skeleton, bank, reader, device, kernels)
+            return cls(checkpoint, card, plan, tokenizer, skeleton, bank, reader, device, kernels, strips)
         except BaseException:
             reader.close()
             raise
@@ -201,7 +206,8 @@ def _adopt_layers(skeleton: Skeleton, experts: Sequence[PagedExperts], board: Sw
     if kernels.own is None:
         return kernels.name
     count = adopt_layers(skeleton.model, skeleton.joints, experts, board, kernels.own, kernels.few)
-    return f"{kernels.name}, {count} of {len(skeleton.kv_shapes)} decoder layers in two calls"
+    split = f", experts in {board.strips.count} strips" if board.strips.count > 1 else ""
+    return f"{kernels.name}, {count} of {len(skeleton.kv_shapes)} decoder layers in two calls{split}"
 
 
 def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:

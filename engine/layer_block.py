@@ -24,9 +24,9 @@ from engine.experts import PagedExperts
 from engine.layer_shape import FREE, LayerShape, Room
 from engine.norms import computes_the_usual
 from engine.products import BlockShape, Products
-from engine.routing import Switchboard
 from engine.shared_expert import SharedExpert
 from engine.skeleton import Joint
+from engine.switchboard import Switchboard
 
 BEFORE, AFTER = "input_layernorm", "post_attention_layernorm"
 SIZES = (0.1, 1.0, 100.0)  # of the inputs of a trial: what clips the inside of a shared expert shows it
@@ -49,7 +49,7 @@ def adopt_layers(
         joint, paged = next((pair for pair in moe if id(pair[0].experts) in inside), (None, None))
         if parts.agrees(own, positions, joint):
             ours = joint is not None and paged is not None and paged.compiled is not None
-            usual.append((parts, paged, _layer_shape(parts, joint if ours else None, own)))
+            usual.append((parts, paged, _layer_shape(parts, joint if ours else None, board, own)))
     for parts, paged, shape in usual:
         LayerBlock(parts, shape, paged, board, own, few(parts.block.dtype, shape.weights)).take_over()
     return len(usual)
@@ -110,6 +110,10 @@ class LayerBlock:
         if chosen is None or self._paged is None:
             added: Tensor = self._feed_forward(room.normed)
             return room.middle + added
+        if self._board.strips.count > 1 and routing is not None:
+            index = torch.tensor(chosen).view(room.weights.shape)  # [B, k]
+            weights, index = routing.in_strips(self._paged.layer, room.weights, index)
+            room, chosen = room.weighing(weights), index.flatten().tolist()
         return self._paged.onto(room, chosen, shape.shared)
 
 
@@ -190,7 +194,7 @@ def _nothing(hidden: Tensor, _: Tensor, __: Tensor) -> Tensor:
     return torch.zeros_like(hidden)
 
 
-def _layer_shape(parts: _Parts, joint: Joint | None, own: Products) -> LayerShape:
+def _layer_shape(parts: _Parts, joint: Joint | None, board: Switchboard, own: Products) -> LayerShape:
     """With the router's choice and the shared expert, if the feed-forward is known to be nothing but these and the
     experts of `joint`."""
     alone = LayerShape.of(parts.block, parts.before, parts.after)
@@ -204,10 +208,10 @@ def _layer_shape(parts: _Parts, joint: Joint | None, own: Products) -> LayerShap
     if choice is None or weight.dtype != block.dtype or (others and shared is None):
         return alone
     shape = LayerShape.of(block, parts.before, parts.after, weight, choice, shared)
-    return shape if _adds_up(parts.feed_forward, joint, shape, own) else alone
+    return shape if _adds_up(parts.feed_forward, joint, board, shape, own) else alone
 
 
-def _adds_up(feed_forward: Any, joint: Joint, shape: LayerShape, own: Products) -> bool:
+def _adds_up(feed_forward: Any, joint: Joint, board: Switchboard, shape: LayerShape, own: Products) -> bool:
     """Whether the feed-forward is the sum of its experts and the shared one, each as it is. Where either is small
     beside the other its size would not show: so the shared one is tried alone too, and with inputs of several sizes.
     Of an input and its opposite one at least has a share that counts.
@@ -217,7 +221,7 @@ def _adds_up(feed_forward: Any, joint: Joint, shape: LayerShape, own: Products) 
     flat = torch.stack([one * size for each in SIZES for size in (each, -each)]).to(shape.block.dtype)  # [B, H]
     x = flat.unsqueeze(1)
     with torch.inference_mode():
-        _, weights, index = joint.router.forward.inner(flat)
+        _, weights, index = board.strips.of_all(joint.router.forward.inner(flat))
         shared = torch.zeros_like(flat) if shape.shared is None else own.shared(shape.shared, flat)  # [B, H]
         for stub in (_stub, _nothing):
             with _stubbed(joint, stub):

@@ -5,7 +5,7 @@ B rows, H hidden, E experts, k experts a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,10 @@ class Room:
         choice = shape.choice
         weights = torch.zeros(rows, 0) if choice is None else torch.zeros(rows, choice.top_k, dtype=choice.dtype)
         return cls(middle, normed, weights, (middle.data_ptr(), normed.data_ptr(), weights.data_ptr()))
+
+    def weighing(self, weights: Tensor) -> Room:
+        """The same states with other weights, of strips: [B, k*P]."""
+        return replace(self, weights=weights, addresses=(*self.addresses[:2], weights.data_ptr()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from engine.experts import PagedExperts
 from engine.kernels import pad_rows
 from engine.layerwise import Reached, decoder_layers, only, since
 from engine.observer import Observer
-from engine.restriction import call_router, groups_of, restrict
+from engine.restriction import call_router, groups_of
 from engine.routing import Routing
 from engine.skeleton import Skeleton
+from engine.strips import one_share, repeated, share_of
 from engine.top_k import choosing
 from store.errors import UnsupportedFamily
 
@@ -52,6 +53,15 @@ class Layers:
     def grouped(self) -> bool:
         """Whether the router chooses groups of experts before it chooses experts."""
         return any(groups_of(joint.router) > 1 for joint in self._joints)
+
+    def share_of_strips(self, strips: int) -> float:
+        """What a router that has every row `strips` times gives each, of what ours gives the expert.
+
+        Raises UnsupportedFamily where that is not the same for all.
+        """
+        card, routers = self._engine.card, [joint.router for joint in self._joints]
+        shares = {share_of(repeated(each, strips, card.top_k), each, strips, card.hidden) for each in routers}
+        return one_share(shares)
 
     @property
     def channels(self) -> Channels:
@@ -112,7 +122,8 @@ class Layers:
         """
         self._engine.admission.require_free_slot([None])
         x = x.to(self._engine.device)
-        _, weights, index = call_router(choosing(self._joints[layer].router, calls), pad_rows(x))
+        few = call_router(choosing(self._joints[layer].router, calls), pad_rows(x))
+        _, weights, index = self._engine.board.strips.of_all(few)
         return self._experts[layer](x, index[: len(x)], weights[: len(x)])
 
     @torch.inference_mode()
@@ -129,4 +140,4 @@ class Layers:
 
         `logits` [n, E] are what the unrestricted router said.
         """
-        return restrict(self._joints[layer].router, experts).route(x, logits)
+        return self._engine.board.within(layer, x, logits, experts)

@@ -60,6 +60,7 @@ class MemoryPlan:
     layers: int
     experts: int
     top_k: int
+    least: int  # experts of a layer, without which it does not serve
     max_context: int
     max_batch: int
     chunk_tokens: int
@@ -89,11 +90,11 @@ class MemoryPlan:
     @property
     def floor_bytes(self) -> int:
         """The smallest budget that serves at all: one token's experts in every layer."""
-        return self.fixed_bytes + self.layers * self.top_k * self.slot_bytes
+        return self.fixed_bytes + self.layers * self.least * self.slot_bytes
 
     def fits(self, selection: Selection) -> bool:
         """Whether the whole selection is resident at once, every layer with enough experts for one token."""
-        enough = len(selection) <= self.slots and min(map(len, selection.experts), default=0) >= self.top_k
+        enough = len(selection) <= self.slots and min(map(len, selection.experts), default=0) >= self.least
         return enough and (selection.stand_in is None or self.stand_ins > 0)
 
     def bytes_of(self, selection: Selection) -> int:
@@ -101,13 +102,15 @@ class MemoryPlan:
         return len(selection) * self.slot_bytes + (selection.stand_in.nbytes if selection.stand_in else 0)
 
     def token_bytes(self, selection: Selection | None) -> int:
-        """What a token reads of experts: as many as it calls, in all layers."""
-        calls = None if selection is None else selection.calls
-        return self.slot_bytes * (self.layers * self.top_k if calls is None else sum(calls))
+        """What a token reads of experts: as many as it calls, in all layers; of experts in strips, at most that."""
+        if selection is None:
+            return self.slot_bytes * self.layers * self.top_k
+        calls = selection.calls or [min(self.top_k, len(ids)) for ids in selection.experts]
+        return self.slot_bytes * sum(calls)
 
     def memory_for(self, keep: float) -> int:
         """The budget under which this share of every layer's experts is resident."""
-        per_layer = max(self.top_k, round(keep * self.experts))
+        per_layer = max(self.least, round(keep * self.experts))
         return self.fixed_bytes + self.layers * per_layer * self.slot_bytes
 
     def require(self, selection: Selection) -> None:
@@ -151,6 +154,7 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
         layers=card.layers,
         experts=card.experts,
         top_k=card.top_k,
+        least=card.least,
         max_context=context,
         max_batch=config.max_batch,
         chunk_tokens=chunk,
@@ -224,7 +228,7 @@ def _carried(card: ModelCard, chunk: int, context: int) -> int:
 
 def _within(plan: MemoryPlan, budget: int) -> MemoryPlan:
     slots = min(plan.slots, (budget - plan.fixed_bytes) // plan.slot_bytes)
-    if slots < plan.layers * plan.top_k:
+    if slots < plan.layers * plan.least:
         raise BudgetError(
             f"A budget of {show_bytes(budget)} can't serve this model. It needs {show_bytes(plan.dense_bytes)} of "
             "dense weights, "
@@ -232,9 +236,9 @@ def _within(plan: MemoryPlan, budget: int) -> MemoryPlan:
             f"{show_bytes(plan.staging_bytes + plan.router_bytes)} of staging and router copies, "
             f"{show_bytes(plan.kernel_bytes)} of compiled kernels, "
             f"{show_bytes(plan.workspace_bytes)} of workspace ({plan.chunk_tokens} tokens at once) and at least "
-            f"{plan.layers} x {plan.top_k} slots of {show_bytes(plan.slot_bytes)}. Give --memory "
+            f"{plan.layers} x {plan.least} slots of {show_bytes(plan.slot_bytes)}. Give --memory "
             f"{_mib(plan.floor_bytes)} or more: "
-            f"that keeps {plan.top_k / plan.experts:.1%} of the experts resident, {_mib(plan.memory_for(0.5))} keeps "
+            f"that keeps {plan.least / plan.experts:.1%} of the experts resident, {_mib(plan.memory_for(0.5))} keeps "
             "half. "
             "A smaller max_context, max_batch or chunk_tokens lowers the floor; so does dtype float32 for a small "
             "model."

@@ -29,12 +29,18 @@ Limited = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x [T, H], logits 
 @dataclass(frozen=True, slots=True)
 class Restriction:
     """`route(x [T, H], logits [T, E])` -> weights and index [T, k]; `allowed` bool [E]; `forbidden` bool [1, E] where
-    the router's logits alone decide.
+    the router's logits alone decide; `held` bool [E, P] where of an allowed expert only some strips are there.
     """
 
     allowed: Tensor
     route: Limited
     forbidden: Tensor | None = None
+    held: Tensor | None = None
+
+    @property
+    def inside(self) -> Tensor:
+        """How much of each expert is there: bool [E], or f32 [E] with strips."""
+        return self.allowed if self.held is None else self.held.float().mean(1)
 
 
 def restrict(router: Any, ids: Sequence[int]) -> Restriction:

@@ -1,173 +1,26 @@
 """Routing of a batch: each row inside its own selection, coverage metered, observers told. Knows no bytes and no slots.
 
 L MoE layers, E experts a layer, B rows, S positions, T = B*S tokens row-major, k experts a token, G selections a batch.
+Routers choose experts; selections and whoever computes know P strips of each (engine/strips.py), where P is mostly 1.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.choice import Choice
 from engine.guard import NEWEST
-from engine.kernels import pad_rows
 from engine.layer_shape import FREE, Limits
-from engine.lookahead import Lookahead
-from engine.masked_router import MaskedRouter
 from engine.observer import Observer
-from engine.restriction import Limited, Restriction, Route, Routed, call_router, check_router, restrict
-from engine.row_limits import Restrictions, RowLimits
-from engine.stand_ins import DeviceStandIns, Replacement
-from engine.top_k import can_choose_fewer, choosing
-from store.errors import InvalidInput, UnsupportedFamily
+from engine.restriction import Restriction, Routed
+from engine.row_limits import RowLimits
+from engine.switchboard import Switchboard
 from store.records import Selection
 
 WAITING = 32  # passes of single tokens whose coverage is computed together
-
-
-class Switchboard:
-    """All routers of a model. Calls go through unchanged unless a `Routing` is plugged in for the pass."""
-
-    def __init__(
-        self, routers: Sequence[Any], experts: int, top_k: int, remembered: int, stand_ins: DeviceStandIns
-    ) -> None:
-        """`remembered` bounds how many selections keep their restrictions (sliced routers, where they need them)."""
-        self.experts = experts
-        self.top_k = top_k
-        self.routing: Routing | None = None
-        self.stand_ins = stand_ins
-        self.added: dict[int, Tensor] = {}  # by layer, [T, H]: what the pass adds for experts that are left out
-        self.lookahead: Lookahead | None = None  # where exact mode reads ahead
-        self.masked: list[MaskedRouter] = []  # one a layer, or none at all
-        self.fewer = False  # whether all routers can choose fewer than top_k experts a token
-        self._routers = [_Router(layer, module, self) for layer, module in enumerate(routers)]
-        self._remembered = remembered
-        self._cache: OrderedDict[Selection, Restrictions] = OrderedDict()
-
-    @property
-    def layers(self) -> int:
-        return len(self._routers)
-
-    @property
-    def routes(self) -> list[Route]:
-        """The unrestricted routers' own forwards, one a layer."""
-        return [router.inner for router in self._routers]
-
-    def check(self, hidden: int) -> None:
-        """Raises UnsupportedFamily unless every router can be limited to a set. Needs the weights."""
-        for router in self._routers:
-            check_router(router.module, router.inner, hidden)
-        masked = [MaskedRouter.of(router.module, router.inner, hidden) for router in self._routers]
-        self.masked = [router for router in masked if router is not None]
-        if len(self.masked) < self.layers:
-            self.masked = []
-        self.fewer = all(can_choose_fewer(router.module, router.inner, hidden) for router in self._routers)
-
-    def check_selection(self, selection: Selection) -> None:
-        """Raises InvalidInput for a selection of another shape, of unknown experts, or too small for one token;
-        UnsupportedFamily for one of fewer calls where the routers can't make fewer.
-        """
-        if len(selection.experts) != self.layers:
-            raise InvalidInput(
-                f"The selection has {len(selection.experts)} layers, the model has {self.layers} MoE layers. "
-                "It was made for another model: profile this one.",
-                param="selection",
-            )
-        for layer, ids in enumerate(selection.experts):
-            if len(ids) < self.top_k or (ids and ids[-1] >= self.experts):
-                raise InvalidInput(
-                    f"MoE layer {layer} of the selection has {len(ids)} experts, the highest is "
-                    f"{ids[-1] if ids else None}; every "
-                    f"layer needs at least {self.top_k} (a token's top-k) of the experts 0 to {self.experts - 1}.",
-                    param="selection",
-                )
-        if selection.calls is not None:
-            self._check_calls(selection.calls)
-
-    def _check_calls(self, calls: Sequence[int]) -> None:
-        if max(calls) > self.top_k:
-            raise InvalidInput(
-                f"The selection routes a token to {max(calls)} experts in a layer; the model's top-k is {self.top_k}. "
-                "It was made for another model: profile this one.",
-                param="selection",
-            )
-        if not self.fewer:
-            raise UnsupportedFamily(
-                f"{type(self._routers[0].module).__name__} has no number of experts a token that could be lowered. "
-                "Choose a selection that calls all of them (active 1)."
-            )
-
-    def restrictions(self, selection: Selection) -> Restrictions | None:
-        """The routers limited to `selection`; None where it limits nothing."""
-        calls = selection.calls or (self.top_k,) * self.layers
-        if all(len(ids) == self.experts for ids in selection.experts) and min(calls) == self.top_k:
-            return None
-        if selection.stand_in is not None:
-            return self._replacements(selection, calls, self.stand_ins.vectors(selection.stand_in))
-        if selection not in self._cache:
-            self._cache[selection] = tuple(map(self._restrict, range(self.layers), selection.experts, calls))
-            while len(self._cache) > self._remembered:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(selection)
-        return self._cache[selection]
-
-    def _restrict(self, layer: int, ids: Sequence[int], calls: int) -> Restriction:
-        """One layer's router limited to `ids` and to `calls` experts a token; places left free are nobody's."""
-        module = self._routers[layer].module
-        module = module if calls == self.top_k else choosing(module, calls)
-        if not self.masked:
-            limit = restrict(module, ids)
-            return limit if calls == self.top_k else Restriction(limit.allowed, self._widened(limit.route))
-        device = next(module.parameters()).device
-        kept = torch.tensor(list(ids), device=device)  # [M]
-        allowed = torch.zeros(self.experts, dtype=torch.bool, device=device).index_fill_(0, kept, True)  # [E]
-        forbidden, router = ~allowed, self.masked[layer]
-        router = router if calls == self.top_k else router.choosing(calls)
-        return Restriction(allowed, self._widened(lambda _, logits: router(logits, forbidden)), forbidden.unsqueeze(0))
-
-    def _widened(self, route: Limited) -> Limited:
-        """What `route` chooses, [T, k], in top_k places."""
-
-        def wide(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-            weights, index = route(x, logits)
-            free = (0, self.top_k - index.shape[1])
-            return (F.pad(weights, free), F.pad(index, free, value=self.experts)) if free[1] else (weights, index)
-
-        return wide
-
-    def _replacements(self, selection: Selection, calls: Sequence[int], vectors: Tensor) -> Restrictions:
-        """`vectors` [L, E, H]: nothing is copied, so nothing needs to be remembered."""
-        allowed = torch.zeros(vectors.shape[:2], dtype=torch.bool)  # [L, E]
-        for layer, ids in enumerate(selection.experts):
-            allowed[layer, list(ids)] = True
-        rows = allowed.to(vectors.device).unbind(0)
-        all_experts = range(self.experts)
-        free = [None if k == self.top_k else self._restrict(at, all_experts, k).route for at, k in enumerate(calls)]
-        return tuple(Replacement(*layer) for layer in zip(rows, vectors.unbind(0), free, strict=True))
-
-
-class _Router:
-    """One layer's router module, its forward replaced on the instance."""
-
-    def __init__(self, layer: int, module: Any, board: Switchboard) -> None:
-        self.layer = layer
-        self.module = module
-        self.inner: Route = partial(call_router, module)
-        self._board = board
-        module.forward = self
-
-    def __call__(self, hidden: Tensor, *_: Tensor, **__: Tensor) -> Routed:
-        x = hidden.reshape(-1, hidden.shape[-1])  # [T, H]
-        logits, weights, index = self.inner(pad_rows(x))
-        routed = logits[: len(x)], weights[: len(x)], index[: len(x)]
-        routing = self._board.routing
-        return routed if routing is None else routing.route(self.layer, x, routed)
 
 
 class Routing:
@@ -185,6 +38,7 @@ class Routing:
         self._level = torch.ones(self._rows, dtype=torch.float64, device=device)
         self._maskable = self._limits.forbidden is not None or self._limits.one_mask
         self._forbidden_tokens: Sequence[Tensor] = ()  # of the pass: one a layer, [T, E]
+        self._row_of: Tensor | None = None  # [T, 1] of the pass, where strips are held
         self._valid: Tensor | None = None
         self._free: Tensor | slice | None = None
         self._width = 0
@@ -205,6 +59,8 @@ class Routing:
             self._forbidden_tokens = tokens.unbind(1)  # L of [T, E]
         if len(self._groups) > 1 and (not together or self._board.lookahead is not None):
             self._place_groups(width)
+        if self._limits.held is not None:
+            self._row_of = torch.arange(self._rows, device=self._device).repeat_interleave(width).unsqueeze(1)  # [T, 1]
         self._free = None if self._board.lookahead is None else self._free_tokens()
         self._board.routing = self
 
@@ -336,19 +192,31 @@ class Routing:
         return whole
 
     def route(self, layer: int, x: Tensor, routed: Routed) -> Routed:
-        """`x` [T, H] and what the unrestricted router said of it -> what the experts get. Padding's index is E."""
+        """`x` [T, H] and what the unrestricted router said of it -> what the experts get, [T, E*P] and twice [T, k*P].
+        Padding's index is E*P."""
         logits, weights, index = routed
         if self._limited:
             self._seen.append((weights, index))
             weights, index = self._restricted(layer, x, routed)
+        if self._board.strips.count > 1:
+            logits = logits.repeat_interleave(self._board.strips.count, 1)  # [T, E*P]
+            weights, index = self.in_strips(layer, weights, index)
         if self._board.lookahead is not None and self._free is not None:
             self._board.lookahead.look(layer, x[self._free])
         if self.observer is not None:
             valid = torch.ones(len(x), dtype=torch.bool, device=x.device) if self._valid is None else self._valid
             self.observer.routed(layer, x, logits, weights, index, valid)
         if self._valid is not None:
-            index = index.masked_fill(~self._valid.unsqueeze(1), self._board.experts)  # [T, k]
+            index = index.masked_fill(~self._valid.unsqueeze(1), self._board.strips.total)  # [T, k]
         return logits, weights, index
+
+    def in_strips(self, layer: int, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each token's experts, [T, k], those strips that its own row holds: [T, k*P], none being E*P."""
+        weights, index = self._board.strips.spread(weights, index)
+        if self._limits.held is not None:
+            held = self._limits.held[self._row_of, layer, index]  # [T, k*P]
+            index = index.masked_fill(~held, self._board.strips.total)
+        return weights, index
 
     def _restricted(self, layer: int, x: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:
         logits, weights, index = routed
@@ -380,7 +248,7 @@ class Routing:
         return weights, index
 
     def _inside_of(self, index: Tensor, passes: int) -> Tensor:
-        """`index` [L, P*T, k] -> bool [L, P*T, k]: whether each choice lies inside its own row's selection."""
+        """`index` [L, P*T, k] -> [L, P*T, k]: how much of each choice lies inside its own row's selection."""
         inside = self._limits.inside
         assert inside is not None
         layer = torch.arange(index.shape[0], device=index.device).view(-1, 1, 1)

@@ -1,6 +1,6 @@
 """What each row of a batch may be routed to, for the batch as a whole: tables, and rows of one selection together.
 
-L MoE layers, E experts a layer, B rows.
+L MoE layers, E experts a layer, P strips of each (engine/strips.py; mostly 1), B rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engine.stand_ins import Replacement
 from store.records import Selection
 
 if TYPE_CHECKING:
-    from engine.routing import Switchboard
+    from engine.switchboard import Switchboard
 
 Restrictions = tuple[Restriction | Replacement, ...]  # one a layer
 
@@ -34,28 +34,32 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class RowLimits:
-    """`inside` bool [B, L, E]: each row's experts, None where all rows route freely. `forbidden` bool [B, L, E], the
-    others, where rows differ and the logits alone decide for all of them. `calls` i64 [L, B]: how many experts a row
-    is routed to, None where that is the model's own number everywhere.
+    """`inside` bool [B, L, E]: each row's experts, None where all rows route freely; with strips f32, how much of each
+    is there. `forbidden` bool [B, L, E], the others, where rows differ and the logits alone decide for all of them.
+    `calls` i64 [L, B]: how many experts a row is routed to, None where that is the model's own number everywhere.
+    `held` bool [B, L, E*P + 1]: each row's strips, None where there are none; what is nobody's stays nobody's.
     """
 
     groups: list[Group]
     inside: Tensor | None
     forbidden: Tensor | None
     calls: Tensor | None
+    held: Tensor | None
 
     @classmethod
     def of(cls, board: Switchboard, selections: Sequence[Selection | None], device: torch.device) -> RowLimits:
         groups = _grouped(board, selections)
         if all(group.restrictions is None for group in groups):
-            return cls(groups, None, None, None)
-        inside = torch.ones(len(selections), board.layers, board.experts, dtype=torch.bool, device=device)
+            return cls(groups, None, None, None, None)
+        rows, kind = len(selections), torch.bool if board.strips.count == 1 else torch.float32
+        inside = torch.ones(rows, board.layers, board.experts, dtype=kind, device=device)
         for group in groups:
             if group.restrictions is not None:
-                inside[group.rows] = torch.stack([limit.allowed for limit in group.restrictions])
+                inside[group.rows] = torch.stack([limit.inside for limit in group.restrictions])
         alike = all(isinstance(limit[0], Restriction) for limit in _limits(groups))
-        forbidden = ~inside if board.masked and alike and len(groups) > 1 else None
-        return cls(groups, inside, forbidden, _calls(board, groups, len(selections), device))
+        forbidden = inside == 0 if board.masked and alike and len(groups) > 1 else None
+        calls, held = (table(board, groups, rows, device) for table in (_calls, _held))
+        return cls(groups, inside, forbidden, calls, held)
 
     @property
     def one_mask(self) -> bool:
@@ -82,6 +86,19 @@ def _calls(board: Switchboard, groups: Sequence[Group], rows: int, device: torch
     for mine, calls in chosen:
         if calls is not None:
             table[:, mine] = torch.tensor(calls, device=device).unsqueeze(1)
+    return table
+
+
+def _held(board: Switchboard, groups: Sequence[Group], rows: int, device: torch.device) -> Tensor | None:
+    total = board.strips.total
+    if board.strips.count == 1:
+        return None
+    table = torch.ones(rows, board.layers, total + 1, dtype=torch.bool, device=device)
+    for group in groups:
+        for layer, limit in enumerate(group.restrictions or ()):
+            assert isinstance(limit, Restriction)
+            assert limit.held is not None
+            table[group.rows, layer, :total] = limit.held.flatten()
     return table
 
 

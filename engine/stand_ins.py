@@ -31,6 +31,10 @@ class Replacement:
     vectors: Tensor
     fewer: Limited | None = None
 
+    @property
+    def inside(self) -> Tensor:
+        return self.allowed
+
     def apply(self, x: Tensor, routed: Routed) -> tuple[Tensor, Tensor, Tensor]:
         """`x` [T, H] and what the free router said of it -> weights and index [T, k], with E for what was left out, and
         what that adds, [T, H].

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from profiler.allocators import ALLOCATORS, Allocator, Layers
 from profiler.extras import NOTHING, Needs
@@ -16,6 +17,8 @@ from store.records import F64, Selection
 from store.sizes import parse_bytes, show_bytes
 
 UNIFORM = "uniform"
+
+Ranking = npt.NDArray[np.int64]
 
 
 def kept(experts: int, keep: float, top_k: int) -> int:
@@ -50,15 +53,17 @@ def allocate(
     top_k: int,
     expert_bytes: Sequence[int] | None = None,
     statistics: Statistics | None = None,
+    strips: int = 1,
 ) -> Selection:
-    """The experts that the allocator keeps, each layer's best by score, at least `top_k` in each.
+    """The experts that the allocator keeps, each layer's best by score, at least `top_k` in each. Where these are the
+    `strips` of experts (engine/strips.py), a layer keeps some of as many experts as a token goes through.
 
     `budget` is a share in (0, 1] (a float: the bytes that `uniform` takes for it) or bytes (an int). `expert_bytes` is
     the size of an expert in each layer; without it all are alike, and a budget in bytes counts experts. `statistics`
     are for the allocators that need more than scores; InvalidInput without.
     """
-    counts = layer_counts(allocator, scores, budget, top_k, expert_bytes, statistics)
-    order = np.argsort(-scores, axis=1, kind="stable")  # [L, E]  stable: the lower id wins a tie
+    counts = layer_counts(allocator, scores, budget, top_k, expert_bytes, statistics, strips)
+    order = _ranking(scores, top_k, strips)  # [L, E]
     return Selection.of([row[:count].tolist() for row, count in zip(order, counts, strict=True)])
 
 
@@ -68,13 +73,14 @@ def select(
     statistics: Statistics,
     budget: float | int,
     expert_bytes: Sequence[int] | None = None,
+    strips: int = 1,
 ) -> Selection:
     """What scorer and allocator keep together."""
     scores = scorer.score(statistics)
     if isinstance(scorer, Picker):
         counts = layer_counts(allocator, scores, budget, statistics.top_k, expert_bytes, statistics)
         return scorer.pick(statistics, counts)
-    return allocate(allocator, scores, budget, statistics.top_k, expert_bytes, statistics)
+    return allocate(allocator, scores, budget, statistics.top_k, expert_bytes, statistics, strips)
 
 
 def layer_counts(
@@ -84,19 +90,22 @@ def layer_counts(
     top_k: int,
     expert_bytes: Sequence[int] | None = None,
     statistics: Statistics | None = None,
+    strips: int = 1,
 ) -> list[int]:
     """How many experts each layer keeps, of the arguments of `allocate`."""
     _check(scores)
     layers, experts = scores.shape
+    least = top_k // strips
     costs = [1] * layers if expert_bytes is None else [int(size) for size in expert_bytes]
-    size = budget if isinstance(budget, int) else kept(experts, budget, top_k) * sum(costs)
-    if size < top_k * sum(costs):
+    size = budget if isinstance(budget, int) else kept(experts, budget, least) * sum(costs)
+    if size < least * sum(costs):
         raise BudgetError(
-            f"{show_bytes(size)} can't hold {top_k} experts, what one token needs, in each of {layers} layers: that "
-            f"takes {show_bytes(top_k * sum(costs))}. Give more, or a share."
+            f"{show_bytes(size)} can't hold {least} experts, what one token needs, in each of {layers} layers: that "
+            f"takes {show_bytes(least * sum(costs))}. Give more, or a share."
         )
     chosen = choose_allocators([allocator])[allocator]
-    return chosen.rule(Layers(_shares(scores), costs, top_k, _guide(allocator, chosen, statistics)), size)
+    shares = _shares(scores, _ranking(scores, top_k, strips))
+    return chosen.rule(Layers(shares, costs, least, _guide(allocator, chosen, statistics)), size)
 
 
 def choose_allocators(names: Sequence[str]) -> dict[str, Allocator]:
@@ -122,13 +131,30 @@ def _guide(name: str, allocator: Allocator, statistics: Statistics | None) -> F6
     return statistics.total(extra)
 
 
-def _shares(scores: F64) -> F64:
-    """Each layer's scores as shares of their sum, best first; what is below 0 is worth nothing. f64 `[L, E]`.
+def _ranking(scores: F64, top_k: int, strips: int) -> Ranking:
+    """Each layer's best first, i64 `[L, E]`; of equals the lower id. Before all others come, where experts have strips,
+    the best strip of each of the best experts, as many as a token goes through.
+    """
+    order: Ranking = np.argsort(-scores, axis=1, kind="stable")
+    if strips == 1:
+        return order
+    return np.stack([_of_several_first(row, top_k // strips, strips) for row in order])
+
+
+def _of_several_first(row: Ranking, least: int, strips: int) -> Ranking:
+    _, firsts = np.unique(row // strips, return_index=True)  # where each expert has its best strip
+    ahead = np.sort(firsts)[:least]
+    return np.concatenate([row[ahead], np.delete(row, ahead)])
+
+
+def _shares(scores: F64, order: Ranking) -> F64:
+    """Each layer's scores as shares of their sum, f64 `[L, E]` in the order of the ranking; what is below 0 is worth
+    nothing.
 
     A layer in which nothing is worth anything has equal shares. Scores of different layers have no common scale, shares
     have one.
     """
-    worth = np.sort(np.maximum(scores, 0.0), axis=1)[:, ::-1]
+    worth = np.take_along_axis(np.maximum(scores, 0.0), order, axis=1)
     sums = worth.sum(axis=1, keepdims=True)  # [L, 1]
     shares: F64 = np.where(sums > 0, worth / np.where(sums > 0, sums, 1.0), 1.0 / scores.shape[1])
     return shares

@@ -58,6 +58,12 @@ def check_active(engine: Engine, shares: Sequence[float], held_out: HeldOut | No
         return
     for share in shares:
         budget_of(share, engine.card.layers, engine.card.top_k)
+    if engine.card.strips > 1:
+        raise InvalidInput(
+            f"Experts of this model lie in {engine.card.strips} strips, and what fewer calls cost is measured for "
+            "whole ones. Leave --active out, or profile the unsplit model.",
+            param="active",
+        )
     if held_out is None:
         raise InvalidInput("Fewer calls are only served with evidence: give --eval FILE.", param="eval")
     if not engine.board.fewer:

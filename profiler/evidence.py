@@ -47,18 +47,18 @@ def check_sizes(engine: Engine, keeps: Sequence[float], budgets: Sequence[int] =
         raise InvalidInput("Give at least one share of experts to keep, such as 0.5, or bytes.", param="keep")
     card, plan = engine.card, engine.plan
     for keep in keeps:
-        count = kept(card.experts, keep, card.top_k)
+        count = kept(card.experts, keep, card.least)
         sample = Selection.of([range(count)] * card.layers)
         if count < card.experts and not plan.fits(sample):
             raise BudgetError(
                 f"Keeping {keep:g} of the experts takes {len(sample)} slots ({count} in each of {card.layers} layers), "
                 f"the budget gives {plan.slots}. Raise --memory, or leave that --keep out."
             )
-    floor = card.layers * card.top_k * plan.slot_bytes
+    floor = card.layers * card.least * plan.slot_bytes
     for size in budgets:
         if not floor <= size <= plan.slots * plan.slot_bytes:
             raise BudgetError(
-                f"Keeping {show_bytes(size)} of experts was asked for; {card.top_k} experts, what one token needs, in "
+                f"Keeping {show_bytes(size)} of experts was asked for; {card.least} experts, what one token needs, in "
                 f"each of {card.layers} layers take {show_bytes(floor)}, and the memory budget has "
                 f"{show_bytes(plan.slots * plan.slot_bytes)} for experts. Ask for a size in between."
             )
@@ -109,7 +109,7 @@ def make_selections(
             if kind != NOTHING and keep == 1:
                 continue
             budget, stand_in = pay(kind, asked, statistics, sizes, profile.id)
-            selection = select(scorer, allocator, statistics, budget, sizes)
+            selection = select(scorer, allocator, statistics, budget, sizes, engine.card.strips)
             size = f"{asked}B" if isinstance(asked, int) else f"{asked:g}"
             name = f"{profile.id}-{scorer.name}.{scorer.version}-{allocator}.{ALLOCATORS[allocator].version}-{size}"
             name += "" if kind == NOTHING else f"-{kind}"

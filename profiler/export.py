@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.card import STRIPS
 from profiler.exports.base import Form, Shape, Subject
 from profiler.exports.plain import Plain
 from store.database import Store
@@ -59,6 +60,13 @@ def export(subject: Subject, form: Form, file: Path) -> None:
         raise InvalidInput(
             f"In the selection {stored.id} a token calls {stored.active:g} of the model's experts, which the form "
             f"{form.name} can't say: that engine would call all. Export a selection that calls all.",
+            param="selection",
+        )
+    if subject.shape.config.get(STRIPS, 1) != 1 and form.name != OWN:
+        raise InvalidInput(
+            f"{subject.shape.folder} has its experts in strips, of which a token finds those of its selection. Another "
+            f"engine takes each for an expert and would choose others in place of the missing ones: {form.name} would "
+            "serve something else. Export a selection of the unsplit model.",
             param="selection",
         )
     if file.exists():

@@ -64,6 +64,8 @@ def profile_task(
     scorers, sizes = choose(options.scorers), check_sizes(engine, options.keeps, options.budgets)
     allocators = list(choose_allocators(options.allocators))
     check_stand_ins(engine, options)
+    if options.evolve and engine.card.strips > 1:
+        raise InvalidInput("Breeding moves experts, not strips of them: leave --evolve out.", param="evolve")
     if options.search and evaluation is None:
         raise InvalidInput("A search judges by held-out items: give --eval FILE.", param="eval")
     text, held_out = _encode(engine, calibration, evaluation, options.rows)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.channels import Expert
 from engine.engine import Engine
-from profiler.pack_config import channel_dim, is_of_router, shrunken
+from profiler.pack_config import changed_config, channel_dim, is_of_router
 from profiler.pack_recipes import NewLayer, Recipe
 from store.checkpoint import CheckpointMap
 from store.errors import BudgetError, CheckpointError, Conflict, InvalidInput, UnsupportedFamily
@@ -47,7 +47,8 @@ def write_pack(engine: Engine, recipe: Recipe, folder: Path, finish: Finish) -> 
     refuse_existing(folder)
     _check(engine, recipe)
     source = engine.checkpoint
-    config = shrunken(engine.card.folder, engine.layers.channels, engine.card.experts, recipe.kept, recipe.width)
+    experts, channels = engine.card.experts, engine.layers.channels
+    config = changed_config(engine.card.folder, channels, experts, recipe.kept, recipe.width, recipe.strips)
     with _beside(folder) as made:
         _check_room(made, source.weight_bytes)
         (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -68,7 +69,7 @@ def refuse_existing(folder: Path) -> None:
 
 def _check(engine: Engine, recipe: Recipe) -> None:
     card = engine.card
-    if not card.top_k <= recipe.kept <= card.experts:
+    if not card.top_k <= recipe.kept <= card.experts * recipe.strips:
         raise InvalidInput(
             f"A packed layer keeps between {card.top_k} (what a token goes through) and {card.experts} experts, got "
             f"{recipe.kept}.",
@@ -79,10 +80,14 @@ def _check(engine: Engine, recipe: Recipe) -> None:
             f"The experts are stored as {card.geometry.stored or 'a quantised type'} and were opened as "
             f"{engine.plan.dtype}. A pack keeps the stored type: open the model with dtype auto, unquantised."
         )
-    if recipe.kept < card.experts and engine.layers.grouped:
+    if card.strips > 1:
         raise UnsupportedFamily(
-            "This family's router chooses groups of experts first, and fewer experts would fall into other groups. "
-            "Keep all experts, and fewer channels of each."
+            f"{card.folder} is a pack whose experts lie in {card.strips} strips; pack the model that it was made of."
+        )
+    if recipe.kept != card.experts and engine.layers.grouped:
+        raise UnsupportedFamily(
+            "This family's router chooses groups of experts first, and fewer or more experts would fall into other "
+            "groups. Keep all experts whole, and fewer channels of each."
         )
 
 
@@ -94,6 +99,7 @@ def _card(engine: Engine, recipe: Recipe) -> dict[str, Any]:
         "family": card.family,
         "experts": [card.experts, recipe.kept],
         "channels": [before, recipe.width],
+        "strips": recipe.strips,
         "expert_bytes": [card.layers * card.experts * card.expert_bytes, size],
         **recipe.said,
     }

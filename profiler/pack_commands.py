@@ -27,6 +27,14 @@ def pack(
     ] = "camera",
     channels: Annotated[float, typer.Option(help="The share of every expert's channels that stays.")] = 1.0,
     experts: Annotated[float, typer.Option(help="The share of each layer's experts that stays.")] = 1.0,
+    strips: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Keep all, each expert cut into this many equal strips of its channels, the best of the way first, "
+            "that are paged and selected one by one.",
+        ),
+    ] = 1,
     scorer: Annotated[str, typer.Option(help="By which experts stay.")] = "gate",
     compensate: Annotated[
         bool, typer.Option("--compensate", help="Put what lost channels give on the average into the experts' bias.")
@@ -54,7 +62,7 @@ def pack(
     from store.records import TaskRecord
     from store.sizes import parse_bytes
 
-    wanted = Pack(way, channels, experts, scorer, compensate)
+    wanted = Pack(way, channels, experts, scorer, compensate, strips)
     budget = None if memory is None else parse_bytes(memory)
     chunk = max(max_context or 2048, 4096 if budget is None else 0)  # an item goes through in one piece
     config = EngineConfig(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.card import STRIPS, TOP_K
 from engine.channels import Channels
 from store.errors import UnsupportedFamily
 from store.experts import COUNTS
@@ -24,21 +25,31 @@ SHARED_COUNTS = ("n_shared_experts", "moe_num_shared_experts", "num_shared_exper
 Shapes = dict[str, tuple[int, ...]]
 
 
-def shrunken(folder: Path, channels: Channels, experts: int, kept: int, width: int) -> dict[str, Any]:
-    """The folder's config.json for `kept` of `experts` experts of `width` channels. Raises UnsupportedFamily where no
-    such config gives these shapes.
+def changed_config(
+    folder: Path, channels: Channels, experts: int, kept: int, width: int, strips: int = 1
+) -> dict[str, Any]:
+    """The folder's config.json for `kept` experts, where it has `experts`, of `width` channels. Each is one of `strips`
+    of an old one: a token goes through as many times as many. Raises UnsupportedFamily where no such config gives these
+    shapes.
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     base = _shapes(folder, {})
     wanted = _wanted(base, channels, (experts, kept), width)
+    more = _more_a_token(_scope(config), strips) if strips > 1 else {}
     for change in _candidates(config, channels.width, (experts, kept), width):
-        if _shapes(folder, change) == wanted:
-            return _changed(config, change)
+        if _shapes(folder, change | more) == wanted:
+            return _changed(config, change | more)
     raise UnsupportedFamily(
         f"No change of {folder / 'config.json'} gives {kept} experts of {width} channels and leaves the rest of the "
         "model as it is, so plain transformers could not load the pack. Try a width that divides the old one "
         f"({channels.width}), or keep all channels."
     )
+
+
+def _more_a_token(scope: Mapping[str, Any], strips: int) -> dict[str, int]:
+    """`strips` times the experts a token, under the name that is read, and for us the number itself."""
+    name = next(name for name in TOP_K if type(scope.get(name)) is int)
+    return {name: scope[name] * strips, STRIPS: strips * scope.get(STRIPS, 1)}
 
 
 def _candidates(

@@ -36,6 +36,7 @@ class Recombined:
     kept: int
     width: int
     said: dict[str, Any] = field(default_factory=dict)
+    strips: int = 1
 
     def layer(self, layer: int, experts: Sequence[Expert]) -> NewLayer:
         weights = torch.from_numpy(self.importance[layer])  # [E]
@@ -118,6 +119,7 @@ class ClusterMeans:
     kept: int
     width: int
     said: dict[str, Any] = field(default_factory=dict)
+    strips: int = 1
 
     def layer(self, layer: int, experts: Sequence[Expert]) -> NewLayer:
         found = clusters(self.outputs(layer), self.kept)  # [E]

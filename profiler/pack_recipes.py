@@ -37,10 +37,13 @@ class NewLayer:
 
 
 class Recipe(Protocol):
-    """`kept` and `width` are E' and F'; `said` goes on the card."""
+    """`kept` and `width` are E' and F', `strips` how many new experts each old one becomes; `said` goes on the card."""
 
     @property
     def kept(self) -> int: ...
+
+    @property
+    def strips(self) -> int: ...
 
     @property
     def width(self) -> int: ...
@@ -64,6 +67,7 @@ class FewerChannels:
     selection: Selection
     means: F64 | None = None
     said: dict[str, Any] = field(default_factory=dict)
+    strips: int = 1
 
     def __post_init__(self) -> None:
         whole = self.scores.shape[-1]
@@ -102,6 +106,54 @@ class FewerChannels:
         lost = torch.from_numpy(self.means[layer, number]).to(expert.down.device).index_fill(0, channels, 0)  # [F]
         bias = expert.down_bias.double() + lost @ expert.down.double()  # [H]
         return Expert(sliced.inputs, sliced.input_biases, sliced.down, bias.to(expert.down_bias.dtype))
+
+
+@dataclass(frozen=True)
+class InStrips:
+    """All of the model, each expert cut into `strips` new ones of F / P channels, the best by `scores` f64 [L, E, F] in
+    the first. A router that has each row P times gives a strip `share` of its expert's weight, so the down projection
+    is divided by that (exactly, where P is a power of two); a bias behind it goes into the first strip.
+    """
+
+    scores: F64
+    strips: int
+    share: float
+    said: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole, strips = self.scores.shape[-1], self.strips
+        if strips < 2 or whole % (strips * STEP):
+            known = [count for count in range(2, whole // STEP + 1) if whole % (count * STEP) == 0]
+            raise InvalidInput(
+                f"Experts of {whole} channels are cut into strips of equal numbers of channels, each a multiple of "
+                f"{STEP}: {', '.join(map(str, known)) or 'none are possible'}. Got {strips}.",
+                param="strips",
+            )
+
+    @property
+    def kept(self) -> int:
+        return int(self.scores.shape[1]) * self.strips
+
+    @property
+    def width(self) -> int:
+        return int(self.scores.shape[2]) // self.strips
+
+    def layer(self, layer: int, experts: Sequence[Expert]) -> NewLayer:
+        made = [strip for number, expert in enumerate(experts) for strip in self._cut(layer, number, expert)]
+        return NewLayer(made, one_hot([strip // self.strips for strip in range(self.kept)], len(experts)))
+
+    def channels(self, layer: int, expert: int) -> Tensor:
+        """The channels of each strip, i64 [P, F/P], rising; among equals the lower one comes first."""
+        order = np.argsort(-self.scores[layer, expert], kind="stable").reshape(self.strips, self.width)
+        return torch.from_numpy(np.sort(order, axis=1))
+
+    def _cut(self, layer: int, number: int, expert: Expert) -> list[Expert]:
+        strips = [expert.take(channels.to(expert.down.device)) for channels in self.channels(layer, number)]
+        biases = [None if each.down_bias is None else each.down_bias * (at == 0) for at, each in enumerate(strips)]
+        return [
+            Expert(each.inputs, each.input_biases, each.down / self.share, None if bias is None else bias / self.share)
+            for each, bias in zip(strips, biases, strict=True)
+        ]
 
 
 def uniform_count(selection: Selection) -> int:

@@ -20,7 +20,7 @@ from profiler.channels.registry import CHANNEL_SCORERS
 from profiler.channels.widths import covered_by, equal_coverage
 from profiler.extras import NOTHING, Needs
 from profiler.pack_mixtures import ClusterMeans, Outputs, Recombined
-from profiler.pack_recipes import FewerChannels, Recipe, rounded
+from profiler.pack_recipes import FewerChannels, InStrips, Recipe, rounded
 from profiler.sample import sample_routing
 from profiler.scorers.registry import choose as choose_scorers
 from profiler.statistics import Statistics
@@ -40,6 +40,7 @@ class Pack:
     experts: float = 1.0
     scorer: str = "gate"
     compensate: bool = False
+    strips: int = 1
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:
@@ -53,6 +54,12 @@ class Pack:
         for name in ("channels", "experts"):
             if not 0 < getattr(self, name) <= 1:
                 raise InvalidInput(f"The share of {name} must lie in (0, 1], got {getattr(self, name)}.", param=name)
+        if self.strips != 1 and (self.way not in CHANNEL_SCORERS or (self.channels, self.experts) != (1, 1)):
+            raise InvalidInput(
+                "Strips hold the whole model, in the order of a channel scorer: name one of "
+                f"{', '.join(CHANNEL_SCORERS)}, and no share of channels or experts.",
+                param="strips",
+            )
         choose_scorers([self.scorer])
 
     @property
@@ -71,6 +78,8 @@ def pack_of(way: str, keep: float, scorer: str = "gate") -> Pack:
 def make_recipe(engine: Engine, statistics: Statistics, pack: Pack, text: Sequence[Encoded], rows: int) -> Recipe:
     """`text` is calibration text: `sub_moe` runs all experts on a sample of it."""
     card, width = engine.card, engine.layers.channels.width
+    if pack.strips != 1:
+        return _in_strips(engine, statistics, pack)
     scorer = choose_scorers([pack.scorer])[0]
     scores = scorer.score(statistics)
     selection = uniform(scores, pack.experts, card.top_k)
@@ -94,6 +103,12 @@ def _fewer_channels(
     means = per_token(statistics, "channel_sums") if pack.compensate else None
     told = {"channel_scorer": f"{scorer.name}.{scorer.version}", "compensated": pack.compensate}
     return FewerChannels(scores, width, selection, means, said | told | {"covered": coverage(scores, width)})
+
+
+def _in_strips(engine: Engine, statistics: Statistics, pack: Pack) -> InStrips:
+    scorer = CHANNEL_SCORERS[pack.way]
+    said = {"way": pack.way, "channel_scorer": f"{scorer.name}.{scorer.version}", "unseen": _unseen(statistics)}
+    return InStrips(scorer.score(statistics), pack.strips, engine.layers.share_of_strips(pack.strips), said)
 
 
 def coverage(scores: F64, width: int) -> dict[str, float]:

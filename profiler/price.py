@@ -198,7 +198,7 @@ def _reselect(engine: Engine, one: StoredSelection, statistics: Statistics) -> S
     """What the same scorer and allocator would keep in as many bytes; calls depend on no text."""
     sizes = [engine.plan.slot_bytes] * engine.card.layers
     size = len(one.selection) * engine.plan.slot_bytes
-    kept = select(SCORERS[one.scorer], one.allocator, statistics, size, sizes)
+    kept = select(SCORERS[one.scorer], one.allocator, statistics, size, sizes, engine.card.strips)
     kept = replace(kept, calls=one.selection.calls)
     return attach(replace(one, selection=kept), statistics.arrays).selection
 

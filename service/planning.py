@@ -133,7 +133,7 @@ def show_memory(card: ModelCard, plan: MemoryPlan) -> str:
     budget = "no limit" if plan.budget is None else show_bytes(plan.budget)
     rows = [
         ("model", f"{card.folder} ({card.family})"),
-        ("experts", f"{plan.layers} MoE layers x {plan.experts}, top {plan.top_k}"),
+        ("experts", f"{plan.layers} MoE layers x {plan.experts}, top {card.top_k}{_strips(card)}"),
         ("budget", f"{budget}; planned {show_bytes(plan.total_bytes)}, floor {show_bytes(plan.floor_bytes)}"),
         ("dense weights", f"{show_bytes(plan.dense_bytes)} in {plan.dtype}"),
         ("KV cache", f"{show_bytes(plan.kv_bytes)}: {plan.max_batch} rows x {plan.max_context} tokens"),
@@ -144,6 +144,10 @@ def show_memory(card: ModelCard, plan: MemoryPlan) -> str:
         ("", f"{plan.slots_per_layer} of {plan.experts} experts a layer ({plan.keep:.0%})"),
     ]
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+
+
+def _strips(card: ModelCard) -> str:
+    return "" if card.strips == 1 else f": {card.strips} strips of each of {card.experts // card.strips}"
 
 
 def show_plan(found: ModelPlan) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from profiler.channels.camera import Camera
+from profiler.channels.heapr_unit import HeaprUnit
 from profiler.extras import Needs
 from profiler.scorers.act_logits import ActLogits
 from profiler.scorers.answers import Answers
 from profiler.scorers.base import Scorer
+from profiler.scorers.channel_sums import ChannelSums
 from profiler.scorers.diep import Diep
 from profiler.scorers.ean import Ean
 from profiler.scorers.easy_ep import EasyEp
@@ -50,6 +53,8 @@ _OTHERS: tuple[Scorer, ...] = (
     Tsep(),
     Diep(),
     RouterGrowth(),
+    ChannelSums(Camera()),
+    ChannelSums(HeaprUnit()),
 )
 
 SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (*_DEFAULTS, *_OTHERS)}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from benchmarks.overlays import ClusterStandIns, OwnWidths
+from benchmarks.overlays import ClusterStandIns, OwnStrips, OwnWidths
 from engine.channels import Expert
+from store.errors import BudgetError
 from store.records import Selection
 
 H, F = 4, 3
@@ -55,3 +57,32 @@ def test_own_widths_spend_the_same_channels_over_all_layers_or_in_each() -> None
     made = OwnWidths(scores, 1 / 3, across=True).layer(0, [expert, expert]).experts
     assert torch.equal(made[0].down, expert.down)
     assert made[1].down.count_nonzero(dim=1).tolist() == [H, 0, 0]
+
+
+# [L 1, E 3, F 4]: halves, best channels first, are worth 11 and 1; 9 and 4; 1 and 0.
+HALVES = np.array([[[1.0, 6, 0, 5], [5, 4, 3, 1], [1, 0, 0, -1]]])
+
+
+def test_strips_are_given_to_who_has_the_best_channels_left_from_the_front() -> None:
+    strips = OwnStrips(HALVES, 0.5, across=True, cut=2, top_k=1)
+    assert strips.counts().tolist() == [[1, 2, 0]]
+    assert strips.selection == Selection.of([[0, 1]])
+    assert strips.chosen().tolist() == [[[False, True, False, True], [True] * 4, [False] * 4]]
+
+
+def test_a_layer_keeps_a_first_part_of_as_many_experts_as_a_token_goes_through() -> None:
+    assert OwnStrips(HALVES, 0.5, across=True, cut=2, top_k=3).counts().tolist() == [[1, 1, 1]]
+    poor = np.concatenate([HALVES, HALVES / 1000])
+    assert OwnStrips(poor, 0.5, across=True, cut=2, top_k=1).counts().tolist() == [[2, 2, 1], [1, 0, 0]]
+    assert OwnStrips(poor, 0.5, across=False, cut=2, top_k=1).counts().tolist() == [[1, 2, 0], [1, 2, 0]]
+    with pytest.raises(BudgetError, match="2 strips were asked for; 1 layers need 3"):
+        OwnStrips(HALVES, 1 / 3, across=True, cut=2, top_k=3).counts()
+
+
+def test_all_strips_are_the_expert_itself_and_an_expert_without_one_gives_nothing() -> None:
+    expert = _expert(0)
+    scores = np.arange(1.0, 7.0).reshape(1, 2, F)
+    whole = OwnStrips(scores, 1.0, across=True, cut=3, top_k=1).layer(0, [expert, expert]).experts
+    assert all(torch.equal(each.down, expert.down) for each in whole)
+    half = OwnStrips(scores, 0.5, across=True, cut=3, top_k=1).layer(0, [expert, expert]).experts
+    assert (half[0].down.count_nonzero(), torch.equal(half[1].down, expert.down)) == (0, True)

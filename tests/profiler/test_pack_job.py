@@ -10,15 +10,19 @@ import pytest
 from typer.testing import CliRunner
 
 from engine.config import EngineConfig
+from engine.embedder import HashEmbedder
 from engine.engine import Engine
 from engine.tiny import write_tiny
 from profiler.batches import encode_corpus
+from profiler.channels.registry import CHANNEL_SCORERS
 from profiler.corpus import Item, gather
+from profiler.job import profile_task
 from profiler.options import Options
 from profiler.pack_commands import app
 from profiler.pack_job import pack_task
 from profiler.pack_ways import Pack, coverage, make_recipe, pack_of
 from profiler.progress import ignore
+from profiler.statistics import Statistics
 from store.database import open_store
 from store.errors import Conflict, InvalidInput
 from store.records import TaskRecord
@@ -68,6 +72,31 @@ def test_experts_and_channels_go_together_and_the_best_of_both_stay(tmp_path: Pa
     assert sorted(busiest.tolist()) == list(recipe.selection.experts[0])
 
 
+def test_a_pack_in_strips_is_all_of_the_model_and_is_profiled_strip_by_strip(tmp_path: Path) -> None:
+    """From the text to the evidence of half of the bytes, as for any model: a strip is what a selection keeps."""
+    folder = write_tiny("qwen2_moe", tmp_path / "m", seed=3)
+    options = Options(rows=4, runs=tmp_path / "runs", scorers=["camera"], keeps=[0.5])
+    with open_store(f"sqlite:///{tmp_path}/s.db") as store:
+        texts, task = (CALIBRATION, HELD_OUT), TaskRecord("t")
+        pack = Pack("camera", strips=2)
+        card = pack_task(_config(folder), store, task, texts, pack, tmp_path / "out", options, ignore)
+        assert (card["strips"], card["channel_scorer"]) == (2, "camera.1")
+        assert card["expert_bytes"][0] == card["expert_bytes"][1]
+        assert card["evaluation"]["pack"]["nll"] == pytest.approx(card["evaluation"]["whole"]["nll"], rel=1e-4)
+        with Engine.open(_config(tmp_path / "out")) as engine:
+            made = profile_task(engine, store, task, *texts, embedder=HashEmbedder(), options=options)
+        [(stored, measured)] = store.evaluations.list(made.id)
+    assert [len(ids) for ids in stored.selection.experts] == [8] * 3
+    assert measured.items == 3
+    assert 0 < measured.coverage < 1
+    statistics = Statistics.from_arrays(made.statistics)
+    assert np.array_equal(*(statistics.total("selected")[:, at::2] for at in (0, 1)))  # an expert's strips go together
+    worth = CHANNEL_SCORERS["camera"].score(statistics).sum(axis=2)  # [L, E*P]
+    assert (worth[:, 0::2] >= worth[:, 1::2]).all()  # the pack was made on the same text: the better half is first
+    kept = {strip for strip in stored.selection.experts[0] if strip % 2 == 0}
+    assert len(kept) > 4, "first strips are preferred"
+
+
 def test_free_widths_cover_more_than_one_width_for_all() -> None:
     scores = np.array([[[9.0, 1, 0, 0], [1, 1, 1, 1]], [[1, 1, 1, 1], [5, 5, 5, 5]]])
     found = coverage(scores, 2)
@@ -89,13 +118,14 @@ def test_what_makes_no_sense_is_refused_before_anything_is_run(tmp_path: Path) -
         )  # fmt: skip
 
 
-def test_the_command_writes_a_pack_and_prints_its_card(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shape", "experts"), [({"channels": 0.5}, 8), ({"strips": 2}, 16)])
+def test_the_command_writes_a_pack_and_prints_its_card(shape: dict[str, float], experts: int, tmp_path: Path) -> None:
     folder = write_tiny("olmoe", tmp_path / "m", seed=3)
     for name, corpus in (("c", CALIBRATION), ("e", HELD_OUT)):
         lines = [json.dumps({"prompt": item.prompt, "response": item.response}) for item in corpus.items]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     options = {
-        "out": "out", "task": "t", "calibration": "c.jsonl", "eval": "e.jsonl", "channels": 0.5, "model": "m",
+        "out": "out", "task": "t", "calibration": "c.jsonl", "eval": "e.jsonl", "model": "m", **shape,
         "store": f"sqlite:///{tmp_path}/s.db", "max-context": 128, "batch": 4, "way": "wifv",
     }  # fmt: skip
     paths = {"out", "calibration", "eval", "model"}
@@ -104,5 +134,5 @@ def test_the_command_writes_a_pack_and_prints_its_card(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     card = json.loads(done.stdout.splitlines()[-1])
     assert card == json.loads((tmp_path / "out" / "pack.json").read_text())
-    assert card["channel_scorer"] == "wifv.1"
+    assert (card["channel_scorer"], card["experts"]) == ("wifv.1", [8, experts])
     assert folder.exists()

@@ -18,6 +18,7 @@ from profiler.channels.router_wanda import RouterWanda
 from profiler.channels.widths import covered_by, equal_coverage
 from profiler.channels.wifv import Wifv
 from profiler.extras import EXTRAS
+from profiler.scorers.registry import SCORERS
 from profiler.statistics import Statistics
 from store.errors import InvalidInput
 from store.records import F64
@@ -146,3 +147,12 @@ def test_names_and_needs() -> None:
         choose(["snip"])
     assert needs_of(choose(None)) <= EXTRAS.keys()
     assert len(CHANNEL_SCORERS) == len(choose(None))
+
+
+def test_an_expert_or_a_strip_of_one_is_worth_what_its_channels_are() -> None:
+    extras = {"channel_gated": [4.0, 9.0], "channel_peaks": [1.0, 2.0], "down_norms": [1.0, 0.5]}
+    statistics = _one_expert(2, **extras)
+    assert SCORERS["camera"].score(statistics) == pytest.approx(Camera().score(statistics).sum(axis=2))
+    unit = SCORERS["heapr_unit"]
+    assert unit.needs == HeaprUnit.needs
+    assert unit.score(_one_expert(0, channel_directions=[1.0, 1.0])).tolist() == [[0.0]]  # -1 each: nothing is known

@@ -150,6 +150,13 @@ def test_fewer_calls_are_told_by_our_own_form_and_refused_to_every_other(name: s
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "json"])
+def test_strips_are_for_no_other_engine(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="has its experts in strips"):
+        export(_subject([[0, 1], [0, 1]], _shape(expert_strips=2)), choose(name), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
