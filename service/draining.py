@@ -17,7 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.context import Opening
-from service.refusals import refusal
+from service.refusals import READY, refusal
 from store.errors import Busy
 
 log = logging.getLogger("moepager.service")
@@ -26,7 +26,6 @@ STOPPING = "The service is stopping and takes no new requests. Send it again sho
 CUT_OFF = "The answer was not finished before the service stopped. Send the request again."
 DRAINED = "The service is drained: its operator lets it take no new work. Send it again later, or to another one."
 ALIVE = frozenset({"/healthz", "/health"})
-READY = "/readyz"
 DRAIN = "/v1/drain"
 LOOK_SECONDS = 0.05
 LAST_WORDS_SECONDS = 2.0  # for errors to reach those who were cut off

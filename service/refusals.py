@@ -15,6 +15,7 @@ from store.errors import Busy, DiskError, MoepagerError, NotFound, ShardChanged,
 
 log = logging.getLogger("moepager.service")
 
+READY = "/readyz"  # asked every few seconds, so its refusals are not logged: who asks is told, and what it is about is
 RETRY_AFTER = "1"  # seconds; short, for a queue place frees as soon as one answer ends
 NO_RETRY = (409, 504)  # which these clients would try again by themselves
 INTERNAL = "The service failed on this request; its log has the details under the request's id."
@@ -48,7 +49,7 @@ def _body(message: str, status: int, code: str, param: str | None) -> dict[str, 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MoepagerError)
-    if error.status >= 500:
+    if error.status >= 500 and request.url.path != READY:
         log.warning("request %s refused: %s", request.scope.get("request_id"), error)
     return refusal(error)
 

@@ -23,7 +23,9 @@ from store.home import bundled_model
 from store.records import Exemplar
 
 
-def test_while_the_model_loads_the_service_lives_but_is_not_ready(parts: Parts) -> None:
+def test_while_the_model_loads_the_service_lives_but_is_not_ready(
+    parts: Parts, caplog: pytest.LogCaptureFixture
+) -> None:
     go_on = threading.Event()
 
     @contextmanager
@@ -38,6 +40,7 @@ def test_while_the_model_loads_the_service_lives_but_is_not_ready(parts: Parts) 
             assert "still loading" in answer.json()["error"]["message"]
         go_on.set()
         wait_for(lambda: client.get("/readyz").status_code == 200)
+    assert not [line for line in caplog.messages if "refused" in line]  # a probe asks every few seconds
 
 
 def test_parts_that_can_not_be_opened_stop_the_service_with_their_reason() -> None:
