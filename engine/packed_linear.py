@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 CLOSE = 1e-5  # that a value of a unit vector may be off by
+ROWS = 32  # that weights are laid out for; products of any number are right, and of 8 to 32 at their fastest
 
 
 class Packed:
     """`weight` [out, in] and `bias` [out] or None, float32 on the CPU; rows are [..., in], products [..., out]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
         self._bias = None if bias is None else bias.detach()
 
     def of(self, rows: Tensor) -> Tensor:

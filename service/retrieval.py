@@ -76,6 +76,7 @@ class Retriever:
             np.stack([e.vector for e in exemplars if e.task == task]) for task in self._tasks
         ]  # t of [m, d]
         self._sums = [vectors.sum(axis=0, dtype=np.float64) for vectors in self._vectors]  # t of [d]
+        self._lengths = [float(np.linalg.norm(total)) for total in self._sums]
         self._neighbours = NEIGHBOURS + len(index) - len(exemplars)
 
     def only(self, tasks: Container[str], threshold: float | None = None) -> Retriever:
@@ -103,14 +104,16 @@ class Retriever:
         best, farthest = max(scores.values(), default=-np.inf), hits[-1].similarity if hits else 1.0
         for place, total in enumerate(self._sums):
             if place not in scores:  # its exemplars are all at least as far as the farthest hit
-                bound = (farthest + float(query[0] @ total) / max(float(np.linalg.norm(total)), ROUNDING)) / 2
+                bound = (farthest + float(query[0] @ total) / max(self._lengths[place], ROUNDING)) / 2
                 if bound >= best - ROUNDING:
                     scores[place] = self._score(query, place)
         return in_order(Ranked(self._tasks[place], score) for place, score in scores.items())
 
     def _score(self, query: F32, place: int) -> float:
-        similarities = query.astype(np.float64) @ self._vectors[place].T  # [1, m]
-        return float(task_scores(similarities, np.linalg.norm(self._sums[place][None], axis=1))[0])
+        """`task_scores` of one query and exemplars that are all there: a query waits for it once for each task."""
+        similarities = np.sort(self._vectors[place] @ query[0].astype(np.float64))  # [m]
+        centre = similarities.sum() / max(self._lengths[place], ROUNDING)
+        return float(similarities[-TOP:].mean() + centre) / 2
 
 
 def task_scores(similarities: F64, lengths: F64) -> F64:

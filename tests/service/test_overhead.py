@@ -17,13 +17,17 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
+from engine.embedder import HashEmbedder
 from engine.requests import TokenEvent
 from service.answer_reader import Forms
 from service.app import create_app
 from service.chunks import ChatChoices
 from service.context import Opening
 from service.parts import Parts
+from service.retrieval import Retriever
 from service.sse import DataFrames
+from store.records import Exemplar
+from store.vectors import VectorIndex
 
 QUERIES = 8
 HEADERS = {"host": "testserver", "content-type": "application/json", "accept": "*/*", "user-agent": "test"}
@@ -106,3 +110,25 @@ def test_a_streamed_token_costs_few_calls() -> None:
     finally:
         sys.setprofile(None)
     assert calls.count / 100 < 23
+
+
+def test_a_task_that_is_compared_costs_a_retrieved_query_few_calls() -> None:
+    """Each task's exemplars are ranked for every query that names none."""
+    embedder = HashEmbedder(64)
+
+    def cost_of(tasks: int) -> int:
+        texts = [(f"task {number}", f"{word} {number}") for number in range(tasks) for word in ("boil", "fry")]
+        vectors = embedder.embed([text for _, text in texts])
+        exemplars = [Exemplar(*text, vector, embedder.id) for text, vector in zip(texts, vectors, strict=True)]
+        retriever = Retriever(embedder, VectorIndex.rebuild(exemplars), 0.5, exemplars)
+        [hits] = retriever.index.search(vectors[:1], 64)
+        calls = Calls()
+        calls.on = True
+        sys.setprofile(calls)
+        try:
+            retriever._rank(vectors[:1], hits)
+        finally:
+            sys.setprofile(None)
+        return calls.count
+
+    assert (cost_of(30) - cost_of(10)) / 20 < 28
