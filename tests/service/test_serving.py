@@ -38,6 +38,7 @@ def plan(slots: int) -> MemoryPlan:
         "layers": LAYERS,
         "experts": EXPERTS,
         "top_k": TOP_K,
+        "least": TOP_K,
         "max_context": 64,
         "max_batch": 2,
         "chunk_tokens": 64,
