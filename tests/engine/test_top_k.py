@@ -17,8 +17,9 @@ from engine.choice import Choice
 from engine.engine import Engine
 from engine.guard import Guard
 from engine.requests import FinishedEvent, GenerationRequest, Sampling, TokenEvent
+from engine.tiny_config import moe_families
 from engine.top_k import can_choose_fewer, choosing
-from store.errors import InvalidInput, UnsupportedFamily
+from store.errors import CheckpointError, InvalidInput, UnsupportedFamily
 from store.records import Selection, StandIn
 
 Checkpoint = Callable[..., Path]
@@ -28,6 +29,7 @@ Draw = Callable[[Engine, random.Random], Selection]
 
 CALLS = (1, 3, 4)  # of 4, in three layers
 WEIGHED = [(kind, renormalised) for kind in ("qwen3_moe", "olmoe", "qwen2_moe") for renormalised in (True, False)]
+ALL_CALLS = {"phimoe", "gemma4", "gemma4_text"}  # whose routers have no number of experts that a copy could change
 ALWAYS = Guard(bound=2.0, alarm_rate=0.5, items=1)  # which no coverage reaches
 
 
@@ -95,6 +97,29 @@ def test_all_experts_with_fewer_calls_are_the_stock_model_with_another_top_k(
     got = engine.forward(ids, torch.ones_like(ids), [selection] * 2)
     torch.testing.assert_close(got, logits(changed(plain_model(folder), selection), ids), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(got, logits(plain_model(folder), ids), atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(moe_families()))
+def test_every_family_that_is_served_makes_one_call_a_layer_as_the_stock_model_does_or_says_that_it_can_t(
+    kind: str, checkpoint: Checkpoint, open_engine: Open, plain_model: Plain
+) -> None:
+    folder = checkpoint(kind)
+    try:
+        engine = open_engine(folder)
+    except (UnsupportedFamily, CheckpointError):
+        pytest.skip("this family is not served at all: docs/families.md")
+    assert engine.board.fewer == (kind not in ALL_CALLS)
+    if kind in ALL_CALLS:
+        return
+    model, routers = plain_model(folder), {type(joint.router).__name__ for joint in engine.layers._joints}
+    for module in model.modules():
+        if type(module).__name__ in routers:
+            module.top_k = 1
+    whole = Selection.whole(engine.card.layers, engine.card.experts)
+    ids = tokens(2, 9)
+    got = engine.forward(ids, torch.ones_like(ids), [replace(whole, calls=(1,) * engine.card.layers)] * 2)
+    torch.testing.assert_close(got, logits(model, ids), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "renormalised"), WEIGHED)

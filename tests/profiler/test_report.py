@@ -20,6 +20,7 @@ from engine.tiny import write_tiny
 from profiler.commands import app
 from profiler.report.gathered import Measured, gather_report
 from profiler.report.page import render
+from profiler.report.plots import accuracy_curves
 from profiler.statistics import Statistics
 from store.database import Store, open_store
 from store.errors import InvalidInput, MoepagerError, NotFound
@@ -239,6 +240,24 @@ def test_the_knee_is_where_the_best_of_a_size_first_leaves_the_interval_of_the_l
     sentence = "" if knee is None else f"It breaks between {knee[0]:.1%} and {knee[1]:.1%} of the experts"
     assert sentence in said
     assert ("At none of these sizes" in said) == (knee is None and rows[0][2] is not None)
+
+
+def test_fewer_calls_are_in_the_table_and_neither_in_the_curves_nor_at_the_knee(
+    store: Store, put: Callable[..., Profile], fingerprint: str
+) -> None:
+    put("cooking")
+    report = gather_report(store, fingerprint, 0.5)
+    whole, fewer = _measured("gate", 1.0, 0.9, 0.7), _measured("gate", 0.5, 0.1, 0.0)
+    calls = replace(fewer.selection.selection, calls=(1,) * len(fewer.selection.selection.experts))
+    fewer = replace(fewer, selection=replace(fewer.selection, selection=calls, active=0.5, calls_by="lexi"))
+    task = replace(report.tasks[0], measured=(whole, fewer))
+    assert task.knee is None
+    said = Page(render(replace(report, tasks=(task,)), 2**20, store.name)).text
+    assert "50%, lexi: 1" in said
+    assert "It breaks between" not in said
+    with_them, without = (accuracy_curves(replace(task, measured=rows), 1) for rows in ((whole, fewer), (whole,)))
+    numbered = re.compile(r"\bp\d+-")  # each picture of a page has names of its own
+    assert numbered.sub("", with_them) == numbered.sub("", without)
 
 
 def test_a_task_without_evidence_and_one_that_can_not_be_scored_say_so(
