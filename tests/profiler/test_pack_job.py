@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,9 @@ def test_a_pack_in_strips_is_all_of_the_model_and_is_profiled_strip_by_strip(tmp
         assert card["evaluation"]["pack"]["nll"] == pytest.approx(card["evaluation"]["whole"]["nll"], rel=1e-4)
         with Engine.open(_config(tmp_path / "out")) as engine:
             made = profile_task(engine, store, task, *texts, embedder=HashEmbedder(), options=options)
+            breeding = replace(options, evolve=4)
+            with pytest.raises(InvalidInput, match="leave --evolve out"):
+                profile_task(engine, store, task, *texts, embedder=HashEmbedder(), options=breeding)
         [(stored, measured)] = store.evaluations.list(made.id)
     assert [len(ids) for ids in stored.selection.experts] == [8] * 3
     assert measured.items == 3
