@@ -3,8 +3,9 @@
 The usual: a norm, attention, a sum, a norm, a feed-forward, a sum. The first call goes from the layer's input to the
 second norm and, where the feed-forward is a router, experts and at most one that every token goes to, to the router's
 choice; the second runs those experts onto the residual stream. Between the two the bank says in which slots the chosen
-are. Whether a module does just that is found out by trying it against its own forward; any other keeps its own, and
-one whose feed-forward is something else (another choice, no experts at all) keeps that.
+are. A router that chooses in another way is a module of its own there. Whether a module does just that is found out by
+trying it against its own forward; any other keeps its own, and one whose feed-forward is something else (no experts at
+all, more than their sum) keeps that.
 B rows, S columns of the cache, H hidden, k experts a token.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,10 +49,11 @@ def adopt_layers(
         inside = {id(module) for module in parts.feed_forward.modules()}
         joint, paged = next((pair for pair in moe if id(pair[0].experts) in inside), (None, None))
         if parts.agrees(own, positions, joint):
-            ours = joint is not None and paged is not None and paged.compiled is not None
-            usual.append((parts, paged, _layer_shape(parts, joint if ours else None, board, own)))
-    for parts, paged, shape in usual:
-        LayerBlock(parts, shape, paged, board, own, few(parts.block.dtype, shape.weights)).take_over()
+            ours = joint if paged is not None and paged.compiled is not None else None
+            usual.append((parts, ours, paged, _layer_shape(parts, ours, board, own)))
+    for parts, joint, paged, shape in usual:
+        most = few(parts.block.dtype, shape.weights)
+        LayerBlock(parts, shape, None if joint is None else joint.router, paged, board, own, most).take_over()
     return len(usual)
 
 
@@ -59,9 +61,10 @@ class LayerBlock:
     """One decoder layer that does the usual. Its module's own forward stays for many tokens and for whoever watches."""
 
     def __init__(
-        self, parts: _Parts, shape: LayerShape, paged: PagedExperts | None, board: Switchboard, own: Products, few: int
-    ) -> None:
-        self._layer, self._feed_forward, self._shape = parts.layer, parts.feed_forward, shape
+        self, parts: _Parts, shape: LayerShape, router: Any, paged: PagedExperts | None, board: Switchboard,
+        own: Products, few: int,
+    ) -> None:  # fmt: skip
+        self._layer, self._feed_forward, self._shape, self._router = parts.layer, parts.feed_forward, shape, router
         self._theirs = parts.layer.forward
         self._at = int(parts.attention.layer_idx)
         self._paged, self._board, self._own, self._few = paged, board, own, few
@@ -82,7 +85,9 @@ class LayerBlock:
 
     def _takes(self, x: Tensor, named: dict[str, Any]) -> bool:
         routing = self._board.routing
-        if routing is None or not routing.steps or not x.is_contiguous():
+        if routing is None or not x.is_contiguous():
+            return False
+        if not (routing.single if self._shape.choice is None else routing.steps):
             return False
         positions, cache = named.get("position_embeddings"), named.get("past_key_values")
         if not isinstance(positions, tuple) or not all(one.is_contiguous() for one in positions):
@@ -107,10 +112,13 @@ class LayerBlock:
             limits = routing.limits(self._paged.layer, choice)
         cache = past_key_values.layers[self._at]
         chosen = self._own.layer(shape, x, room, attention_mask, position_embeddings, cache, limits)
-        if chosen is None or self._paged is None:
+        if self._paged is None or not shape.summed or (routing is not None and routing.replaces):
             added: Tensor = self._feed_forward(room.normed)
             return room.middle + added
-        if self._board.strips.count > 1 and routing is not None:
+        if chosen is None:
+            _, weights, index = self._router(room.normed[:, 0])
+            room, chosen = room.weighing(weights), index.flatten().tolist()
+        elif self._board.strips.count > 1 and routing is not None:
             index = torch.tensor(chosen).view(room.weights.shape)  # [B, k]
             weights, index = routing.in_strips(self._paged.layer, room.weights, index)
             room, chosen = room.weighing(weights), index.flatten().tolist()
@@ -195,38 +203,39 @@ def _nothing(hidden: Tensor, _: Tensor, __: Tensor) -> Tensor:
 
 
 def _layer_shape(parts: _Parts, joint: Joint | None, board: Switchboard, own: Products) -> LayerShape:
-    """With the router's choice and the shared expert, if the feed-forward is known to be nothing but these and the
-    experts of `joint`."""
+    """With the shared expert and the router's choice, if the feed-forward is known to be nothing but a sum of that and
+    the experts of `joint`, and the choice to be a softmax's best."""
     alone = LayerShape.of(parts.block, parts.before, parts.after)
     if joint is None:
         return alone
     router, block = joint.router, parts.block
-    choice = Choice.of(router, router.forward.inner, block.hidden)
     others = [part for part in parts.feed_forward.children() if part not in (router, joint.experts)]
     shared = SharedExpert.of(others, block.dtype, block.hidden)
-    weight = next(router.parameters())
-    if choice is None or weight.dtype != block.dtype or (others and shared is None):
+    if (others and shared is None) or not _adds_up(parts, joint, board, shared, own):
         return alone
-    shape = LayerShape.of(block, parts.before, parts.after, weight, choice, shared)
-    return shape if _adds_up(parts.feed_forward, joint, board, shape, own) else alone
+    weight, choice = next(router.parameters()), Choice.of(router, router.forward.inner, block.hidden)
+    choice = choice if weight.dtype == block.dtype else None
+    return replace(LayerShape.of(block, parts.before, parts.after, weight, choice), summed=True, shared=shared)
 
 
-def _adds_up(feed_forward: Any, joint: Joint, board: Switchboard, shape: LayerShape, own: Products) -> bool:
+def _adds_up(
+    parts: _Parts, joint: Joint, board: Switchboard, shared: SharedExpert | None, own: Products
+) -> bool:  # fmt: skip
     """Whether the feed-forward is the sum of its experts and the shared one, each as it is. Where either is small
     beside the other its size would not show: so the shared one is tried alone too, and with inputs of several sizes.
     Of an input and its opposite one at least has a share that counts.
     """
     made = torch.Generator().manual_seed(7)
-    one = torch.randn(shape.block.hidden, generator=made)  # [H]
-    flat = torch.stack([one * size for each in SIZES for size in (each, -each)]).to(shape.block.dtype)  # [B, H]
+    one = torch.randn(parts.block.hidden, generator=made)  # [H]
+    flat = torch.stack([one * size for each in SIZES for size in (each, -each)]).to(parts.block.dtype)  # [B, H]
     x = flat.unsqueeze(1)
     with torch.inference_mode():
         _, weights, index = board.strips.of_all(joint.router.forward.inner(flat))
-        shared = torch.zeros_like(flat) if shape.shared is None else own.shared(shape.shared, flat)  # [B, H]
+        every = torch.zeros_like(flat) if shared is None else own.shared(shared, flat)  # [B, H]
         for stub in (_stub, _nothing):
             with _stubbed(joint, stub):
-                found = feed_forward(x)
-            wanted = (stub(flat, index, weights) + shared).unsqueeze(1)  # [B, 1, H]
+                found = parts.feed_forward(x)
+            wanted = (stub(flat, index, weights) + every).unsqueeze(1)  # [B, 1, H]
             if not isinstance(found, Tensor) or not all(map(close_enough, found, wanted)):
                 return False
     return True

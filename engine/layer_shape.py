@@ -19,13 +19,15 @@ from engine.shared_expert import SharedExpert
 @dataclass(frozen=True, slots=True)
 class LayerShape:
     """`fields` are those of `struct layer` beside its block: addresses of weights among them, which `kept` holds.
-    Without a `choice` the layer's feed-forward is somebody else's, and `shared`, what it has beside its experts, too.
+    `summed`: its feed-forward is nothing but experts and the `shared` one. Without that it is somebody else's; without
+    a `choice` the router is.
     """
 
     block: BlockShape
     fields: tuple[int | float, ...]
     choice: Choice | None
     kept: tuple[Tensor, ...]
+    summed: bool = False
     shared: SharedExpert | None = None
 
     @property
@@ -35,13 +37,7 @@ class LayerShape:
 
     @classmethod
     def of(
-        cls,
-        block: BlockShape,
-        before: Any,
-        after: Any,
-        router: Tensor | None = None,
-        choice: Choice | None = None,
-        shared: SharedExpert | None = None,
+        cls, block: BlockShape, before: Any, after: Any, router: Tensor | None = None, choice: Choice | None = None
     ) -> LayerShape:
         """Of the norms before and after attention, `norms.computes_the_usual`, and the router's weights [E, H]."""
         held = [before.weight, after.weight]
@@ -49,7 +45,7 @@ class LayerShape:
         if router is None or choice is None:
             return cls(block, (*norms, 0, 0, 0, 0, 0, 1.0), None, tuple(held))
         chosen = (choice.experts, choice.top_k, int(choice.renormalised), DTYPES[choice.dtype], choice.scale)
-        return cls(block, (*norms, router.data_ptr(), *chosen), choice, (*held, router), shared)
+        return cls(block, (*norms, router.data_ptr(), *chosen), choice, (*held, router))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +67,8 @@ class Room:
         return cls(middle, normed, weights, (middle.data_ptr(), normed.data_ptr(), weights.data_ptr()))
 
     def weighing(self, weights: Tensor) -> Room:
-        """The same states with other weights, of strips: [B, k*P]."""
+        """The same states with weights that the first call did not choose: [B, k], of strips [B, k*P]."""
+        weights = (weights if weights.dtype in DTYPES else weights.float()).contiguous()
         return replace(self, weights=weights, addresses=(*self.addresses[:2], weights.data_ptr()))
 
 

@@ -79,11 +79,19 @@ class Routing:
         return self._valid if group.tokens is None else group.tokens[self._valid[group.tokens]]
 
     @property
+    def single(self) -> bool:
+        """Whether this pass is one new token a row, none of them padding, and nobody watches."""
+        return self._width == 1 and self._valid is None and self.observer is None
+
+    @property
     def steps(self) -> bool:
-        """Whether a layer's call may route this pass by `limits`: one new token a row, none of them padding, and nobody
-        who watches or looks ahead."""
-        plain = self._width == 1 and self._valid is None and self._maskable
-        return plain and self.observer is None and self._board.lookahead is None
+        """Whether a layer's call may route this pass by `limits`: a single one in which nobody looks ahead, either."""
+        return self.single and self._maskable and self._board.lookahead is None
+
+    @property
+    def replaces(self) -> bool:
+        """Whether something stands in for experts that are left out, of any row."""
+        return self._limits.replaces
 
     def limits(self, layer: int, choice: Choice) -> Limits:
         """Of a pass that `steps`, layer after layer. What is filled in there is metered once the pass has ended."""

@@ -69,6 +69,11 @@ class RowLimits:
         return len(self.groups) == 1 and one
 
     @property
+    def replaces(self) -> bool:
+        """Whether any row has stand-ins."""
+        return any(isinstance(limit[0], Replacement) for limit in _limits(self.groups))
+
+    @property
     def together(self) -> bool:
         """Whether one call of a router serves all rows, whatever their limits."""
         return self.forbidden is not None and self.calls is None

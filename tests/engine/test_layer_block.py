@@ -21,12 +21,12 @@ from engine.layer_shape import LayerShape, Limits, Room
 from engine.layerwise import since
 from engine.products import BlockShape, Products, instruction_sets
 from engine.requests import FinishedEvent, GenerationRequest, Sampling, TokenEvent
-from store.records import Selection
+from store.records import Selection, StandIn
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the products were not built: there was no C compiler")
 
 WHOLE = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe"]  # a softmax's best, and in the first a shared expert
-HALF = ["dots1"]  # sigmoids with a bias
+OTHER = ["dots1", "minimax_m2"]  # sigmoids with a bias, which their own routers choose by; a shared expert in the first
 DTYPES = ["float32", "bfloat16"]
 Pick = Callable[[Engine, random.Random], Selection]
 
@@ -189,22 +189,37 @@ def layer_of(
     return room.weights, chosen
 
 
-@pytest.mark.parametrize("family", WHOLE + HALF)
+@pytest.mark.parametrize("family", WHOLE + OTHER)
 def test_models_say_the_same_as_by_torch_and_meter_the_same(
     family: str, checkpoint: Callable[..., Path], open_engine: Callable[..., Engine], random_selection: Pick
 ) -> None:
     ours = open_engine(checkpoint(family), max_batch=4)
     plain = open_engine(checkpoint(family), max_batch=4, kernel="torch")
     assert len(blocks(ours)) == len(ours.passes.decoders)
-    assert all((one._shape.choice is not None) == (family in WHOLE) for one in blocks(ours))
+    moe = [one._shape for one in blocks(ours) if one._paged is not None]
+    assert len(moe) == ours.card.layers
+    assert all(shape.summed for shape in moe)
+    assert all((shape.choice is not None) == (family in WHOLE) for shape in moe)
     assert not blocks(plain)
     selection = random_selection(ours, random.Random(3))
     for request in (ask(10, selection), ask(20, None)):
         same(answers(ours, [request]), answers(plain, [request]), 2e-5)
 
 
+def test_vectors_that_stand_in_for_experts_are_added_behind_the_first_call(
+    checkpoint: Callable[..., Path], open_engine: Callable[..., Engine], random_selection: Pick, rows: set[int]
+) -> None:
+    folder = checkpoint("dots1")
+    ours, plain = open_engine(folder, stand_ins=1), open_engine(folder, stand_ins=1, kernel="torch")
+    card, kept = ours.card, random_selection(ours, random.Random(3)).experts
+    vectors = torch.randn(card.layers, card.experts, card.hidden).numpy()
+    request = ask(10, Selection(kept, StandIn("random", vectors)))
+    same(answers(ours, [request]), answers(plain, [request]), 2e-5)
+    assert rows == {1}
+
+
 @pytest.mark.parametrize("many", [4, 8])
-@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize("family", WHOLE + OTHER)
 def test_a_row_of_a_mixed_batch_is_that_row_alone(
     family: str,
     many: int,
@@ -222,7 +237,7 @@ def test_a_row_of_a_mixed_batch_is_that_row_alone(
     assert many in rows
 
 
-@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize("family", WHOLE + OTHER)
 def test_eight_rows_in_16_bits_go_through_the_calls_where_a_layer_is_small(
     family: str,
     checkpoint: Callable[..., Path],
@@ -306,12 +321,12 @@ def test_a_feed_forward_that_does_something_else_with_its_experts_keeps_its_own(
     open_engine: Callable[..., Engine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def chosen_here() -> list[bool]:
-        return [one._shape.choice is not None for one in blocks(open_engine(checkpoint("qwen2_moe"), dtype=dtype))]
+    def summed_here() -> list[bool]:
+        return [one._shape.summed for one in blocks(open_engine(checkpoint("qwen2_moe"), dtype=dtype))]
 
-    assert all(chosen_here())
+    assert all(summed_here())
     monkeypatch.setattr(Qwen2MoeSparseMoeBlock, "forward", other)
-    assert not any(chosen_here())
+    assert not any(summed_here())
 
 
 def test_a_shared_expert_that_is_small_beside_the_chosen_ones_is_tried_too(
@@ -319,7 +334,7 @@ def test_a_shared_expert_that_is_small_beside_the_chosen_ones_is_tried_too(
 ) -> None:
     monkeypatch.setattr(Qwen2MoeSparseMoeBlock, "forward", _scaled_shared)
     small = open_engine(checkpoint("qwen2_moe", std=0.01), dtype="bfloat16")
-    assert not any(one._shape.choice for one in blocks(small))
+    assert not any(one._shape.summed for one in blocks(small))
 
 
 def test_a_layer_that_is_stepped_over_is_ours_again_afterwards(
