@@ -12,7 +12,8 @@ MoepagerError                 shown as it is: exit code 2 at the command line, `
 ├─ MismatchError              409  a profile, index or store that belongs to another model or embedder
 ├─ CheckpointError            422  a model folder that can't be served: missing, truncated, pickled, unsupported
 │  ├─ DiskError               503  the disk stalls or returns an error: what is in memory is served on
-│  └─ ShardChanged            500  a weight file changed under the open model: until it is opened again
+│  ├─ ShardChanged            500  a weight file changed under the open model: until it is opened again
+│  └─ PapersChanged           500  its config or its tokenizer did
 ├─ BudgetError                422  a memory budget that can't hold what was asked
 ├─ TooMany                    429  a key has used up its requests of this minute
 ├─ Busy                       503  a bounded queue is full, or something is still loading
@@ -124,7 +125,7 @@ class PapersChanged(CheckpointError):
     """As above, of the files that say what the weights mean: config and tokenizer."""
 
     status = 500
-    code = "checkpoint_changed"
+    code = "papers_changed"
 
 
 class UnsupportedFamily(CheckpointError):

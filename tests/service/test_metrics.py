@@ -91,7 +91,7 @@ def test_tasks_in_service_count_from_zero_so_that_their_first_event_shows_in_a_r
     reread(replace(parts, metrics=fresh))
     for told in (fresh.text(), parts.metrics.text()):  # read again, and as they were opened
         lines = told.decode().splitlines()
-        assert 'moepager_drift_total{task="cooking"} 0.0' in lines
+        assert any(line.startswith('moepager_drift_total{task="cooking"}') for line in lines)
         for task in ("cooking", "none"):
             assert any(line.startswith(f'moepager_queue_length{{task="{task}"}}') for line in lines)
             assert any(line.startswith(f'moepager_swaps_total{{mode="mask",task="{task}"}}') for line in lines)
@@ -99,7 +99,8 @@ def test_tasks_in_service_count_from_zero_so_that_their_first_event_shows_in_a_r
             assert any(line.startswith(f'moepager_escalations_total{{at="answer",task="{task}"}}') for line in lines)
             assert any(line.startswith(f'moepager_expert_misses_total{{task="{task}"}}') for line in lines)
             assert any(line.startswith(f'moepager_exact_misses_total{{task="{task}"}}') for line in lines)
-    assert "moepager_hit_rate NaN" in fresh.text().decode().splitlines()
+    from_zero = fresh.text().decode().splitlines()  # the other one may have counted what tests before this one did
+    assert {'moepager_drift_total{task="cooking"} 0.0', "moepager_hit_rate NaN"} <= set(from_zero)
 
 
 def test_queries_of_no_task_and_refusals_are_counted(counted: TestClient) -> None:
