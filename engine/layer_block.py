@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.attention_block import BLOCK, Trial, close_enough, positions_of, takes
 from engine.choice import Choice
 from engine.experts import PagedExperts
+from engine.kvcache import KvCache
 from engine.layer_shape import FREE, LayerShape, Room
 from engine.norms import computes_the_usual
 from engine.products import BlockShape, Products
@@ -36,13 +37,13 @@ SIZES = (0.1, 1.0, 100.0)  # of the inputs of a trial: what clips the inside of 
 def adopt_layers(
     model: Any, joints: Sequence[Joint], experts: Sequence[PagedExperts], board: Switchboard, own: Products,
     few: Callable[[torch.dtype, int], int],
-) -> int:  # fmt: skip
+) -> list[LayerBlock]:  # fmt: skip
     """Decoder layers of `model`, which has its weights, whose batches of single tokens now go to `own`, as many as
-    `few` allows of the dtype and the number of weights of a layer. The layers' number.
+    `few` allows of the dtype and the number of weights of a layer. In the model's order.
     """
     positions = positions_of(model)
     if positions is None:
-        return 0
+        return []
     moe = list(zip(joints, experts, strict=True))
     usual = []
     for parts in filter(None, [_Parts.of(module, own) for module in model.modules()]):
@@ -51,10 +52,21 @@ def adopt_layers(
         if parts.agrees(own, positions, joint):
             ours = joint if paged is not None and paged.compiled is not None else None
             usual.append((parts, ours, paged, _layer_shape(parts, ours, board, own)))
-    for parts, joint, paged, shape in usual:
-        most = few(parts.block.dtype, shape.weights)
-        LayerBlock(parts, shape, None if joint is None else joint.router, paged, board, own, most).take_over()
-    return len(usual)
+    blocks = [
+        LayerBlock(
+            parts,
+            shape,
+            None if joint is None else joint.router,
+            paged,
+            board,
+            own,
+            few(parts.block.dtype, shape.weights),
+        )
+        for parts, joint, paged, shape in usual
+    ]
+    for block in blocks:
+        block.take_over()
+    return blocks
 
 
 class LayerBlock:
@@ -64,14 +76,14 @@ class LayerBlock:
         self, parts: _Parts, shape: LayerShape, router: Any, paged: PagedExperts | None, board: Switchboard,
         own: Products, few: int,
     ) -> None:  # fmt: skip
-        self._layer, self._feed_forward, self._shape, self._router = parts.layer, parts.feed_forward, shape, router
+        self.layer, self._feed_forward, self._shape, self._router = parts.layer, parts.feed_forward, shape, router
         self._theirs = parts.layer.forward
         self._at = int(parts.attention.layer_idx)
         self._paged, self._board, self._own, self._few = paged, board, own, few
         self._rooms: dict[int, Room] = {}  # by rows
 
     def take_over(self) -> None:
-        self._layer.forward = self.forward
+        self.layer.forward = self.forward
 
     def forward(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
         if (
@@ -81,7 +93,12 @@ class LayerBlock:
             or not self._takes(hidden_states, named)
         ):
             return self._theirs(hidden_states, *rest, **named)
-        return self._single(hidden_states, **named)
+        return self.single(hidden_states, **named)
+
+    def takes(self, rows: int, cache: KvCache) -> bool:
+        """Whether a pass of so many single tokens may go to `single` without the module's forward."""
+        routing = self._board.routing
+        return rows <= self._few and routing is not None and routing.steps and isinstance(cache, KvCache)
 
     def _takes(self, x: Tensor, named: dict[str, Any]) -> bool:
         routing = self._board.routing
@@ -94,7 +111,7 @@ class LayerBlock:
             return False
         return takes(self._shape.block, x, positions, named.get("attention_mask"), cache, self._at)
 
-    def _single(
+    def single(
         self,
         x: Tensor,
         past_key_values: Any,

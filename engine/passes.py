@@ -17,6 +17,7 @@ from engine.kvcache import KvCache
 from engine.layerwise import Reached, decoder_layers, only, since
 from engine.observer import Observer
 from engine.routing import Routing
+from engine.single_step import SingleStep
 from engine.skeleton import Skeleton
 from store.errors import UnsupportedFamily
 
@@ -24,13 +25,14 @@ from store.errors import UnsupportedFamily
 class Passes:
     """One after the other: the routing of a pass is the switchboard's while it runs."""
 
-    def __init__(self, skeleton: Skeleton, experts: Sequence[PagedExperts]) -> None:
+    def __init__(self, skeleton: Skeleton, experts: Sequence[PagedExperts], single: SingleStep | None = None) -> None:
+        self._single = single  # for passes of single tokens, where the model's own forward adds nothing
         self._model, self._joints, self._experts = skeleton.model, skeleton.joints, experts
         self.decoders = _decoders(skeleton)  # none where the model can't be run layer by layer
 
     def whole(self, ids: Tensor, mask: Tensor, routing: Routing) -> Tensor:
         """`ids`, `mask` i64 [B, S] -> logits f32 [B, S, V], nothing remembered."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, S]
+        positions = _positions(mask)  # [B, S]
         with _routed(routing, mask):
             out = self._model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         logits: Tensor = out.logits
@@ -40,18 +42,30 @@ class Passes:
     def step(self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing) -> Tensor:
         """Continue `cache` by `ids` [B, new] under `mask` [B, everything so far]. Logits of the last column, [B, V]."""
         new = ids.shape[1]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]  # [B, new]
+        positions = _positions(mask)[:, -new:]  # [B, new]
         with _routed(routing, mask[:, -new:]):
-            out: Any = self._model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            if self._single is not None and self._single.takes(ids, cache):
+                return self._single(ids, positions, mask, cache)
+            return self._theirs(ids, positions, mask, cache)
+
+    def _theirs(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KvCache) -> Tensor:
+        out: Any = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         logits: Tensor = out.logits
         return logits[:, -1]
+
+    def _from_layer(self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing) -> Tensor:
+        """As `step`, always through the model's own forward: engine.layerwise has changed where it begins or ends."""
+        new = ids.shape[1]
+        positions = _positions(mask)[:, -new:]  # [B, new]
+        with _routed(routing, mask[:, -new:]):
+            return self._theirs(ids, positions, mask, cache)
 
     @torch.inference_mode()
     def layer(
@@ -64,15 +78,16 @@ class Passes:
         """
         with only(self.decoders, layer, hidden):
             try:
-                self.step(ids, mask, cache, routing)
+                self._from_layer(ids, mask, cache, routing)
             except Reached as end:
                 return end.hidden
         raise AssertionError("the pass went past its layer")
 
+    @torch.inference_mode()
     def last(self, hidden: Tensor | None, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing) -> Tensor:
         """As `layer` for the last one, and all that follows it: logits of the last column, [B, V]."""
         with since(self.decoders, len(self.decoders) - 1, hidden):
-            return self.step(ids, mask, cache, routing)
+            return self._from_layer(ids, mask, cache, routing)
 
     @contextmanager
     def observed(self, observer: Observer, routing: Routing) -> Iterator[None]:
@@ -89,6 +104,11 @@ class Passes:
                 handle.remove()
             for paged in self._experts:
                 paged.observer = None
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """`mask` i64 [B, S] -> i64 [B, S], padding at 0."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _decoders(skeleton: Skeleton) -> Sequence[nn.Module]:

@@ -194,6 +194,7 @@ def test_models_decode_by_it_and_prefill_and_large_batches_by_their_own(
 
     monkeypatch.setattr(Products, "block", counted)
     monkeypatch.setattr(LayerBlock, "forward", lambda self, x, **named: self._theirs(x, **named))
+    monkeypatch.setattr("engine.engine.SingleStep.of", lambda *_: None)
     monkeypatch.setattr("engine.kernels.FEW", {torch.float32: 2})
     monkeypatch.setattr("engine.kernels.FEW_WEIGHTS", 0)
     engine = open_engine(checkpoint("qwen3_moe"), max_batch=3)

@@ -40,13 +40,13 @@ def blocks(engine: Engine) -> list[LayerBlock]:
 def rows(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """How many rows went through the calls at a time, of any layer and engine."""
     seen: set[int] = set()
-    real = LayerBlock._single
+    real = LayerBlock.single
 
     def counted(self: LayerBlock, x: Tensor, **named: Any) -> Tensor:
         seen.add(len(x))
         return real(self, x, **named)
 
-    monkeypatch.setattr(LayerBlock, "_single", counted)
+    monkeypatch.setattr(LayerBlock, "single", counted)
     return seen
 
 
@@ -93,7 +93,7 @@ def test_the_first_call_is_its_small_steps_bit_for_bit(
     forbidden[0, :4], forbidden[1, 2:5] = True, True
     calls = torch.tensor([2, 1])
     for one in blocks(engine):
-        layer, shape = one._layer, one._shape
+        layer, shape = one.layer, one._shape
         choice, trial = shape.choice, Trial.of(shape.block, (1.0, 30.0))
         assert choice is not None
         mine, theirs = (trial.cache(layer.self_attn) for _ in range(2))

@@ -173,7 +173,9 @@ def test_a_decoder_layer_of_strips_is_two_calls_too(packed: Callable[..., Packed
             if kernel == "own":
                 layers = [each.forward.__self__ for each in engine.passes.decoders]
                 assert [layer._shape.choice.top_k for layer in layers] == [2, 2, 2]
-                assert engine.kernel.endswith("3 of 3 decoder layers in two calls, experts in 2 strips")
+                assert engine.kernel.endswith(
+                    "3 of 3 decoder layers in two calls, nothing around them, experts in 2 strips"
+                )
     assert found[0] == found[1]
 
 
