@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,7 +57,7 @@ class Parts:
     dense_bytes: int
     layer_bytes: int  # one layer's experts, or one token's in every layer if those are more
     hidden_bytes: int  # the largest shard's states, before the layer and after
-    workspace_bytes: int  # activations, kernels, reader's buffers and router copies, as planned
+    workspace_bytes: int  # activations, logits of a column a row, kernels, reader's buffers, router copies, as planned
     kv_bytes: int
 
     @property
@@ -86,13 +86,18 @@ class Streamed:
 
 @dataclass(frozen=True, slots=True)
 class ProfileFigures:
-    """Medians over the runs; `ratio` is the median of the ratios run by run, `tok_per_s` that of the pass in memory."""
+    """Medians over the runs; `ratio` is the median of the ratios run by run, `tok_per_s` that of the pass in memory.
+
+    The plain forward gives logits of all tokens, the pass of what it hears alone; `ratio_without_head` is beside
+    a plain forward that gives logits of the last position only.
+    """
 
     model: str
     tokens: int
     tok_per_s: float
     forward_tok_per_s: float
     ratio: float
+    ratio_without_head: float
     forward_implementation: str
     memory_cap: int | None
     peak_anon_bytes: int | None
@@ -112,14 +117,17 @@ def bench_profile(model: Path, items: int, runs: int, cap: int | None = None) ->
     found = streamed(model, items, cap)  # first: nothing here maps the files yet, so their pages can be dropped
     with Engine.open(_config(model, None, longest(model, items))) as engine:
         text = encode_corpus(engine, calibration(items))
-        passes, forwards, name = _interleaved(engine, text, runs)
+        turns = _interleaved(engine, text, runs)
+    name = min(IMPLEMENTATIONS, key=lambda each: median(turns.forwards[each]))
+    forwards = turns.forwards[name]
     tokens = sum(len(one.tokens) for one in text)
     return ProfileFigures(
         model=model.name,
         tokens=tokens,
-        tok_per_s=tokens / median(passes),
+        tok_per_s=tokens / median(turns.passes),
         forward_tok_per_s=tokens / median(forwards),
-        ratio=median(forward / here for forward, here in zip(forwards, passes, strict=True)),
+        ratio=turns.ratio(forwards),
+        ratio_without_head=turns.ratio(turns.headless[name]),
         forward_implementation=name,
         memory_cap=cap,
         peak_anon_bytes=found.peak_anon_bytes,
@@ -153,21 +161,29 @@ def _config(model: Path, memory: int | None, context: int) -> EngineConfig:
     return EngineConfig(model, memory=memory, max_context=context, max_batch=ROWS, chunk_tokens=CHUNK)
 
 
-def _interleaved(engine: Engine, text: Sequence[Encoded], runs: int) -> tuple[list[float], list[float], str]:
-    """Seconds of the pass and of the faster plain forward, in turns; the first round warms up."""
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Seconds of each run: of the pass, and of plain forwards by implementation, with and without their head."""
+
+    passes: list[float] = field(default_factory=list)
+    forwards: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in IMPLEMENTATIONS})
+    headless: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in IMPLEMENTATIONS})
+
+    def ratio(self, others: Sequence[float]) -> float:
+        return median(other / here for other, here in zip(others, self.passes, strict=True))
+
+
+def _interleaved(engine: Engine, text: Sequence[Encoded], runs: int) -> Turns:
+    """The pass and plain forwards, in turns; the first round warms up."""
     plain = AutoModelForCausalLM.from_pretrained(engine.card.folder, dtype=getattr(torch, engine.plan.dtype)).eval()
     batches = [pad(part) for part in cut(engine, text, ROWS)]
-    passes: list[float] = []
-    forwards: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
-    for number in range(runs + 1):
-        seconds = _pass_seconds(engine, text)
-        others = {name: _forward_seconds(plain, name, batches) for name in IMPLEMENTATIONS}
-        if number:
-            passes.append(seconds)
-            for name, value in others.items():
-                forwards[name].append(value)
-    name = min(forwards, key=lambda each: median(forwards[each]))
-    return passes, forwards[name], name
+    warm, turns = Turns(), Turns()
+    for each in (warm, *[turns] * runs):
+        each.passes.append(_pass_seconds(engine, text))
+        for name in IMPLEMENTATIONS:
+            each.forwards[name].append(_forward_seconds(plain, name, batches, keep=0))
+            each.headless[name].append(_forward_seconds(plain, name, batches, keep=1))
+    return turns
 
 
 def _pass_seconds(engine: Engine, text: Sequence[Encoded]) -> float:
@@ -178,12 +194,12 @@ def _pass_seconds(engine: Engine, text: Sequence[Encoded]) -> float:
 
 
 @torch.inference_mode()
-def _forward_seconds(plain: Any, implementation: str, batches: Sequence[Batch]) -> float:
-    """Logits of the last position only: the pass is not charged for a head that a plain forward does not need."""
+def _forward_seconds(plain: Any, implementation: str, batches: Sequence[Batch], keep: int) -> float:
+    """With logits of the last `keep` positions of a row, of all for 0."""
     plain.set_experts_implementation(implementation)
     started = time.perf_counter()
     for batch in batches:
-        plain(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        plain(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=keep)
     return time.perf_counter() - started
 
 

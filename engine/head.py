@@ -20,10 +20,10 @@ class Head:
     """`columns` are sent through at once, so that their logits fit the memory that sampling was given."""
 
     def __init__(self, model: Any, columns: int) -> None:
+        self.columns = columns
         self._decoder = model.get_decoder()
         self._output = model.get_output_embeddings()
         self._scaling = float(getattr(model.config, "logits_scaling", 1.0))  # Granite divides by it
-        self._columns = columns
 
     @contextmanager
     def listening(self) -> Iterator[list[Tensor]]:
@@ -36,11 +36,18 @@ class Head:
             handle.remove()
 
     @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`hidden` [n, H], at most `columns` of them -> f32 [n, V]"""
+        assert len(hidden) <= self.columns, (len(hidden), self.columns)
+        logits: Tensor = self._output(hidden) / self._scaling
+        return logits.float()
+
+    @torch.inference_mode()
     def scores(self, hidden: Tensor, tokens: Sequence[int], top: int) -> list[Score]:
         """`hidden` [n, H] and the token that follows each of its columns."""
         found: list[Score] = []
-        for start in range(0, len(tokens), self._columns):
-            columns = slice(start, start + self._columns)
+        for start in range(0, len(tokens), self.columns):
+            columns = slice(start, start + self.columns)
             logits = self._output(hidden[columns]) / self._scaling  # [n, V]
             found += scores_of(logits, tokens[columns], top)
         return found

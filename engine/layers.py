@@ -6,7 +6,7 @@ B rows, S positions, H hidden, E experts, n tokens, k experts a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,32 +77,46 @@ class Layers:
         `ids` and `mask` i64 [B, S] as for `Engine.forward`; `hidden` is None for layer 0.
         """
         try:
-            self._run(only, layer, ids, mask, hidden, observer)
+            self._run(self._from(only, layer, hidden), ids, mask, observer)
         except Reached as end:
             return end.hidden
         raise AssertionError("the pass went past its layer")
 
-    @torch.inference_mode()
     def to_the_end(
         self, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None, observer: Observer | None = None
     ) -> Tensor:
-        """As `forward`, with all that follows the layer: logits f32 [B, S, V]."""
-        return self._run(since, layer, ids, mask, hidden, observer)
+        """As `forward`, with all that follows the layer up to what the engine's `head` takes: [B, S, H]."""
+        return self._states(self._from(since, layer, hidden), ids, mask, observer)
 
-    def _run(
-        self, way: Way, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None, observer: Observer | None
+    def whole(self, ids: Tensor, mask: Tensor, observer: Observer | None = None) -> Tensor:
+        """All layers, of any model, as `to_the_end`: `ids`, `mask` i64 [B, S] -> [B, S, H]."""
+        return self._states(nullcontext(), ids, mask, observer)
+
+    @torch.inference_mode()
+    def _states(
+        self, part: AbstractContextManager[None], ids: Tensor, mask: Tensor, observer: Observer | None
     ) -> Tensor:
+        with self._engine.head.listening() as heard:
+            self._run(part, ids, mask, observer)
+        [states] = heard
+        return states
+
+    def _from(self, way: Way, layer: int, hidden: Tensor | None) -> AbstractContextManager[None]:
         assert (hidden is None) == (layer == 0), layer
+        decoders = decoder_layers(self._model, [joint.experts for joint in self._joints])[0]
+        return way(decoders, layer, None if hidden is None else hidden.to(self._engine.device))
+
+    def _run(self, part: AbstractContextManager[None], ids: Tensor, mask: Tensor, observer: Observer | None) -> None:
+        """A pass in which every row is routed freely, of as many layers as `part` lets it have."""
         engine, device = self._engine, self._engine.device
         engine.admission.check_pass(ids, mask, [None] * len(ids))
         routing = Routing(engine.board, [None] * len(ids), device)
-        decoders = decoder_layers(self._model, [joint.experts for joint in self._joints])[0]
         with ExitStack() as stack:
             engine.admission.require_free_slot([None])
             if observer is not None:
                 stack.enter_context(engine.passes.observed(observer, routing))
-            stack.enter_context(way(decoders, layer, None if hidden is None else hidden.to(device)))
-            return engine.passes.whole(ids.to(device), mask.to(device), routing)
+            stack.enter_context(part)
+            engine.passes.whole(ids.to(device), mask.to(device), routing, keep=1)
 
     @torch.inference_mode()
     def expert_outputs(self, layer: int, x: Tensor) -> Tensor:

@@ -30,11 +30,14 @@ class Passes:
         self._model, self._joints, self._experts = skeleton.model, skeleton.joints, experts
         self.decoders = _decoders(skeleton)  # none where the model can't be run layer by layer
 
-    def whole(self, ids: Tensor, mask: Tensor, routing: Routing) -> Tensor:
-        """`ids`, `mask` i64 [B, S] -> logits f32 [B, S, V], nothing remembered."""
+    def whole(self, ids: Tensor, mask: Tensor, routing: Routing, keep: int = 0) -> Tensor:
+        """`ids`, `mask` i64 [B, S] -> logits f32 [B, S, V], nothing remembered; of the last `keep` columns alone, if
+        any."""
         positions = _positions(mask)  # [B, S]
         with _routed(routing, mask):
-            out = self._model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+            out = self._model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
+            )
         logits: Tensor = out.logits
         return logits.float()
 

@@ -8,7 +8,6 @@ from engine.engine import Engine
 from profiler.batches import Encoded, cut, pad
 from profiler.channels.accumulator import make_accumulator
 from profiler.extras import NOTHING, Needs
-from profiler.finite import require_finite
 from profiler.hearing import hear
 from profiler.progress import Progress, Report
 from profiler.run import Run
@@ -53,7 +52,6 @@ def _statistics(engine: Engine, part: Sequence[Encoded], needs: Needs) -> Statis
     accumulator = make_accumulator(engine, needs)
     batch = pad(part)
     accumulator.begin(batch.roles, batch.halves)
-    # None routes freely: an expert that is not resident is paged in, so that no score depends on what happened to be.
-    logits = engine.forward(batch.ids, batch.mask, [None] * len(part), accumulator)  # [B, S, V]
-    require_finite(logits.amax(dim=-1).cpu()[batch.mask == 1])  # the largest of each token: NaN is larger than all
-    return accumulator.statistics().with_heard(hear(logits, batch))
+    # Routed freely: an expert that is not resident is paged in, so that no score depends on what happened to be.
+    states = engine.layers.whole(batch.ids, batch.mask, accumulator)  # [B, S, H]
+    return accumulator.statistics().with_heard(hear(engine.head.logits, engine.plan.max_batch, states, batch))

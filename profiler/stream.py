@@ -1,7 +1,8 @@
 """The same pass layer by layer over the whole text, for models larger than memory: each layer's experts are read once.
 
 Statistics equal those of gather.py to rounding. Peak memory is the dense weights, one layer's experts (the engine's
-slots) and one shard; hidden states lie in a file between layers. A killed run goes on after its last finished layer.
+slots), one shard's states and the plan's workspace, in which logits are heard, too; hidden states lie in a file between
+layers. A killed run goes on after its last finished layer.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def _layer(
 
     batches = enumerate(map(pad, parts))
     if final:
-        heard = [hear(one(number, batch, engine.layers.to_the_end), batch) for number, batch in batches]
+        heard = [
+            hear(engine.head.logits, engine.plan.max_batch, one(number, batch, engine.layers.to_the_end), batch)
+            for number, batch in batches
+        ]
         return accumulator.statistics().with_heard(np.sum(heard, axis=0))
     with spill.writing(layer) as file:
         for number, batch in batches:

@@ -50,9 +50,25 @@ def plainly(logits: torch.Tensor, batch: Batch) -> np.ndarray:
 def test_of_a_response_where_there_is_one_and_of_all_tokens_else(seed):
     roles = [[PROMPT] * 3 + [RESPONSE] * 3, [PROMPT] * 6, [PROMPT, RESPONSE, RESPONSE, RESPONSE, PROMPT, PROMPT]]
     logits, batch = batch_of(roles, [6, 5, 4], seed)
-    heard = hear(logits, batch)
+    asked: list[int] = []
+    heard = hear(lambda states: asked.append(len(states)) or states, 4, logits, batch)  # states that are logits
     np.testing.assert_allclose(heard, plainly(logits, batch), rtol=1e-5)
     assert heard[:, 0].tolist() == [3 + 3, 4]
+    assert asked == [4, 4, 2]  # nothing else was asked, and never more at once
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logits_are_never_there_of_more_columns_than_the_plan_has_room_for(stream, tmp_path):
+    """Of a whole shard they were what the streaming pass peaked at."""
+    folder = write_tiny("olmoe", tmp_path / "m", seed=3)
+    with Engine.open(EngineConfig(folder, memory=1 << 40, max_context=128, max_batch=4)) as engine:
+        text, columns = encode_corpus(engine, CORPUS), []
+        output = engine.passes._model.get_output_embeddings()
+        output.register_forward_hook(lambda _, args, __: columns.append(args[0].numel() // args[0].shape[-1]))
+        run = stream_statistics if stream else gather_statistics
+        run(engine, text, Run(tmp_path, "p", ""), "t", 4, ignore)
+    assert max(columns) == 4  # max_batch
+    assert sum(columns) < sum(len(one.tokens) for one in text)
 
 
 def test_both_passes_hear_the_whole_text_alike(tmp_path):

@@ -52,15 +52,15 @@ def options(tmp_path) -> Options:
 
 @pytest.fixture
 def passes(engine, monkeypatch) -> list[int]:
-    """Counts the rows of every forward."""
+    """Counts the rows of every forward, of the pass and of the evaluation."""
     rows: list[int] = []
-    forward = engine.forward
+    whole = engine.passes.whole
 
-    def counted(ids, *arguments):
+    def counted(ids, *arguments, **more):
         rows.append(len(ids))
-        return forward(ids, *arguments)
+        return whole(ids, *arguments, **more)
 
-    monkeypatch.setattr(engine, "forward", counted)
+    monkeypatch.setattr(engine.passes, "whole", counted)
     return rows
 
 

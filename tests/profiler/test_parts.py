@@ -47,8 +47,10 @@ def options(tmp_path) -> Options:
 def passes(engine, monkeypatch) -> list[int]:
     """Counts the rows of every forward."""
     rows: list[int] = []
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda ids, *rest: rows.append(len(ids)) or forward(ids, *rest))
+    inner = engine.passes.whole
+    monkeypatch.setattr(
+        engine.passes, "whole", lambda ids, *rest, **more: rows.append(len(ids)) or inner(ids, *rest, **more)
+    )
     return rows
 
 
