@@ -23,8 +23,10 @@ from engine.norms import adopt_norms
 from engine.products import ExpertShape, Products, multiplies
 from store.errors import InvalidInput
 
-# Rows that take as long as to lay out the weights for one product more: 17 to 20 of 1024 x 1024 and 1024 x 512.
+# What one product more costs beside its rows: to lay out the weights, which takes as long as 17 to 20 rows of
+# 1024 x 1024 and 1024 x 512, and to be called and put together, which takes as long as so many products of two numbers.
 AGAIN = 20
+CALL = 1 << 21
 COMPILED = frozenset({torch.bfloat16, torch.float16})
 FEW: Mapping[torch.dtype, int] = {torch.float32: 8, torch.bfloat16: 4}  # rows; above, torch is faster: measured
 # The same where a matrix, or a layer's attention in one call, has few weights: what a call of torch's takes beside its
@@ -130,20 +132,20 @@ def pad_rows(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch's: `x` [M, K], `weight` [N, K] -> [M, N]"""
-    return _in_few_shapes(lambda rows: F.linear(rows, weight, bias), x)
+    return _in_few_shapes(lambda rows: F.linear(rows, weight, bias), x, weight.numel())
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """torch's: `x` [M, K], `weight` [K, N] -> [M, N]"""
-    return _in_few_shapes(lambda rows: rows @ weight, x)
+    return _in_few_shapes(lambda rows: rows @ weight, x, weight.numel())
 
 
-def _in_few_shapes(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`multiply` [M, K] -> [M, N], by products of as many rows as `row_counts` says where a kernel is compiled for
-    each number."""
+def _in_few_shapes(multiply: Callable[[Tensor], Tensor], x: Tensor, weights: int) -> Tensor:
+    """`multiply` [M, K] -> [M, N] by so many weights, by products of as many rows as `row_counts` says where a kernel
+    is compiled for each number."""
     if pad_rows(x) is x:
         return multiply(x)
-    parts = torch.split(x, _real(row_counts(len(x)), len(x)))
+    parts = torch.split(x, _real(row_counts(len(x), weights), len(x)))
     found = [multiply(pad_rows(part))[: len(part)] for part in parts]
     return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -154,10 +156,15 @@ def _real(counts: Sequence[int], rows: int) -> list[int]:
 
 
 @lru_cache(maxsize=4096)
-def row_counts(rows: int) -> tuple[int, ...]:
+def row_counts(rows: int, weights: int) -> tuple[int, ...]:
     """Powers of two, the largest first, that hold `rows` rows in the least time; only the last is padded."""
     whole = 1 << (rows - 1).bit_length()
     if whole == rows:
         return (whole,)
-    parts = (whole // 2, *row_counts(rows - whole // 2))
-    return (whole,) if whole <= sum(parts) + AGAIN * (len(parts) - 1) else parts
+    parts = (whole // 2, *row_counts(rows - whole // 2, weights))
+    return (whole,) if whole <= sum(parts) + again(weights) * (len(parts) - 1) else parts
+
+
+def again(weights: int) -> int:
+    """Rows by a matrix of so many weights that take as long as one product more."""
+    return AGAIN + CALL // weights

@@ -118,7 +118,7 @@ static int run_block(int set, const struct block *b, struct cache *c, const char
         take(set, x, b->dtype, c->rows, b->q.columns, r.x);
         project(sets[set].multiply, b, &r, c->rows, pointers, threads);
         place(b, c, &r, cos, sin, position_row, keys, values);
-        done = attend_all(sets[set].attend, c, b->dtype, r.asked, keys, values, mask, b->scale, r.found, threads);
+        done = attend_all(set, c, b->dtype, r.asked, keys, values, mask, b->scale, r.found, threads);
     }
     if (done) {
         const float **inputs = (const float **)last;

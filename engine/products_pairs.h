@@ -12,7 +12,13 @@
 #define NEAR 8          /* rows of x that stay in the first cache while a panel of weights passes */
 #define PANEL (1 << 17) /* bytes of weights that stay in the second cache while all rows of x pass */
 #define MOST_PAIRS 64   /* rows that `expert_pairs` takes */
+#define SHORT 512       /* columns: up to here a dot product is mostly its end */
 #define SOON 1024       /* as AHEAD, where one or two rows of x leave memory as the only limit: measured */
+
+static INLINE __mmask32 left_of(long count)
+{
+    return count >= PAIRED ? ~0u : count > 0 ? (1u << count) - 1 : 0;
+}
 
 /* Each of four vectors, summed to four lanes in the order of `sum_v4`: [a, b, c, d], four lanes each. */
 static INLINE __m512 quarters(__m512 a, __m512 b, __m512 c, __m512 d)
@@ -32,34 +38,57 @@ static INLINE void sum_eight(__m512 a, __m512 b, __m512 c, __m512 d, __m512 e, _
     _mm256_storeu_ps(y, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, wholes)));
 }
 
-#define EACH(line, row) (sums[0][line][row] + sums[1][line][row])
+/* The i-th of eight dot products is that of line i / apart with row i % apart. Sums are variables of their own, not an
+ * array: the compiler would write an array back at every step. */
+#define APART(lines) ((lines) == 8 ? 1 : (lines) == 4 ? 2 : TOGETHER)
+#define OF_EIGHT(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
 
-/* `lines` rows of weights, `stride` numbers apart, times `rows` rows of x, over all pairs of vectors in `columns`
- * -> y[line * TOGETHER + row]. No array may need an address here, or the sums leave the registers. */
+/* `lines` rows of weights, `stride` numbers apart, times `rows` rows of x -> y[line * APART(lines) + row]. */
 static INLINE void dots_pairs(const uint16_t *w, long stride, const int lines, const uint16_t *const *x, const int rows,
                               long columns, float *y)
 {
-    __m512 sums[2][2][TOGETHER]; /* of even vectors and of odd ones */
-    memset(sums, 0, sizeof sums);
+    const int apart = APART(lines);
     const long ahead = lines * rows <= 2 ? SOON : AHEAD;
-    for (long k = 0; k + 2 * PAIRED <= columns; k += 2 * PAIRED) {
+    long k = 0;
+#define BEGIN(i) __m512 even##i = _mm512_setzero_ps(), odd##i = _mm512_setzero_ps();
+#define DOT(i, sum, load, at)                                                                                          \
+    if (i / apart < lines && i % apart < rows)                                                                         \
+        sum##i = _mm512_dpbf16_ps(sum##i, (__m512bh)load(w + i / apart * stride + at), (__m512bh)load(x[i % apart] + at));
+#define WHOLE(from) _mm512_loadu_si512(from)
+#define LEFT(from) _mm512_maskz_loadu_epi16(left, from)
+#define EVEN(i) DOT(i, even, WHOLE, k)
+#define ODD(i) DOT(i, odd, WHOLE, k + PAIRED)
+#define EVEN_LEFT(i) DOT(i, even, LEFT, k)
+#define ODD_LEFT(i) DOT(i, odd, LEFT, k + PAIRED)
+    OF_EIGHT(BEGIN)
+    for (; k + 2 * PAIRED <= columns; k += 2 * PAIRED) {
         for (int line = 0; line < lines; line++)
             for (int part = 0; part < 2; part++)
                 __builtin_prefetch((const char *)(w + line * stride + k + part * PAIRED) + ahead, 0, 1);
-        for (int part = 0; part < 2; part++)
-            for (int row = 0; row < rows; row++) {
-                const __m512bh here = (__m512bh)_mm512_loadu_si512(x[row] + k + part * PAIRED);
-                for (int line = 0; line < lines; line++)
-                    sums[part][line][row] = _mm512_dpbf16_ps(
-                        sums[part][line][row], (__m512bh)_mm512_loadu_si512(w + line * stride + k + part * PAIRED), here);
-            }
+        OF_EIGHT(EVEN)
+        OF_EIGHT(ODD)
     }
+    if (k < columns) { /* what no pair of vectors holds */
+        __mmask32 left = left_of(columns - k);
+        OF_EIGHT(EVEN_LEFT)
+        left = left_of(columns - k - PAIRED);
+        OF_EIGHT(ODD_LEFT)
+    }
+#define SUM(i) even##i + odd##i
     if (lines * rows == 1)
-        *y = sum_v4((floats_v4)EACH(0, 0));
+        *y = sum_v4((floats_v4)(SUM(0)));
     else
-        sum_eight(EACH(0, 0), EACH(0, 1), EACH(0, 2), EACH(0, 3), EACH(1, 0), EACH(1, 1), EACH(1, 2), EACH(1, 3), y);
+        sum_eight(SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7), y);
+#undef BEGIN
+#undef DOT
+#undef WHOLE
+#undef LEFT
+#undef EVEN
+#undef ODD
+#undef EVEN_LEFT
+#undef ODD_LEFT
+#undef SUM
 }
-#undef EACH
 
 typedef void (*dots_t)(const uint16_t *, long, const uint16_t *const *, long, float *);
 
@@ -70,51 +99,39 @@ typedef void (*dots_t)(const uint16_t *, long, const uint16_t *const *, long, fl
     {                                                                                                                  \
         dots_pairs(w, stride, lines, x, rows, columns, y);                                                             \
     }
-DOTS(1, 1) DOTS(1, 2) DOTS(1, 3) DOTS(1, 4) DOTS(2, 1) DOTS(2, 2) DOTS(2, 3) DOTS(2, 4)
+DOTS(1, 1) DOTS(1, 2) DOTS(1, 3) DOTS(1, 4) DOTS(2, 1) DOTS(2, 2) DOTS(2, 3) DOTS(2, 4) DOTS(4, 2) DOTS(8, 1)
 #undef DOTS
 
 static const dots_t dots_of[2][TOGETHER] = {{dots_1_1, dots_1_2, dots_1_3, dots_1_4}, {dots_2_1, dots_2_2, dots_2_3, dots_2_4}};
 
-/* The dot product of what no pair of vectors holds. */
-static float rest_pairs(const uint16_t *w, const uint16_t *x, long count)
-{
-    __m512 sum = _mm512_setzero_ps();
-    for (long k = 0; k < count; k += PAIRED) {
-        const __mmask32 left = count - k < PAIRED ? (1u << (count - k)) - 1 : ~0u;
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(left, w + k),
-                               (__m512bh)_mm512_maskz_loadu_epi16(left, x + k));
-    }
-    return sum_v4((floats_v4)sum);
-}
-
-/* Rows n to n + lines of the weights times `rows` rows of x; result n of row r goes to y[r][n]. */
+/* Rows n to n + lines of the weights times `rows` rows of x; result n of row r goes to y[r][n]. Eight lines are for one
+ * row, four for two. */
 static void lines_pairs(const struct matrix *m, long n, int lines, const uint16_t *const *x, long rows, float *const *y)
 {
     const uint16_t *w = (const uint16_t *)m->weights + n * m->stride;
-    const long rest = m->columns % (2 * PAIRED), whole = m->columns - rest;
+    const long apart = APART(lines);
     for (long row = 0; row < rows; row += TOGETHER) {
         float found[2 * TOGETHER];
         const long some = rows - row < TOGETHER ? rows - row : TOGETHER;
-        dots_of[lines - 1][some - 1](w, m->stride, x + row, m->columns, found);
-        for (int line = 0; rest && line < lines; line++)
-            for (long r = 0; r < some; r++)
-                found[line * TOGETHER + r] += rest_pairs(w + line * m->stride + whole, x[row + r] + whole, rest);
+        const dots_t dots = lines == 8 ? dots_8_1 : lines == 4 ? dots_4_2 : dots_of[lines - 1][some - 1];
+        dots(w, m->stride, x + row, m->columns, found);
         for (int line = 0; line < lines; line++) {
             const float bias = m->bias ? number(m->bias + (n + line) * 2, BFLOAT16) : 0;
             for (long r = 0; r < some; r++)
-                y[row + r][n + line] = m->bias ? found[line * TOGETHER + r] + bias : found[line * TOGETHER + r];
+                y[row + r][n + line] = m->bias ? found[line * apart + r] + bias : found[line * apart + r];
         }
     }
 }
 
 /* For few rows memory is what takes the time, and gives most where it is read in order; for more, two rows of weights
- * share what is read of x. */
+ * share what is read of x. Of short lines the most takes what is done once a dot product: so that many go together. */
 static INLINE void panel_pairs(const struct matrix *m, long first, long last, const uint16_t *const *x, long rows,
                                float *const *y)
 {
+    const int together = rows > TOGETHER ? 2 : m->columns > SHORT ? 1 : rows == 1 ? 8 : rows == 2 ? 4 : 2;
     long n = first;
-    for (; rows > TOGETHER && n + 2 <= last; n += 2)
-        lines_pairs(m, n, 2, x, rows, y);
+    for (; n + together <= last; n += together)
+        lines_pairs(m, n, together, x, rows, y);
     for (; n < last; n++)
         lines_pairs(m, n, 1, x, rows, y);
 }

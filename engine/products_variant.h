@@ -195,7 +195,7 @@ static INLINE void NAME(blend)(const char *const *from, const int some, const in
                 to[row][d] += weights[row * stride + i] * number(from[i] + d * size, dtype);
 }
 
-/* Attention of some heads that share keys and values, over the columns seen. q [rows][key width], scaled; room for
+/* Attention of some heads that share keys and values, over the columns seen. q [rows][key width]; room for
  * [rows][c->room] scores; to [rows][value width]. */
 static INLINE void NAME(heads)(const struct cache *c, const struct seen *seen, const int dtype, const float *const *q,
                                const int rows, float *scores, float *const *to)
@@ -204,7 +204,7 @@ static INLINE void NAME(heads)(const struct cache *c, const struct seen *seen, c
         float found[BLOCK];
         NAME(dots)(seen->keys + seen->columns[i] * c->key_column, dtype, q, rows, c->key_width, found);
         for (int row = 0; row < rows; row++)
-            scores[row * c->room + i] = found[row];
+            scores[row * c->room + i] = found[row] * seen->scale;
     }
     const long whole = (seen->count + LANES - 1) / LANES * LANES;
     for (int row = 0; row < rows; row++) {

@@ -24,6 +24,9 @@ SHAPES = [  # rows, heads that ask, heads of the cache, columns, width of a key,
     (3, 8, 2, 77, 40, 24),
     (2, 12, 2, 130, 128, 128),
     (1, 7, 1, 33, 10, 3),
+    (2, 9, 3, 21, 96, 72),
+    (1, 10, 2, 8, 256, 160),
+    (1, 2, 1, 15, 33, 65),
 ]
 Cache = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -99,6 +102,15 @@ def test_a_rows_bits_are_its_own_whatever_stands_beside_and_before_it(dtype: tor
         assert torch.equal(best().attend(q[:, :, 0], *wide, None, 0.2)[1:2], on_one_thread(q[1:2], *wide))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", range(1, 10))
+def test_a_heads_bits_are_its_own_however_many_share_its_keys(groups: int, dtype: torch.dtype) -> None:
+    q, keys, values, _ = random_cache((1, groups, 1, 53, 72, 72), dtype, groups)
+    together = best().attend(q[:, :, 0], keys, values, None, 0.2)
+    for head in range(groups):
+        assert torch.equal(together[:, head], best().attend(q[:, head], keys, values, None, 0.2)[:, 0])
 
 
 def on_one_thread(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -24,16 +24,26 @@ def test_a_padded_product_is_the_plain_one(rows: int, dtype: torch.dtype) -> Non
     assert kernels.linear(x, weight).shape == (rows, 24)
 
 
-def test_rows_are_split_where_padding_would_take_longer_than_reading_the_weights_again() -> None:
-    assert kernels.row_counts(64) == (64,)
-    assert kernels.row_counts(101) == (128,)
-    assert kernels.row_counts(70) == (64, 8)
-    assert kernels.row_counts(804) == (512, 256, 32, 4)
+LARGE, SMALL = 1 << 20, 1 << 14  # weights
+
+
+def test_rows_are_split_where_padding_would_take_longer_than_one_product_more() -> None:
+    assert kernels.row_counts(64, LARGE) == kernels.row_counts(64, SMALL) == (64,)
+    assert kernels.row_counts(101, LARGE) == (128,)
+    assert kernels.row_counts(70, LARGE) == (64, 8)
+    assert kernels.row_counts(804, LARGE) == (512, 256, 32, 4)
     for rows in range(1, 2000):
-        counts = kernels.row_counts(rows)
-        assert all(count & (count - 1) == 0 for count in counts)
-        assert sum(counts[:-1]) < rows <= sum(counts)
-        assert sum(counts) + kernels.AGAIN * (len(counts) - 1) <= 1 << (rows - 1).bit_length()
+        for weights in (LARGE, SMALL):
+            counts = kernels.row_counts(rows, weights)
+            assert all(count & (count - 1) == 0 for count in counts)
+            assert sum(counts[:-1]) < rows <= sum(counts)
+            assert sum(counts) + kernels.again(weights) * (len(counts) - 1) <= 1 << (rows - 1).bit_length()
+
+
+def test_rows_by_few_weights_are_padded_for_a_call_takes_longer() -> None:
+    assert kernels.row_counts(96, LARGE) == (64, 32)
+    assert kernels.row_counts(96, SMALL) == (128,)
+    assert kernels.row_counts(300, SMALL) == (256, 64)
 
 
 @pytest.mark.parametrize(("dtype", "hidden", "few"), [

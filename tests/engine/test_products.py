@@ -78,14 +78,16 @@ def test_weights_and_inputs_may_lie_anywhere(own: Products, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [129, 513])
 def test_a_row_does_not_depend_on_the_rows_beside_it_nor_on_threads(
-    own: Products, dtype: torch.dtype, threads: Callable[[int], None]
+    columns: int, own: Products, dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
-    x, weight = torch.randn(7, 513).to(dtype), torch.randn(1031, 513).to(dtype)  # enough bytes for threads
+    x, weight = torch.randn(7, columns).to(dtype), torch.randn(1031, columns).to(dtype)  # enough bytes for threads
     threads(1)
     whole = own.linear(x, weight)
-    for row in range(7):
-        assert own.linear(x[row : row + 1], weight).equal(whole[row : row + 1])
+    for rows in (1, 2, 3):
+        for row in range(8 - rows):
+            assert own.linear(x[row : row + rows], weight).equal(whole[row : row + rows])
     for count in (2, 3):
         threads(count)
         assert own.linear(x, weight).equal(whole)
