@@ -1,4 +1,4 @@
-Layout = tuple[int, int, int, int, int, int, int, int, int, int]
+Layout = tuple[int, int, int, int, int, int, int, int, int, int, int, int, float, float]
 Cache = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 def sets() -> dict[str, int]: ...

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from engine.bank import Bank
+from engine.expert_shape import ExpertShape
 from engine.kernels import Kernels, product
 from engine.layer_shape import Room
 from engine.layout import SlotLayout
 from engine.observer import ChannelObserver, Observer
-from engine.products import ExpertShape, Products, expert_shape
+from engine.products import Products
 from engine.residency import NOBODY
 from engine.shared_expert import SharedExpert
 from store.errors import UnsupportedFamily
@@ -256,8 +257,7 @@ def compiled_experts(module: Any, layout: SlotLayout, kernels: Kernels) -> Compi
     """A string says why there is none."""
     if kernels.own is None:
         return kernels.name
-    gate = getattr(type(module), "_apply_gate", None)
-    shape = expert_shape(module, layout, plain_gate=gate is _default_apply_gate)
+    shape = ExpertShape.of(module, layout)
     return shape if isinstance(shape, str) else Compiled(kernels.own, shape, kernels.takes_many(shape))
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from engine import products
 from engine.attention import adopt_attention
 from engine.attention_block import adopt_blocks
+from engine.expert_shape import ExpertShape
 from engine.norms import adopt_norms
-from engine.products import ExpertShape, Products, multiplies
+from engine.products import Products, multiplies
 from store.errors import InvalidInput
 
 # What one product more costs beside its rows: to lay out the weights, which takes as long as 17 to 20 rows of
@@ -79,7 +80,7 @@ class Kernels:
 
     def takes_many(self, shape: ExpertShape) -> bool:
         """Whether our own products run experts of this shape for many tokens, too."""
-        if self.own is None or self.own.instruction_set not in WIDE:
+        if self.own is None or self.own.instruction_set not in WIDE or not shape.usual:
             return False
         tiles = shape.dtype == torch.bfloat16 and products.bfloat16_in_tiles()
         return shape.weights <= (SMALL_BESIDE_TILES if tiles else SMALL[shape.dtype])

@@ -15,7 +15,7 @@
 #define INLINE inline __attribute__((always_inline))
 
 enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT8 }; /* the last two are only read: products_convert.h */
-enum { SILU, GELU, GELU_TANH, RELU };
+enum { SILU, GELU, GELU_TANH, RELU, CLAMPED };
 
 #define LINE 64                 /* bytes of a cache line */
 #define AHEAD 8192              /* bytes: weights are on their way into the second cache this far before their use */
@@ -24,9 +24,10 @@ enum { SILU, GELU, GELU_TANH, RELU };
 typedef float four __attribute__((vector_size(16)));
 
 struct matrix {
-    const char *weights; /* [rows, columns], rows `stride` entries apart */
+    const char *weights; /* [rows, columns], rows `stride` entries apart; across: [columns, rows], columns that far apart */
     const char *bias;    /* [rows] or NULL */
     long rows, columns, stride;
+    int across;
 };
 
 /* Keys and values of one attention layer. `room` is `columns` up to a whole vector. */
@@ -44,6 +45,7 @@ struct seen {
 };
 
 #define LONGEST_VECTOR 16 /* floats */
+#define TALL 8            /* columns of weights that lie across, read beside each other */
 #define MOST_BLOCK 4      /* of the variants */
 
 static INLINE float number(const char *from, const int dtype)
@@ -73,6 +75,13 @@ static INLINE void put(char *to, float value, const int dtype)
     memcpy(to, &half, 2);
 }
 
+/* The end of a part of `rows` numbers, moved to the end of a vector. */
+static INLINE long whole_vectors(long end, long rows)
+{
+    const long whole = (end + LONGEST_VECTOR - 1) / LONGEST_VECTOR * LONGEST_VECTOR;
+    return whole < rows ? whole : rows;
+}
+
 static INLINE float activated(float x, const int activation)
 {
     switch (activation) {
@@ -83,21 +92,34 @@ static INLINE float activated(float x, const int activation)
     }
 }
 
-/* How an expert lies in a slot: offsets in bytes, -1 where there is no bias. */
+/* How an expert lies in a slot: offsets in bytes, -1 where there is no bias; `across`: both matrices are transposed. Its
+ * gate: in halves [gate, up], or `interleaved` one by one. CLAMPED is gate x sigmoid(alpha x gate) x (up + 1), gate at most
+ * and up within `limit`.
+ */
 struct layout {
     int dtype, activation, gated;
     long hidden, inner, slot_bytes, up, up_bias, down, down_bias;
+    int across, interleaved;
+    float alpha, limit;
 };
+
+/* As Python keeps it. */
+#define LAYOUT "(iiillllllliiff)"
+#define FIELDS(l)                                                                                                      \
+    &(l).dtype, &(l).activation, &(l).gated, &(l).hidden, &(l).inner, &(l).slot_bytes, &(l).up, &(l).up_bias, &(l).down, \
+        &(l).down_bias, &(l).across, &(l).interleaved, &(l).alpha, &(l).limit
 
 static struct matrix up_of(const struct layout *l, const char *slot)
 {
-    return (struct matrix){slot + l->up, l->up_bias < 0 ? NULL : slot + l->up_bias, l->inner * (1 + l->gated), l->hidden,
-                           l->hidden};
+    const long rows = l->inner * (1 + l->gated);
+    return (struct matrix){slot + l->up, l->up_bias < 0 ? NULL : slot + l->up_bias, rows, l->hidden,
+                           l->across ? rows : l->hidden, l->across};
 }
 
 static struct matrix down_of(const struct layout *l, const char *slot)
 {
-    return (struct matrix){slot + l->down, l->down_bias < 0 ? NULL : slot + l->down_bias, l->hidden, l->inner, l->inner};
+    return (struct matrix){slot + l->down, l->down_bias < 0 ? NULL : slot + l->down_bias, l->hidden, l->inner,
+                           l->across ? l->hidden : l->inner, l->across};
 }
 
 static INLINE long size_of(const int dtype)
@@ -354,7 +376,7 @@ static PyObject *py_product(PyObject *self, PyObject *args)
     int set, dtype, threads;
     unsigned long long x, weights, bias, y;
     long rows;
-    struct matrix m;
+    struct matrix m = {0};
     if (!PyArg_ParseTuple(args, "iiKKKKlllli", &set, &dtype, &x, &weights, &bias, &y, &rows, &m.rows, &m.columns, &m.stride,
                           &threads) || !check_set(set))
         return NULL;

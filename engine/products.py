@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from engine.expert_shape import ExpertShape
     from engine.kvcache import PooledLayer
     from engine.layer_shape import LayerShape, Limits, Room
-    from engine.layout import SlotLayout
     from engine.shared_expert import SharedExpert
 
 try:  # after torch, whose OpenMP runtime it then shares
@@ -39,14 +39,6 @@ CONVERTED = frozenset({  # what is stored, and what is served; halves to float32
     (torch.float32, torch.bfloat16),
     (torch.float16, torch.bfloat16),
 })  # fmt: skip
-ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch or transformers
-    "SiLU": 0,
-    "SiLUActivation": 0,
-    "GELUActivation": 1,
-    "NewGELUActivation": 2,
-    "GELUTanh": 2,
-    "ReLU": 3,
-}
 
 
 def instruction_sets() -> Mapping[str, int]:
@@ -57,24 +49,6 @@ def instruction_sets() -> Mapping[str, int]:
 def bfloat16_in_tiles() -> bool:
     """Whether the processor multiplies tiles of bfloat16 (AMX; x86 alone is asked): torch does, our loops do not."""
     return not missing and compiled.tiles()
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertShape:
-    """How products.c finds its way in a slot. `fields` are those of its `struct layout`."""
-
-    fields: tuple[int, int, int, int, int, int, int, int, int, int]
-    dtype: torch.dtype
-
-    @property
-    def hidden(self) -> int:
-        return self.fields[3]
-
-    @property
-    def weights(self) -> int:
-        """How many an expert has, biases left out."""
-        _, _, gated, hidden, inner = self.fields[:5]
-        return hidden * inner * (2 + gated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,35 +335,3 @@ def shows_columns(mask: Tensor, rows: int, columns: int) -> bool:
     """Whether `mask` is bool [B or 1, 1, 1, S], as for one new token."""
     shared = mask.shape[0] in (1, rows) and tuple(mask.shape[1:]) == (1, 1, columns)
     return mask.dtype == torch.bool and shared and mask.stride(3) == 1
-
-
-def expert_shape(module: Any, layout: SlotLayout, plain_gate: bool) -> ExpertShape | str:
-    """The shape of the module's experts, or why products.c can't compute them. `plain_gate`: act(gate) * up, halves."""
-    name = type(getattr(module, "act_fn", None)).__name__
-    activation = ACTIVATIONS.get(name)
-    if layout.dtype not in DTYPES:
-        return f"experts in {layout.dtype}"
-    if module.is_transposed:
-        return "transposed weights"
-    if module.has_gate and not plain_gate:
-        return "a gate of its own"
-    if activation is None:
-        return f"an activation that is {name}"
-    if getattr(module, "has_post_expert_norm", False):
-        return "a norm after each expert"
-    return _shape(module, layout, activation)
-
-
-def _shape(module: Any, layout: SlotLayout, activation: int) -> ExpertShape:
-    at = {parameter.name: parameter.offset for parameter in layout.parameters}
-    shapes = {parameter.name: parameter.shape for parameter in layout.parameters}
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    hidden, inner = shapes["down_proj"]
-    assert shapes[up] == (inner * (1 + module.has_gate), hidden), shapes
-    return ExpertShape(
-        (
-            DTYPES[layout.dtype], activation, int(module.has_gate), hidden, inner, layout.slot_bytes,
-            at[up], at.get(f"{up}_bias", -1), at["down_proj"], at.get("down_proj_bias", -1),
-        ),
-        layout.dtype,
-    )  # fmt: skip

@@ -149,8 +149,7 @@ static PyObject *py_experts(PyObject *self, PyObject *args)
     struct layout l;
     PyObject *slots;
     const struct sharing none = {0};
-    if (!PyArg_ParseTuple(args, "i(iiilllllll)KKllO!Ki", &set, &l.dtype, &l.activation, &l.gated, &l.hidden, &l.inner,
-                          &l.slot_bytes, &l.up, &l.up_bias, &l.down, &l.down_bias, &bank, &x, &tokens, &top_k,
+    if (!PyArg_ParseTuple(args, "i" LAYOUT "KKllO!Ki", &set, FIELDS(l), &bank, &x, &tokens, &top_k,
                           &PyList_Type, &slots, &y, &threads) || !check_set(set) || !check_slots(slots, tokens, top_k))
         return NULL;
     if (!run_experts(set, &l, (const char *)bank, (const char *)x, tokens, slots, &none, (float *)y, threads))

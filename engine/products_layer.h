@@ -225,8 +225,7 @@ static PyObject *py_onto(PyObject *self, PyObject *args)
     struct shared s;
     struct sharing every;
     PyObject *slots, *shared;
-    if (!PyArg_ParseTuple(args, "i(iiilllllll)KKllO!KiOKKi", &set, &l.dtype, &l.activation, &l.gated, &l.hidden, &l.inner,
-                          &l.slot_bytes, &l.up, &l.up_bias, &l.down, &l.down_bias, &bank, &x, &tokens, &top_k, &PyList_Type,
+    if (!PyArg_ParseTuple(args, "i" LAYOUT "KKllO!KiOKKi", &set, FIELDS(l), &bank, &x, &tokens, &top_k, &PyList_Type,
                           &slots, &weights, &weights_dtype, &shared, &middle, &out, &threads) ||
         !check_set(set) || !check_slots(slots, tokens, top_k) || !parse_shared(shared, &s))
         return NULL;

@@ -67,8 +67,7 @@ static PyObject *py_many(PyObject *self, PyObject *args)
     unsigned long long bank, x, slots, y;
     long bank_slots, tokens, top_k;
     struct layout l;
-    if (!PyArg_ParseTuple(args, "i(iiilllllll)KlKllKKi", &set, &l.dtype, &l.activation, &l.gated, &l.hidden, &l.inner,
-                          &l.slot_bytes, &l.up, &l.up_bias, &l.down, &l.down_bias, &bank, &bank_slots, &x, &tokens, &top_k,
+    if (!PyArg_ParseTuple(args, "i" LAYOUT "KlKllKKi", &set, FIELDS(l), &bank, &bank_slots, &x, &tokens, &top_k,
                           &slots, &y, &threads) || !check_set(set))
         return NULL;
     const long choices = tokens * top_k;

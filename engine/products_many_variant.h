@@ -65,7 +65,7 @@ static INLINE void NAME(activate_wide)(const struct layout *l, float *inner, con
             float *at = inner + (i * vectors + v) * LANES;
             NAME(floats) x = NAME(load)(at);
             if (l->activation == SILU) {
-                x = NAME(silu)(x);
+                x = NAME(silu)(x, 1);
             } else {
                 for (int lane = 0; lane < LANES; lane++)
                     x[lane] = activated(x[lane], l->activation);

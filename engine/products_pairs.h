@@ -143,6 +143,10 @@ static void multiply_pairs(const struct matrix *m, int dtype, const float *const
         multiply_v4(m, dtype, x, rows, y, first, last);
         return;
     }
+    if (m->across) { /* bound by memory: widened, as elsewhere */
+        across_v4(m, BFLOAT16, 1, x, rows, y, first, last);
+        return;
+    }
     const long panel = PANEL / (2 * m->stride) / 2 * 2 + 2;
     for (; first < last; first += panel)
         for (long row = 0; row < rows; row += NEAR)

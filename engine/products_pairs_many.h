@@ -68,7 +68,7 @@ static INLINE void activate_spread(const struct layout *l, const float *inner, c
             const float *at = inner + (i * vectors + v) * PAIR_LANES;
             floats_v4 x = load_v4(at);
             if (l->activation == SILU) {
-                x = silu_v4(x);
+                x = silu_v4(x, 1);
             } else {
                 for (int lane = 0; lane < PAIR_LANES; lane++)
                     x[lane] = activated(x[lane], l->activation);

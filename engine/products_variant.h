@@ -92,9 +92,78 @@ static INLINE void NAME(range)(const struct matrix *m, const int dtype, const fl
     }
 }
 
+/* y[row][first..last] += columns `k` to k + some of the weights, that lie across, times their numbers of `rows` rows of x,
+ * which are floats or, `halved`, bfloat16. */
+static INLINE void NAME(add_across)(const struct matrix *m, const int dtype, const int halved, const int some, const int rows,
+                                    long k, const float *const *x, float *const *y, long first, long last)
+{
+    const long size = dtype == FLOAT32 ? 4 : 2;
+    const char *from = m->weights + k * m->stride * size;
+    float by[BLOCK][TALL];
+    for (int row = 0; row < rows; row++)
+        for (int i = 0; i < some; i++)
+            by[row][i] = halved ? number((const char *)x[row] + (k + i) * 2, BFLOAT16) : x[row][k + i];
+    long n = first;
+    for (; n + LANES <= last; n += LANES) {
+        NAME(floats) sums[BLOCK];
+        for (int row = 0; row < rows; row++)
+            sums[row] = NAME(load)(y[row] + n);
+        for (int i = 0; i < some; i++) {
+            __builtin_prefetch(from + ((TALL + i) * m->stride + n) * size, 0, 2);
+            const NAME(floats) w = NAME(weights)(from + (i * m->stride + n) * size, dtype);
+            for (int row = 0; row < rows; row++)
+                sums[row] += w * by[row][i];
+        }
+        for (int row = 0; row < rows; row++)
+            memcpy(y[row] + n, &sums[row], sizeof sums[row]);
+    }
+    for (; n < last; n++)
+        for (int row = 0; row < rows; row++)
+            for (int i = 0; i < some; i++)
+                y[row][n] += number(from + (i * m->stride + n) * size, dtype) * by[row][i];
+}
+
+static INLINE void NAME(rows_across)(const struct matrix *m, const int dtype, const int halved, const int rows,
+                                     const float *const *x, float *const *y, long first, long last)
+{
+    for (int row = 0; row < rows; row++)
+        for (long n = first; n < last; n++)
+            y[row][n] = m->bias ? number(m->bias + n * (dtype == FLOAT32 ? 4 : 2), dtype) : 0;
+    long k = 0;
+    for (; k + TALL <= m->columns; k += TALL)
+        NAME(add_across)(m, dtype, halved, TALL, rows, k, x, y, first, last);
+    for (; k < m->columns; k++)
+        NAME(add_across)(m, dtype, halved, 1, rows, k, x, y, first, last);
+}
+
+/* As `multiply` of weights that lie across: they are read in their order, TALL columns of the matrix at a time. Parts of a
+ * product begin at whole vectors, so that threads change no number. */
+static INLINE void NAME(across)(const struct matrix *m, const int dtype, const int halved, const float *const *x,
+                                long rows, float *const *y, long first, long last)
+{
+    first = whole_vectors(first, m->rows);
+    last = whole_vectors(last, m->rows);
+    for (long row = 0; row < rows; row += BLOCK)
+        switch (rows - row) {
+        case 1: NAME(rows_across)(m, dtype, halved, 1, x + row, y + row, first, last); break;
+#if BLOCK == 4
+        case 2: NAME(rows_across)(m, dtype, halved, 2, x + row, y + row, first, last); break;
+        case 3: NAME(rows_across)(m, dtype, halved, 3, x + row, y + row, first, last); break;
+#endif
+        default: NAME(rows_across)(m, dtype, halved, BLOCK, x + row, y + row, first, last);
+        }
+}
+
 static void NAME(multiply)(const struct matrix *m, int dtype, const float *const *x, long rows, float *const *y,
                            long first, long last)
 {
+    if (m->across) {
+        if (dtype == FLOAT32)
+            NAME(across)(m, FLOAT32, 0, x, rows, y, first, last);
+        else
+            NAME(across)(m, BFLOAT16, 0, x, rows, y, first, last);
+        return;
+    }
     if (dtype == FLOAT32)
         NAME(range)(m, FLOAT32, x, rows, y, first, last);
     else
@@ -121,22 +190,53 @@ static INLINE NAME(floats) NAME(exponential)(NAME(floats) x)
     return (NAME(floats))((integers)(p * (NAME(floats))power) & ~low);
 }
 
-/* x / (1 + e^-x), by a power of e that can't overflow. */
-static INLINE NAME(floats) NAME(silu)(NAME(floats) x)
+/* x / (1 + e^(-alpha x)), by a power of e that can't overflow. */
+static INLINE NAME(floats) NAME(silu)(NAME(floats) x, float alpha)
 {
     typedef int32_t integers __attribute__((vector_size(4 * LANES)));
-    const integers below = x < 0;
-    const NAME(floats) e = NAME(exponential)((NAME(floats))((integers)x | INT32_MIN)); /* of -|x| */
+    const NAME(floats) of = x * alpha;
+    const integers below = of < 0;
+    const NAME(floats) e = NAME(exponential)((NAME(floats))((integers)of | INT32_MIN)); /* of -|alpha x| */
     const NAME(floats) times = (NAME(floats))((below & (integers)e) | (~below & (integers)((NAME(floats)){0} + 1)));
     return x * times / (1 + e);
+}
+
+/* The gate and up that are CLAMPED, LANES of each -> what goes on. */
+static INLINE NAME(floats) NAME(clamped)(NAME(floats) gate, NAME(floats) up, float alpha, float limit)
+{
+    for (int lane = 0; lane < LANES; lane++) {
+        gate[lane] = gate[lane] > limit ? limit : gate[lane]; /* what is no number stays none */
+        up[lane] = up[lane] > limit ? limit : up[lane] < -limit ? -limit : up[lane];
+    }
+    return NAME(silu)(gate, alpha) * (up + 1);
+}
+
+/* inner [gate, up], in halves or interleaved -> [inner], in place, as `clamped` says. */
+static void NAME(activate_clamped)(const struct layout *l, float *inner)
+{
+    for (long i = 0; i < l->inner; i += LANES) {
+        const long some = l->inner - i < LANES ? l->inner - i : LANES;
+        NAME(floats) gate = {0}, up = {0};
+        for (long lane = 0; lane < some; lane++) {
+            gate[lane] = l->interleaved ? inner[2 * (i + lane)] : inner[i + lane];
+            up[lane] = l->interleaved ? inner[2 * (i + lane) + 1] : inner[l->inner + i + lane];
+        }
+        gate = NAME(clamped)(gate, up, l->alpha, l->limit);
+        for (long lane = 0; lane < some; lane++)
+            inner[i + lane] = gate[lane];
+    }
 }
 
 /* inner [gate, up] or [up] -> [inner], in place */
 static void NAME(activate)(const struct layout *l, float *inner)
 {
     long i = 0;
+    if (l->activation == CLAMPED) {
+        NAME(activate_clamped)(l, inner);
+        return;
+    }
     for (; l->activation == SILU && i + LANES <= l->inner; i += LANES) {
-        NAME(floats) x = NAME(silu)(NAME(load)(inner + i));
+        NAME(floats) x = NAME(silu)(NAME(load)(inner + i), 1);
         if (l->gated)
             x *= NAME(load)(inner + l->inner + i);
         memcpy(inner + i, &x, sizeof x);

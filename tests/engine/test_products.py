@@ -15,8 +15,9 @@ from torch import Tensor
 
 from engine import products
 from engine.engine import Engine
+from engine.expert_shape import ExpertShape, Gate
 from engine.kernels import FEW, PAIRS, WIDE, Kernels
-from engine.products import ExpertShape, Products, instruction_sets
+from engine.products import Products, instruction_sets
 from engine.requests import GenerationRequest
 from engine.residency import NOBODY
 from store.errors import InvalidInput
@@ -115,7 +116,7 @@ def _random_bank(slots: int, hidden: int, inner: int, gated: bool, biased: bool,
         for part in parts:
             part.copy_(torch.randn(part.shape) / part.shape[-1] ** 0.5)
         views.append(parts)
-    fields = (products.DTYPES[dtype], 0, int(gated), hidden, inner, bank.shape[1])
+    fields = (products.DTYPES[dtype], int(gated), hidden, inner, bank.shape[1])
     places = (offsets[0], offsets[1] if biased else -1, offsets[2], offsets[3] if biased else -1)
     return bank, views, fields + places
 
@@ -143,7 +144,7 @@ def test_experts_are_those_of_float64(
 ) -> None:
     rng = random.Random(activation)
     bank, views, fields = _random_bank(5, 37, 21, gated, biased, dtype)
-    shape = ExpertShape((fields[0], activation, *fields[2:]), dtype)
+    shape = ExpertShape(fields, dtype, Gate(activation))
     for tokens in (1, 2, 5, 16):
         x, weights = torch.randn(tokens, 37).to(dtype), torch.rand(tokens, 3).to(rng.choice(DTYPES))
         slots = [rng.choice([0, 1, 2, 3, 4, NOBODY]) for _ in range(tokens * 3)]
@@ -155,7 +156,7 @@ def test_experts_are_those_of_float64(
 
 def test_an_expert_at_a_time_gives_the_same_to_the_last_bit(own: Products, threads: Callable[[int], None]) -> None:
     bank, _, fields = _random_bank(6, 520, 129, True, False, torch.bfloat16)
-    shape, x = ExpertShape(fields, torch.bfloat16), torch.randn(4, 520).bfloat16()
+    shape, x = ExpertShape(fields, torch.bfloat16, Gate(0)), torch.randn(4, 520).bfloat16()
     slots = [0, 3, 3, 5, 1, 0, NOBODY, 2]
     whole, single = torch.zeros(8, 520), torch.zeros(8, 520)
     threads(2)
@@ -177,7 +178,7 @@ def test_experts_of_many_tokens_are_those_of_float64(
     go to the processor's own instruction for bfloat16, where it has one."""
     rng = random.Random(activation)
     bank, views, fields = _random_bank(7, hidden, inner, gated, biased, dtype)
-    shape = ExpertShape((fields[0], activation, *fields[2:]), dtype)
+    shape = ExpertShape(fields, dtype, Gate(activation))
     assert shape.weights == hidden * inner * (2 + gated)
     for tokens in (1, 17, 90):
         x, weights = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, 3).to(dtype)
@@ -197,7 +198,7 @@ def test_where_the_processor_multiplies_bfloat16_few_tokens_get_to_the_last_bit_
         pytest.skip("this processor does not multiply bfloat16 itself")
     own = Products(PAIRS)
     bank, _, fields = _random_bank(5, 198, 78, True, True, torch.bfloat16)
-    shape, x = ExpertShape(fields, torch.bfloat16), torch.randn(90, 198).bfloat16()
+    shape, x = ExpertShape(fields, torch.bfloat16, Gate(0)), torch.randn(90, 198).bfloat16()
     slots = torch.tensor([0] * 8 + [1] * 7 + [4] + [3] * 74).view(90, 1)
     many, one = torch.zeros(90, 198), torch.zeros(90, 198)
     threads(2)
@@ -220,7 +221,7 @@ def test_an_expert_of_many_tokens_is_the_same_to_the_last_bit_whatever_is_beside
     own: Products, dtype: torch.dtype, inner: int, threads: Callable[[int], None]
 ) -> None:
     bank, _, fields = _random_bank(4, 70, inner, True, False, dtype)
-    shape, x = ExpertShape(fields, dtype), torch.randn(150, 70).to(dtype)
+    shape, x = ExpertShape(fields, dtype, Gate(0)), torch.randn(150, 70).to(dtype)
     slots, whole = torch.randint(0, 4, (150, 2)), torch.zeros(300, 70)
     threads(2)
     own.many(shape, bank, x, slots, whole)
@@ -243,7 +244,9 @@ def test_the_gate_is_right_far_from_zero_and_no_number_stays_none(own: Products)
     views[0][0].fill_(1), views[0][2].fill_(1)
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e-30, torch.nan, 3e38, -3e38])])
     y = torch.zeros(len(x), 1)
-    own.many(ExpertShape(fields, torch.float32), bank, x.unsqueeze(1), torch.zeros(len(x), 1, dtype=torch.long), y)
+    own.many(
+        ExpertShape(fields, torch.float32, Gate(0)), bank, x.unsqueeze(1), torch.zeros(len(x), 1, dtype=torch.long), y
+    )
     torch.testing.assert_close(y[:, 0], F.silu(x.double()).float(), rtol=1e-6, atol=1e-35, equal_nan=True)
 
 
@@ -302,7 +305,7 @@ def test_large_experts_of_many_tokens_go_to_torch(monkeypatch: pytest.MonkeyPatc
     """In bfloat16 those of olmoe-mini only where the processor multiplies it in tiles."""
     kernels = Kernels.choose("own", torch.bfloat16, torch.device("cpu"))
     small, mini, huge = (
-        ExpertShape((1, 0, 1, hidden, inner, 0, 0, -1, 0, -1), torch.bfloat16)
+        ExpertShape((1, 1, hidden, inner, 0, 0, -1, 0, -1), torch.bfloat16, Gate(0))
         for hidden, inner in ((256, 128), (1024, 512), (4096, 1024))
     )
     wide = kernels.own.instruction_set in WIDE
