@@ -2,8 +2,8 @@
 
 Between its first product and its last a module of transformers makes some thirty small operations: in decoding they
 cost as much as a fifth of the weights' reading. The usual is: q, k and v, norms of them or none, rotary positions in
-halves, the cache, softmax attention, the output. Whether a module does just that is found out by trying it against its
-own forward; any other keeps its own.
+some manner, the cache, softmax attention, the output. Whether a module does just that, and in which manner heads turn,
+is found out by trying it against its own forward; any other keeps its own.
 B rows, A heads, N heads of the cache, S columns, D the width of a head, R its rotary numbers, H hidden.
 """
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from engine.attention import IMPLEMENTATION
 from engine.kvcache import KvCache, PooledLayer
-from engine.products import DTYPES, BlockShape, Products, shows_columns
+from engine.products import DTYPES, BlockShape, Products, Turn, shows_columns
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-NORMS = ("q_norm", "k_norm")
+NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"))
 TAKEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"}
 MOVING = {"position_ids", "cache_position"}  # a module that asks for these may do more with positions than turn heads
 COLUMNS = 5  # of the cache, in a trial
@@ -39,21 +39,32 @@ def adopt_blocks(model: Any, own: Products, few: Callable[[torch.dtype, int], in
     if positions is None or model.config._attn_implementation != IMPLEMENTATION:
         return 0
     modules = [module for module in model.modules() if "Attention" in type(module).__name__]
-    usual = [
-        (module, shape)
-        for module in modules
-        if (shape := block_shape(module, positions[0].shape[-1])) is not None and agrees(module, shape, own, positions)
-    ]
+    usual = [(module, shape) for module in modules if (shape := usual_block(module, own, positions)) is not None]
     for module, shape in usual:
         _take_over(module, shape, own, few(shape.dtype, shape.weights))
     return len(usual)
 
 
-def block_shape(module: Any, rotary: int) -> BlockShape | None:
+def usual_block(module: Any, own: Products, positions: tuple[Tensor, Tensor]) -> BlockShape | None:
+    """The shape in which `own` does what the module does; None where there is none. `positions` as of
+    `positions_of`."""
+    rotary, dtype = positions[0].shape[-1], positions[0].dtype
+    turns = [Turn(rotary, dtype, turning, late) for turning in range(3) for late in (False, True)]
+    for turn in (*turns, Turn(0, dtype)):
+        shape = block_shape(module, turn)
+        if shape is None:
+            return None
+        if agrees(module, shape, own, positions):
+            return shape
+    return None
+
+
+def block_shape(module: Any, turn: Turn) -> BlockShape | None:
     """None where the module has other parts than `BlockShape` knows."""
     parts = dict(module.named_children())
     linears = [parts.pop(name, None) for name in PROJECTIONS]
-    norms = [parts.pop(name, None) for name in NORMS]
+    names = next((pair for pair in NORMS if pair[0] in parts), NORMS[0])
+    norms = [parts.pop(name, None) for name in names]
     plain = not parts and not list(module.parameters(recurse=False)) and all(type(one) is nn.Linear for one in linears)
     if not plain or not _asks_for_the_usual(type(module).forward):
         return None
@@ -61,7 +72,7 @@ def block_shape(module: Any, rotary: int) -> BlockShape | None:
     if not isinstance(head, int) or not isinstance(getattr(module, "layer_idx", None), int):
         return None
     scale = getattr(module, "scaling", None)
-    return BlockShape.of(linears, norms, head, rotary, scale) if isinstance(scale, float) else None
+    return BlockShape.of(linears, norms, head, scale, turn) if isinstance(scale, float) else None
 
 
 def _asks_for_the_usual(forward: Any) -> bool:
@@ -151,13 +162,14 @@ def _take_over(module: Any, shape: BlockShape, own: Products, few: int) -> None:
 
 
 def takes(shape: BlockShape, x: Tensor, positions: Any, mask: Tensor | None, cache: Any, layer: int) -> bool:
-    if not isinstance(cache, KvCache) or x.dtype != shape.dtype or positions[0].dtype != shape.dtype:
+    if not isinstance(cache, KvCache) or x.dtype != shape.dtype or positions[0].dtype != shape.positions:
         return False
     return mask is None or shows_columns(mask, len(x), cache.layers[layer].length + 1)
 
 
 def positions_of(model: Any) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines [2, 1, R] of two positions, if the model has one kind of rotary positions alone."""
+    """Cosines and sines [2, 1, R] of two positions, in the model's dtype or float32, if it has one kind of rotary
+    positions alone."""
     kinds = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     dtype = next((one.dtype for one in model.parameters() if one.dtype in DTYPES), None)
     if len(kinds) != 1 or dtype is None or next(model.parameters()).device.type != "cpu":
@@ -166,8 +178,8 @@ def positions_of(model: Any) -> tuple[Tensor, Tensor] | None:
         cos, sin = kinds[0](torch.zeros(2, 1, 1, dtype=dtype), torch.tensor([[3], [70]]))
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
-    plain = isinstance(cos, Tensor) and cos.shape == sin.shape and cos.dim() == 3 and cos.dtype == dtype
-    return (cos, sin) if plain else None
+    plain = isinstance(cos, Tensor) and cos.shape == sin.shape and cos.dim() == 3
+    return (cos, sin) if plain and cos.dtype in (dtype, torch.float32) else None
 
 
 def close_enough(found: Tensor, wanted: Tensor) -> bool:

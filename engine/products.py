@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,20 @@ def bfloat16_in_tiles() -> bool:
     return not missing and compiled.tiles()
 
 
+HALVES, NEIGHBOURS, NEIGHBOURS_EACH = range(3)
+
+
+class Turn(NamedTuple):
+    """How heads of queries and keys turn: `rotary` of their numbers, each with the one half of them later or with its
+    neighbour, of which cosines and sines [.., R] have one for each in their first half, or one for each number. Norms
+    of queries and keys come before or, `late`, after it."""
+
+    rotary: int
+    positions: torch.dtype
+    turning: int = HALVES
+    late: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class BlockShape:
     """One layer's attention as products.c takes it: `fields` are those of its `struct block`, addresses of
@@ -59,6 +73,7 @@ class BlockShape:
 
     fields: tuple[int | float, ...]
     dtype: torch.dtype
+    positions: torch.dtype  # of cosines and sines
     hidden: int
     heads: int
     kv_heads: int
@@ -71,10 +86,9 @@ class BlockShape:
         return sum(tensor.numel() for tensor in self.kept)
 
     @classmethod
-    def of(
-        cls, linears: Sequence[Any], norms: Sequence[Any], head: int, rotary: int, scale: float
-    ) -> BlockShape | None:
+    def of(cls, linears: Sequence[Any], norms: Sequence[Any], head: int, scale: float, turn: Turn) -> BlockShape | None:
         """Of q, k, v and output projections and of the norms of q and k, or None for each. None where it can't be."""
+        rotary = turn.rotary
         weights = [linear.weight for linear in linears]
         rows = [len(weight) for weight in weights]
         dtype, hidden = weights[0].dtype, weights[0].shape[1]
@@ -100,9 +114,12 @@ class BlockShape:
             head,
             rotary,
             scale,
+            turn.turning,
+            int(turn.late),
+            DTYPES[turn.positions],
         )
         held = tuple(tensor for tensor in tensors if tensor is not None)
-        return cls(fields, dtype, hidden, rows[0] // head, rows[1] // head, head, held)
+        return cls(fields, dtype, turn.positions, hidden, rows[0] // head, rows[1] // head, head, held)
 
 
 def _plain(tensor: Tensor | None, dtype: torch.dtype) -> bool:
@@ -228,7 +245,7 @@ class Products:
         value_row, value_head, value_column = (size * step for step in values.stride()[:3])
         compiled.block(
             self._set, shape.fields, x.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            0 if len(cos) == 1 else cos.shape[-1] * size, keys.data_ptr(), values.data_ptr(),
+            0 if len(cos) == 1 else cos.shape[-1] * cos.itemsize, keys.data_ptr(), values.data_ptr(),
             0 if mask is None else mask.data_ptr(), torch.get_num_threads(),
             (len(x), shape.kv_heads, keys.shape[2], key_row, key_head, key_column, value_row, value_head, value_column,
              0 if mask is None or len(mask) == 1 else mask.stride(0)),

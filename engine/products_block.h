@@ -10,7 +10,12 @@ struct block {
     struct norm q_norm, k_norm;
     long head, rotary; /* numbers of a head, and how many of them turn */
     float scale;
+    int turning, late, positions; /* who turns with whom; norms come after; the dtype of cosines and sines */
 };
+
+/* Number i of a head turns with number i + rotary / 2, or with its neighbour, whose cosine and sine are those of i in
+ * a half of them, or their own. */
+enum { HALVES, NEIGHBOURS, NEIGHBOURS_EACH };
 
 static void normalise(const struct norm *n, int dtype, float *x, long count)
 {
@@ -28,10 +33,24 @@ static void normalise(const struct norm *n, int dtype, float *x, long count)
     }
 }
 
-/* Number i of a head turns with number i + rotary / 2. */
+static void turn_neighbours(const struct block *b, float *x, long heads, const float *cos, const float *sin)
+{
+    for (float *head = x; head < x + heads * b->head; head += b->head)
+        for (long i = 0; i < b->rotary; i += 2) {
+            const float one = head[i], other = head[i + 1];
+            const long at = b->turning == NEIGHBOURS ? i / 2 : i;
+            head[i] = one * cos[at] - other * sin[at];
+            head[i + 1] = other * cos[at] + one * sin[at];
+        }
+}
+
 static void turn(const struct block *b, float *x, long heads, const float *cos, const float *sin)
 {
     const long half = b->rotary / 2;
+    if (b->turning != HALVES) {
+        turn_neighbours(b, x, heads, cos, sin);
+        return;
+    }
     for (float *head = x; head < x + heads * b->head; head += b->head)
         for (long i = 0; i < half; i++) {
             const float one = head[i], other = head[i + half];
@@ -72,12 +91,16 @@ static void place(const struct block *b, const struct cache *c, const struct roo
     const long size = b->dtype == FLOAT32 ? 4 : 2, last = c->columns - 1;
     for (long row = 0; row < c->rows; row++) {
         float *q = r->q + row * b->q.rows, *k = r->k + row * b->k.rows, *v = r->v + row * b->v.rows;
-        widen(cos + row * position_row, b->dtype, b->rotary, r->cos);
-        widen(sin + row * position_row, b->dtype, b->rotary, r->sin);
-        normalise(&b->q_norm, b->dtype, q, b->q.rows);
-        normalise(&b->k_norm, b->dtype, k, b->k.rows);
-        turn(b, q, c->heads * c->groups, r->cos, r->sin);
-        turn(b, k, c->heads, r->cos, r->sin);
+        widen(cos + row * position_row, b->positions, b->rotary, r->cos);
+        widen(sin + row * position_row, b->positions, b->rotary, r->sin);
+        for (int late = 0; late < 2; late++)
+            if (late == b->late) {
+                normalise(&b->q_norm, b->dtype, q, b->q.rows);
+                normalise(&b->k_norm, b->dtype, k, b->k.rows);
+            } else {
+                turn(b, q, c->heads * c->groups, r->cos, r->sin);
+                turn(b, k, c->heads, r->cos, r->sin);
+            }
         narrow(q, b->dtype, b->q.rows, r->asked + row * b->q.rows * size);
         for (long head = 0; head < c->heads; head++) {
             narrow(k + head * b->head, b->dtype, b->head,
@@ -140,9 +163,10 @@ static int parse_block(PyObject *fields, struct block *b)
 {
     unsigned long long w[4], bias[4], norms[2];
     long rows[4], hidden;
-    if (!PyArg_ParseTuple(fields, "iKKlKKlKKlKKllKlfKlfllf", &b->dtype, w, bias, rows, w + 1, bias + 1, rows + 1, w + 2, bias + 2,
+    if (!PyArg_ParseTuple(fields, "iKKlKKlKKlKKllKlfKlfllfiii", &b->dtype, w, bias, rows, w + 1, bias + 1, rows + 1, w + 2, bias + 2,
                           rows + 2, w + 3, bias + 3, rows + 3, &hidden, norms, &b->q_norm.width, &b->q_norm.least, norms + 1,
-                          &b->k_norm.width, &b->k_norm.least, &b->head, &b->rotary, &b->scale))
+                          &b->k_norm.width, &b->k_norm.least, &b->head, &b->rotary, &b->scale, &b->turning, &b->late,
+                          &b->positions))
         return 0;
     b->q = projection(w[0], bias[0], rows[0], hidden);
     b->k = projection(w[1], bias[1], rows[1], hidden);

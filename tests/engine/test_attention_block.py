@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from engine.attention import adopt_attention
-from engine.attention_block import adopt_blocks, agrees, block_shape
+from engine.attention_block import adopt_blocks, agrees, positions_of, usual_block
 from engine.engine import Engine
 from engine.kvcache import KvCache, PooledLayer
 from engine.layer_block import LayerBlock
@@ -28,13 +28,14 @@ USUAL = {  # what is particular to it
     "glm4_moe": "half of a head turns",
     "mixtral": "heads that share keys",
     "minimax_m2": "norms of all heads, half of a head turns",
+    "hunyuan_v1_moe": "norms after turning",
+    "ernie4_5_moe": "neighbours turn together, by cosines in full precision",
+    "cohere2_moe": "neighbours turn together, where any turn",
 }
 OTHERS = {
     "deepseek_v3": "latent attention",
-    "cohere2_moe": "neighbours turn together",
     "gpt_oss": "sinks",
     "afmoe": "a gate",
-    "hunyuan_v1_moe": "norms after turning",
 }
 COLUMNS = 9
 Model = Callable[..., Any]
@@ -73,7 +74,9 @@ def parts(
     rotary = next(one for one in model.modules() if type(one).__name__.endswith("RotaryEmbedding"))
     places = torch.randint(1, 500, (rows, 1), generator=made)
     positions = rotary(torch.zeros(1, dtype=model.dtype), places)
-    shape = block_shape(module, positions[0].shape[-1])
+    tried = positions_of(model)
+    assert tried is not None
+    shape = usual_block(module, best(), tried)
     assert shape is not None
     x = torch.randn(rows, 1, shape.hidden, generator=made).to(model.dtype)
     mask = torch.ones(rows, 1, 1, COLUMNS + 1, dtype=torch.bool)
@@ -142,9 +145,10 @@ def test_modules_that_do_something_else_keep_their_own(family: str, model: Model
 
 def test_a_module_that_clips_keeps_its_own_even_where_usual_inputs_are_not_clipped(model: Model) -> None:
     whole = model("olmoe")
-    positions = parts(whole, 2, 1)[3]
+    positions = positions_of(whole)
+    assert positions is not None
     for module in attentions(whole):
-        shape = block_shape(module, positions[0].shape[-1])
+        shape = usual_block(module, best(), positions)
         assert shape is not None
         assert agrees(module, shape, best(), positions)
     whole.config.clip_qkv = 30.0

@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.layer_block import LayerBlock
 from engine.layer_shape import LayerShape, Limits, Room
 from engine.layerwise import since
-from engine.products import BlockShape, Products, instruction_sets
+from engine.products import BlockShape, Products, Turn, instruction_sets
 from engine.requests import FinishedEvent, GenerationRequest, Sampling, TokenEvent
 from store.records import Selection, StandIn
 
@@ -177,7 +177,7 @@ def layer_of(
     """Through a layer of random attention."""
     hidden = x.shape[-1]
     linears = [Of(weight=torch.randn(hidden, hidden), bias=None) for _ in range(4)]
-    block = BlockShape.of(linears, [None, None], 4, 4, 0.5)
+    block = BlockShape.of(linears, [None, None], 4, 0.5, Turn(4, torch.float32))
     assert block is not None
     norm = Of(weight=torch.ones(hidden), eps=1e-6)
     shape, trial = LayerShape.of(block, norm, norm, router, choice), Trial.of(block, (1.0, 1.0))
