@@ -70,6 +70,7 @@ def attend(
     keys: int,
     values: int,
     mask: int,
+    sinks: int,
     out: int,
     scale: float,
     threads: int,

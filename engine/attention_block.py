@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.attention import IMPLEMENTATION
+from engine.attention import IMPLEMENTATION, SINKS
 from engine.kvcache import KvCache, PooledLayer
-from engine.products import DTYPES, BlockShape, Products, Turn, shows_columns
+from engine.products import DTYPES, HALVES_ONCE, BlockShape, Products, Turn, shows_columns
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"))
@@ -50,11 +50,9 @@ def usual_block(module: Any, own: Products, positions: tuple[Tensor, Tensor]) ->
     `positions_of`."""
     rotary, dtype = positions[0].shape[-1], positions[0].dtype
     turns = [Turn(rotary, dtype, turning, late) for turning in range(3) for late in (False, True)]
-    for turn in (*turns, Turn(0, dtype)):
+    for turn in (*turns, Turn(2 * rotary, dtype, HALVES_ONCE), Turn(0, dtype)):
         shape = block_shape(module, turn)
-        if shape is None:
-            return None
-        if agrees(module, shape, own, positions):
+        if shape is not None and agrees(module, shape, own, positions):
             return shape
     return None
 
@@ -65,14 +63,17 @@ def block_shape(module: Any, turn: Turn) -> BlockShape | None:
     linears = [parts.pop(name, None) for name in PROJECTIONS]
     names = next((pair for pair in NORMS if pair[0] in parts), NORMS[0])
     norms = [parts.pop(name, None) for name in names]
-    plain = not parts and not list(module.parameters(recurse=False)) and all(type(one) is nn.Linear for one in linears)
+    sinks = getattr(module, SINKS, None)
+    tensors = [name for name, _ in module.named_parameters(recurse=False)]
+    known = tensors == ([] if sinks is None else ["sinks"])
+    plain = not parts and known and all(type(one) is nn.Linear for one in linears)
     if not plain or not _asks_for_the_usual(type(module).forward):
         return None
     head = getattr(module, "head_dim", None)
     if not isinstance(head, int) or not isinstance(getattr(module, "layer_idx", None), int):
         return None
     scale = getattr(module, "scaling", None)
-    return BlockShape.of(linears, norms, head, scale, turn) if isinstance(scale, float) else None
+    return BlockShape.of(linears, norms, head, scale, turn, sinks) if isinstance(scale, float) else None
 
 
 def _asks_for_the_usual(forward: Any) -> bool:

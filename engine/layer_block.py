@@ -130,8 +130,7 @@ class LayerBlock:
         cache = past_key_values.layers[self._at]
         chosen = self._own.layer(shape, x, room, attention_mask, position_embeddings, cache, limits)
         if self._paged is None or not shape.summed or (routing is not None and routing.replaces):
-            added: Tensor = self._feed_forward(room.normed)
-            return room.middle + added
+            return room.middle + _output(self._feed_forward(room.normed))
         if chosen is None:
             _, weights, index = self._router(room.normed[:, 0])
             room, chosen = room.weighing(weights), index.flatten().tolist()
@@ -192,9 +191,15 @@ class _Parts:
             shape = LayerShape.of(self.block, self.before, self.after)
             room = Room.of(shape, 2)
             own.layer(shape, trial.x, room, trial.mask, positions, mine.layers[-1], FREE)
-            found = room.middle + self.feed_forward(room.normed)
+            found = room.middle + _output(self.feed_forward(room.normed))
         grown = mine.length == theirs.length
         return grown and close_enough(found, wanted) and all(map(close_enough, trial.last(mine), trial.last(theirs)))
+
+
+def _output(found: Any) -> Tensor:
+    """Of a feed-forward, some of which return what their router said, too."""
+    output: Tensor = found[0] if isinstance(found, tuple) else found
+    return output
 
 
 @contextmanager
@@ -251,7 +256,7 @@ def _adds_up(
         every = torch.zeros_like(flat) if shared is None else own.shared(shared, flat)  # [B, H]
         for stub in (_stub, _nothing):
             with _stubbed(joint, stub):
-                found = parts.feed_forward(x)
+                found = _output(parts.feed_forward(x))
             wanted = (stub(flat, index, weights) + every).unsqueeze(1)  # [B, 1, H]
             if not isinstance(found, Tensor) or not all(map(close_enough, found, wanted)):
                 return False

@@ -34,6 +34,7 @@ struct matrix {
 struct cache {
     long rows, heads, groups, columns, room, key_width, value_width;
     long key_row, key_head, key_column, value_row, value_head, value_column, mask_row; /* strides, in bytes */
+    const float *sinks; /* [heads * groups] or NULL: for each head that asks, a score of which nothing comes */
 };
 
 /* What one row and head of it sees: only these columns count, so those that are masked change not even the order of sums. */
@@ -41,7 +42,8 @@ struct seen {
     const char *keys, *values;
     const long *columns;
     long count;
-    float scale; /* of the products of queries and keys */
+    float scale;        /* of the products of queries and keys */
+    const float *sinks; /* of the heads that ask, or NULL */
 };
 
 #define LONGEST_VECTOR 16 /* floats */

@@ -51,12 +51,12 @@ def bfloat16_in_tiles() -> bool:
     return not missing and compiled.tiles()
 
 
-HALVES, NEIGHBOURS, NEIGHBOURS_EACH = range(3)
+HALVES, NEIGHBOURS, NEIGHBOURS_EACH, HALVES_ONCE = range(4)
 
 
 class Turn(NamedTuple):
     """How heads of queries and keys turn: `rotary` of their numbers, each with the one half of them later or with its
-    neighbour, of which cosines and sines [.., R] have one for each in their first half, or one for each number. Norms
+    neighbour. Cosines and sines are one for each number, or the first half of so many, or half as many (`ONCE`). Norms
     of queries and keys come before or, `late`, after it."""
 
     rotary: int
@@ -86,8 +86,12 @@ class BlockShape:
         return sum(tensor.numel() for tensor in self.kept)
 
     @classmethod
-    def of(cls, linears: Sequence[Any], norms: Sequence[Any], head: int, scale: float, turn: Turn) -> BlockShape | None:
-        """Of q, k, v and output projections and of the norms of q and k, or None for each. None where it can't be."""
+    def of(
+        cls, linears: Sequence[Any], norms: Sequence[Any], head: int, scale: float, turn: Turn,
+        sinks: Tensor | None = None,
+    ) -> BlockShape | None:  # fmt: skip
+        """Of q, k, v and output projections and of the norms of q and k, or None for each; `sinks` f32 [A] or None.
+        None where it can't be."""
         rotary = turn.rotary
         weights = [linear.weight for linear in linears]
         rows = [len(weight) for weight in weights]
@@ -117,8 +121,9 @@ class BlockShape:
             turn.turning,
             int(turn.late),
             DTYPES[turn.positions],
+            _address(sinks),
         )
-        held = tuple(tensor for tensor in tensors if tensor is not None)
+        held = tuple(tensor for tensor in (*tensors, sinks) if tensor is not None)
         return cls(fields, dtype, turn.positions, hidden, rows[0] // head, rows[1] // head, head, held)
 
 
@@ -201,12 +206,14 @@ class Products:
         )
         return out
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
         """One new token a row: `q` [B, A, D], `keys` [B, N, S, D], `values` [B, N, S, V] -> [B, A, V].
 
         A heads of which A/N neighbours share one of the N of the cache; `mask` bool [B or 1, S] says where a row may
-        look, None everywhere. Softmax and sums are in float32, in an order that neither other rows change nor columns
-        that a row may not see.
+        look, None everywhere. `sinks` f32 [A] are scores of which nothing comes. Softmax and sums are in float32, in an
+        order that neither other rows change nor columns that a row may not see.
         """
         q = q.contiguous()
         rows, asking, width = q.shape
@@ -217,7 +224,7 @@ class Products:
         value_row, value_head, value_column = (q.itemsize * step for step in values.stride()[:3])
         compiled.attend(
             self._set, DTYPES[q.dtype], q.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            0 if mask is None else mask.data_ptr(), out.data_ptr(), scale, torch.get_num_threads(),
+            0 if mask is None else mask.data_ptr(), _address(sinks), out.data_ptr(), scale, torch.get_num_threads(),
             (rows, heads, asking // heads, columns, width, value_width,
              key_row, key_head, key_column, value_row, value_head, value_column, mask_row),
         )  # fmt: skip

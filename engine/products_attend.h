@@ -28,7 +28,7 @@ static void attend_unit(int set, const struct cache *c, int dtype, long unit, co
         outputs[one] = found + one * c->value_width;
     }
     const struct seen seen = {keys + row * c->key_row + head * c->key_head, values + row * c->value_row + head * c->value_head,
-                              columns, count, scale};
+                              columns, count, scale, c->sinks ? c->sinks + head * c->groups : NULL};
     sets[set].attend(c, &seen, dtype, inputs, scores, outputs);
     narrow(found, dtype, c->groups * c->value_width, out + first * c->value_width * size);
 }
@@ -67,13 +67,14 @@ static PyObject *py_attend(PyObject *self, PyObject *args)
 {
     int set, dtype, threads;
     float scale;
-    unsigned long long q, keys, values, mask, out;
+    unsigned long long q, keys, values, mask, out, sinks;
     struct cache c;
-    if (!PyArg_ParseTuple(args, "iiKKKKKfi(lllllllllllll)", &set, &dtype, &q, &keys, &values, &mask, &out, &scale, &threads,
+    if (!PyArg_ParseTuple(args, "iiKKKKKKfi(lllllllllllll)", &set, &dtype, &q, &keys, &values, &mask, &sinks, &out, &scale, &threads,
                           &c.rows, &c.heads, &c.groups, &c.columns, &c.key_width, &c.value_width, &c.key_row, &c.key_head,
                           &c.key_column, &c.value_row, &c.value_head, &c.value_column, &c.mask_row) || !check_set(set))
         return NULL;
     int had_room;
+    c.sinks = (const float *)sinks;
     Py_BEGIN_ALLOW_THREADS
     had_room = attend_all(set, &c, dtype, (const char *)q, (const char *)keys, (const char *)values,
                           (const char *)mask, scale, (char *)out, threads);

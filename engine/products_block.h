@@ -10,12 +10,13 @@ struct block {
     struct norm q_norm, k_norm;
     long head, rotary; /* numbers of a head, and how many of them turn */
     float scale;
+    const float *sinks;           /* one for each head that asks, or NULL */
     int turning, late, positions; /* who turns with whom; norms come after; the dtype of cosines and sines */
 };
 
-/* Number i of a head turns with number i + rotary / 2, or with its neighbour, whose cosine and sine are those of i in
- * a half of them, or their own. */
-enum { HALVES, NEIGHBOURS, NEIGHBOURS_EACH };
+/* Number i of a head turns with number i + rotary / 2, or with its neighbour. Cosines and sines are one for each number,
+ * or `ONCE` for the two, as many as half of the numbers. */
+enum { HALVES, NEIGHBOURS, NEIGHBOURS_EACH, HALVES_ONCE };
 
 static void normalise(const struct norm *n, int dtype, float *x, long count)
 {
@@ -46,8 +47,8 @@ static void turn_neighbours(const struct block *b, float *x, long heads, const f
 
 static void turn(const struct block *b, float *x, long heads, const float *cos, const float *sin)
 {
-    const long half = b->rotary / 2;
-    if (b->turning != HALVES) {
+    const long half = b->rotary / 2, far = b->turning == HALVES_ONCE ? 0 : half;
+    if (b->turning == NEIGHBOURS || b->turning == NEIGHBOURS_EACH) {
         turn_neighbours(b, x, heads, cos, sin);
         return;
     }
@@ -55,7 +56,7 @@ static void turn(const struct block *b, float *x, long heads, const float *cos, 
         for (long i = 0; i < half; i++) {
             const float one = head[i], other = head[i + half];
             head[i] = one * cos[i] - other * sin[i];
-            head[i + half] = other * cos[i + half] + one * sin[i + half];
+            head[i + half] = other * cos[i + far] + one * sin[i + far];
         }
 }
 
@@ -89,10 +90,11 @@ static void place(const struct block *b, const struct cache *c, const struct roo
                   long position_row, char *keys, char *values)
 {
     const long size = b->dtype == FLOAT32 ? 4 : 2, last = c->columns - 1;
+    const long turns = b->turning == HALVES_ONCE ? b->rotary / 2 : b->rotary;
     for (long row = 0; row < c->rows; row++) {
         float *q = r->q + row * b->q.rows, *k = r->k + row * b->k.rows, *v = r->v + row * b->v.rows;
-        widen(cos + row * position_row, b->positions, b->rotary, r->cos);
-        widen(sin + row * position_row, b->positions, b->rotary, r->sin);
+        widen(cos + row * position_row, b->positions, turns, r->cos);
+        widen(sin + row * position_row, b->positions, turns, r->sin);
         for (int late = 0; late < 2; late++)
             if (late == b->late) {
                 normalise(&b->q_norm, b->dtype, q, b->q.rows);
@@ -161,13 +163,14 @@ static struct matrix projection(unsigned long long weights, unsigned long long b
 /* The fields of a block as Python keeps them. */
 static int parse_block(PyObject *fields, struct block *b)
 {
-    unsigned long long w[4], bias[4], norms[2];
+    unsigned long long w[4], bias[4], norms[2], sinks;
     long rows[4], hidden;
-    if (!PyArg_ParseTuple(fields, "iKKlKKlKKlKKllKlfKlfllfiii", &b->dtype, w, bias, rows, w + 1, bias + 1, rows + 1, w + 2, bias + 2,
+    if (!PyArg_ParseTuple(fields, "iKKlKKlKKlKKllKlfKlfllfiiiK", &b->dtype, w, bias, rows, w + 1, bias + 1, rows + 1, w + 2, bias + 2,
                           rows + 2, w + 3, bias + 3, rows + 3, &hidden, norms, &b->q_norm.width, &b->q_norm.least, norms + 1,
                           &b->k_norm.width, &b->k_norm.least, &b->head, &b->rotary, &b->scale, &b->turning, &b->late,
-                          &b->positions))
+                          &b->positions, &sinks))
         return 0;
+    b->sinks = (const float *)sinks;
     b->q = projection(w[0], bias[0], rows[0], hidden);
     b->k = projection(w[1], bias[1], rows[1], hidden);
     b->v = projection(w[2], bias[2], rows[2], hidden);
@@ -184,6 +187,7 @@ static int parse_cache(PyObject *fields, const struct block *b, struct cache *c)
         return 0;
     c->groups = b->q.rows / b->head / c->heads;
     c->key_width = c->value_width = b->head;
+    c->sinks = b->sinks;
     return 1;
 }
 

@@ -115,8 +115,8 @@ SCORES(1) SCORES(2)
 #undef SCORES
 
 /* As `heads` of AVX-512, of at most TOGETHER rows; q [rows][key width] in bfloat16. */
-static void heads_pairs(const struct cache *c, const struct seen *seen, const uint16_t *const *q, int rows, float *scores,
-                        float *const *to)
+static void heads_pairs(const struct cache *c, const struct seen *seen, const uint16_t *const *q, int rows, const float *sinks,
+                        float *scores, float *const *to)
 {
     static const scores_t scores_of[QUERIES] = {scores_1, scores_2};
     for (long first = 0; first < seen->count; first += ABREAST)
@@ -126,7 +126,7 @@ static void heads_pairs(const struct cache *c, const struct seen *seen, const ui
     for (int row = 0; row < rows; row++) {
         for (long i = seen->count; i < whole; i++)
             scores[row * c->room + i] = -INFINITY;
-        softmax_v4(scores + row * c->room, whole);
+        softmax_v4(scores + row * c->room, whole, sinks ? sinks[row] : -INFINITY);
     }
     for (long at = 0; at < c->value_width; at += STRIP * LONGEST_VECTOR) {
         const long width = c->value_width - at < STRIP * LONGEST_VECTOR ? c->value_width - at : STRIP * LONGEST_VECTOR;
@@ -145,5 +145,5 @@ static void attend_pairs(const struct cache *c, const struct seen *seen, int dty
     }
     for (long row = 0; row < c->groups; row += TOGETHER)
         heads_pairs(c, seen, (const uint16_t *const *)q + row, c->groups - row < TOGETHER ? (int)(c->groups - row) : TOGETHER,
-                    scores, to + row);
+                    seen->sinks ? seen->sinks + row : NULL, scores, to + row);
 }

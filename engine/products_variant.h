@@ -245,8 +245,9 @@ static void NAME(activate)(const struct layout *l, float *inner)
         inner[i] = activated(inner[i], l->activation) * (l->gated ? inner[l->inner + i] : 1);
 }
 
-/* scores [columns], a multiple of LANES with -INFINITY behind its end -> their softmax, in place; 0 where all are. */
-static void NAME(softmax)(float *scores, long columns)
+/* scores [columns], a multiple of LANES with -INFINITY behind its end -> their softmax, in place; 0 where all are. `sink` is
+ * one score more, -INFINITY for none. */
+static void NAME(softmax)(float *scores, long columns, float sink)
 {
     NAME(floats) most = (NAME(floats)){0} - INFINITY;
     for (long at = 0; at < columns; at += LANES) {
@@ -254,7 +255,7 @@ static void NAME(softmax)(float *scores, long columns)
         for (int lane = 0; lane < LANES; lane++)
             most[lane] = v[lane] > most[lane] ? v[lane] : most[lane];
     }
-    float best = -INFINITY;
+    float best = sink;
     for (int lane = 0; lane < LANES; lane++)
         best = most[lane] > best ? most[lane] : best;
     if (best == -INFINITY) {
@@ -267,7 +268,7 @@ static void NAME(softmax)(float *scores, long columns)
         sums += v;
         memcpy(scores + at, &v, sizeof v);
     }
-    const float scale = 1 / NAME(sum)(sums);
+    const float scale = 1 / (sink == -INFINITY ? NAME(sum)(sums) : NAME(sum)(sums) + expf(sink - best));
     for (long at = 0; at < columns; at++)
         scores[at] *= scale;
 }
@@ -298,7 +299,7 @@ static INLINE void NAME(blend)(const char *const *from, const int some, const in
 /* Attention of some heads that share keys and values, over the columns seen. q [rows][key width]; room for
  * [rows][c->room] scores; to [rows][value width]. */
 static INLINE void NAME(heads)(const struct cache *c, const struct seen *seen, const int dtype, const float *const *q,
-                               const int rows, float *scores, float *const *to)
+                               const int rows, const float *sinks, float *scores, float *const *to)
 {
     for (long i = 0; i < seen->count; i++) {
         float found[BLOCK];
@@ -310,7 +311,7 @@ static INLINE void NAME(heads)(const struct cache *c, const struct seen *seen, c
     for (int row = 0; row < rows; row++) {
         for (long i = seen->count; i < whole; i++)
             scores[row * c->room + i] = -INFINITY;
-        NAME(softmax)(scores + row * c->room, whole);
+        NAME(softmax)(scores + row * c->room, whole, sinks ? sinks[row] : -INFINITY);
         memset(to[row], 0, sizeof(float) * c->value_width);
     }
     const long line = c->value_width * (dtype == FLOAT32 ? 4 : 2);
@@ -333,15 +334,17 @@ static INLINE void NAME(heads)(const struct cache *c, const struct seen *seen, c
 static INLINE void NAME(blocks)(const struct cache *c, const struct seen *seen, const int dtype, const float *const *q,
                                 float *scores, float *const *to)
 {
-    for (long row = 0; row < c->groups; row += BLOCK)
+    for (long row = 0; row < c->groups; row += BLOCK) {
+        const float *sinks = seen->sinks ? seen->sinks + row : NULL;
         switch (c->groups - row) {
-        case 1: NAME(heads)(c, seen, dtype, q + row, 1, scores, to + row); break;
+        case 1: NAME(heads)(c, seen, dtype, q + row, 1, sinks, scores, to + row); break;
 #if BLOCK == 4
-        case 2: NAME(heads)(c, seen, dtype, q + row, 2, scores, to + row); break;
-        case 3: NAME(heads)(c, seen, dtype, q + row, 3, scores, to + row); break;
+        case 2: NAME(heads)(c, seen, dtype, q + row, 2, sinks, scores, to + row); break;
+        case 3: NAME(heads)(c, seen, dtype, q + row, 3, sinks, scores, to + row); break;
 #endif
-        default: NAME(heads)(c, seen, dtype, q + row, BLOCK, scores, to + row);
+        default: NAME(heads)(c, seen, dtype, q + row, BLOCK, sinks, scores, to + row);
         }
+    }
 }
 
 static void NAME(attend)(const struct cache *c, const struct seen *seen, int dtype, const float *const *q, float *scores,

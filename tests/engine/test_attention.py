@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention import IMPLEMENTATION, OWN, attend
+from engine.attention import EAGER, IMPLEMENTATION, OWN, attend
 from engine.engine import Engine
 from engine.products import Products, attends, instruction_sets
-from engine.requests import GenerationRequest, Sampling
+from engine.requests import GenerationRequest, Sampling, TokenEvent
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the products were not built: there was no C compiler")
 
@@ -66,6 +66,67 @@ def test_it_is_attention_with_every_instruction_set(shape: tuple[int, ...], dtyp
             found = Products(name).attend(q[:, :, 0], keys, values, None if seen is None else seen[:, 0, 0], 0.3)
             wanted = reference(q, keys, values, seen, 0.3)
             torch.testing.assert_close(found.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sinks_take_their_share_of_the_weights(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The same as one column more, whose score is the sink and whose value is nothing."""
+    for seed, name in enumerate(instruction_sets()):
+        q, keys, values, mask = random_cache(shape, dtype, seed)
+        sinks = torch.randn(shape[1], generator=torch.Generator().manual_seed(seed)) * 2
+        own = Products(name)
+        for seen in (mask, None):
+            narrow = None if seen is None else seen[:, 0, 0]
+            found = own.attend(q[:, :, 0], keys, values, narrow, 0.3, sinks)
+            groups, heads = shape[1] // shape[2], []
+            for head in range(shape[1]):
+                k, v = keys[:, head // groups].double(), values[:, head // groups].double()
+                scores = torch.einsum("bd,bsd->bs", q[:, head, 0].double(), k) * 0.3
+                scores = scores if seen is None else scores.masked_fill(~seen[:, 0, 0], -torch.inf)
+                scores = torch.cat([scores, sinks[head].double().expand(len(q), 1)], 1)
+                heads.append(torch.einsum("bs,bsv->bv", scores.softmax(-1)[:, :-1], v))
+            torch.testing.assert_close(found.double(), torch.stack(heads, 1), rtol=0, atol=TOLERANCE[dtype])
+            none = own.attend(q[:, :, 0], keys, values, narrow, 0.3, torch.full_like(sinks, -torch.inf))
+            assert none.equal(own.attend(q[:, :, 0], keys, values, narrow, 0.3))
+
+
+def test_a_family_with_sinks_answers_as_with_its_own_attention(
+    checkpoint: Callable[..., Path], open_engine: Callable[..., Engine]
+) -> None:
+    """Two rows of unlike prompts, one of them longer than the window, in chunks."""
+    folder = checkpoint("gpt_oss", sliding_window=24)
+    requests = [
+        GenerationRequest(tuple(range(5, end)), None, "exact", Sampling(max_tokens=7, ignore_eos=True))
+        for end in (15, 75)
+    ]
+    answers = {}
+    for kernel in ("torch", "own"):
+        engine = open_engine(folder, kernel=kernel, chunk_tokens=32, max_context=128)
+        expected = EAGER if kernel == "torch" else IMPLEMENTATION
+        assert engine.passes._model.config._attn_implementation == expected
+        answers[kernel] = [[] for _ in requests]
+        for event in engine.generate(requests):
+            if isinstance(event, TokenEvent):
+                answers[kernel][event.row].append(event.token)
+    assert answers["own"] == answers["torch"]
+    assert [len(tokens) for tokens in answers["own"]] == [7, 7]
+
+
+def test_a_family_whose_sinks_do_something_else_keeps_its_attention(
+    checkpoint: Callable[..., Path], open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.gpt_oss import modeling_gpt_oss as modeling
+
+    theirs = modeling.eager_attention_forward
+
+    def louder(*arguments: Any, **named: Any) -> Any:
+        found, weights = theirs(*arguments, **named)
+        return found * 1.1, weights
+
+    monkeypatch.setattr(modeling, "eager_attention_forward", louder)
+    engine = open_engine(checkpoint("gpt_oss"))
+    assert engine.passes._model.config._attn_implementation == EAGER
 
 
 def test_columns_may_lie_apart() -> None:
@@ -154,7 +215,7 @@ def test_it_answers_as_torch_does_where_transformers_calls_it() -> None:
     torch.testing.assert_close(attend(module, q, keys, values, mask)[0], found, rtol=1e-5, atol=1e-6)  # width ** -0.5
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "cohere2_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe_lite", "afmoe"])
 def test_every_new_token_is_attended_by_it_where_the_rest_of_attention_is_the_models_own(
     family: str, checkpoint: Callable[..., Path], open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

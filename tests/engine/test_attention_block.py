@@ -31,10 +31,10 @@ USUAL = {  # what is particular to it
     "hunyuan_v1_moe": "norms after turning",
     "ernie4_5_moe": "neighbours turn together, by cosines in full precision",
     "cohere2_moe": "neighbours turn together, where any turn",
+    "gpt_oss": "sinks, and cosines that are there once for two numbers",
 }
 OTHERS = {
     "deepseek_v3": "latent attention",
-    "gpt_oss": "sinks",
     "afmoe": "a gate",
 }
 COLUMNS = 9

@@ -133,12 +133,18 @@ def test_an_observer_sees_the_restricted_routing_and_the_free_logits(
         assert statistics.count[layer].sum() == 2 * 6 * 2
 
 
-def test_observing_changes_no_answer_and_ends_with_the_pass(checkpoint: Checkpoint, open_engine: Open) -> None:
-    engine = open_engine(checkpoint("gpt_oss"))
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+def test_observing_changes_no_answer_and_ends_with_the_pass(
+    kernel: str, checkpoint: Checkpoint, open_engine: Open
+) -> None:
+    """Where our products compute experts of few tokens in another order of sums than of many, but for rounding."""
+    engine = open_engine(checkpoint("gpt_oss"), kernel=kernel)
     ids = torch.randint(0, 256, (1, 6))
     plain = engine.forward(ids, torch.ones_like(ids), [None])
     statistics = Statistics(engine.card.layers, engine.card.experts)
-    assert torch.equal(engine.forward(ids, torch.ones_like(ids), [None], statistics), plain)
+    found = engine.forward(ids, torch.ones_like(ids), [None], statistics)
+    near = 0.0 if kernel == "torch" else 1e-5
+    torch.testing.assert_close(found, plain, rtol=near, atol=near)
     calls = len(statistics.calls)
     engine.forward(ids, torch.ones_like(ids), [None])
     assert len(statistics.calls) == calls
