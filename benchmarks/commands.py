@@ -12,6 +12,7 @@ import typer
 from benchmarks.decode_commands import decode_command
 from benchmarks.model_commands import families_command, make_model_command
 from benchmarks.shown import AsJson, answer, table
+from benchmarks.strip_commands import strip_speed_command, strips_command
 
 if TYPE_CHECKING:
     from benchmarks.retrieve import Vectorise
@@ -26,6 +27,8 @@ Model = Annotated[Path | None, typer.Option("--model", help="Model folder; the b
 app.command("make-model")(make_model_command)
 app.command("families")(families_command)
 app.command("decode")(decode_command)
+app.command("strips")(strips_command)
+app.command("strip-speed")(strip_speed_command)
 
 
 @app.command("load")
