@@ -133,6 +133,7 @@ def decision(
         key=caller.owner or None,
         profile=serving.profile_id if serving else None,
         keep=serving.keep if serving else None,
+        active=serving.active if serving else None,
     )
 
 

@@ -262,8 +262,9 @@ class Hit:
 class Decision:
     """What retrieval decided for one request, kept for audit. `task` is None where nothing was near enough.
 
-    `key` is the id of the API key that asked, `model` a fingerprint; `profile` and `keep` are what was to serve it,
-    None where it was refused. `id` is the store's: 0 before it is there.
+    `key` is the id of the API key that asked, `model` a fingerprint; `profile`, `keep` and `active` (the share of a
+    token's calls of experts) are what was to serve it, None where it was refused. `id` is the store's: 0 before it is
+    there.
     """
 
     request: str
@@ -279,6 +280,7 @@ class Decision:
     model: str | None = None
     profile: str | None = None
     keep: float | None = None
+    active: float | None = None
     id: int = field(default=0, compare=False)
 
 

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, inspect, text
 from store.connection import Database
 from store.errors import MismatchError, NotFound
 
-HEAD = "0014"  # the newest file in store/migrations/versions; a test compares
+HEAD = "0015"  # the newest file in store/migrations/versions; a test compares
 UPGRADE_SECONDS = 3600.0  # that one statement of a migration may take, or the migration of another process before it
 VERSION_TABLE = "moepager_revision"
 

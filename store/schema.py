@@ -337,3 +337,4 @@ class DecisionRow(Row):
     model: Mapped[str | None]
     profile: Mapped[str | None]
     keep: Mapped[float | None]
+    active: Mapped[float | None]

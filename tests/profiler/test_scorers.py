@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from profiler.allocation import uniform
+from profiler.allocators import ALLOCATORS
 from profiler.extras import NOTHING
 from profiler.scorers import peu
 from profiler.scorers.base import break_ties
@@ -214,3 +218,15 @@ def test_experts_that_the_router_likes_alike_leave_one(accumulate, random_trace,
 def test_an_unknown_scorer_is_refused_with_the_names_there_are():
     with pytest.raises(InvalidInput, match=r"no scorer 'best'. Choose from: tcess, peu"):
         choose(["tcess", "best"])
+
+
+def test_the_pages_have_every_scorer_and_say_how_many_there_are():
+    root = Path(__file__).parents[2]
+    readme, methods = ((root / name).read_text() for name in ("README.md", "docs/methods.md"))
+    table = methods.split("\n## Scorers\n")[1].split("\nNot scorers")[0]
+    listed = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE)))
+    assert sorted(listed) == sorted(SCORERS)
+    assert re.findall(r"any of the (\d+) by name|(\d+) scorers, (\d+) allocators", readme) == [
+        (str(len(SCORERS)), "", ""),
+        ("", str(len(SCORERS)), str(len(ALLOCATORS))),
+    ]

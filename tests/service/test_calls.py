@@ -78,6 +78,7 @@ def test_a_request_gets_fewer_calls_where_it_asks_for_them_and_its_receipt_says_
     assert (fewer["receipt"]["active"], fewer["receipt"]["calls"]) == (0.667, list(CALLS))
     assert fewer["receipt"]["selection"] != usual["receipt"]["selection"]
     assert fewer["receipt"]["experts"] == usual["receipt"]["experts"]
+    assert [one.active for one in own.store.decisions.list(2)] == [0.667, 1.0]  # and so does the audit
 
 
 def test_chats_and_prefetches_ask_for_them_too(client: TestClient) -> None:

@@ -59,7 +59,8 @@ def test_an_operator_reads_who_asked_and_what_served(client: TestClient, own: Pa
     assert {one["model"] for one in page["decisions"]} == {own.catalogue.model}
     assert (served["task"], served["key"], served["profile"]) == ("cooking", QUERIER[0].id, "p-cooking")
     assert 0 < served["keep"] <= 1
-    assert (refused["task"], refused["profile"], refused["keep"]) == ("cooking", None, None)
+    assert served["active"] == 1.0
+    assert (refused["task"], refused["profile"], refused["keep"], refused["active"]) == ("cooking", None, None, None)
     assert (retrieved["task"], retrieved["key"]) == ("sql", OPERATOR[0].id)
     assert "egg" not in str(page)
 
