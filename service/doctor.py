@@ -17,9 +17,10 @@ from engine.device import open_device
 from engine.embedder import open_embedder
 from engine.kernels import kernel_name
 from engine.plan import plan_memory
+from service.attempt import in_settings
 from service.disk import measure_disk, show_access
 from service.memory import available_memory
-from service.model import engine_config
+from service.model import engine_config, job_config
 from service.parts import open_index
 from service.serving import Catalogue
 from service.settings import Settings
@@ -51,6 +52,7 @@ def examine(settings: Settings) -> list[Check]:
         "budget": check_budget,
         "device": check_device,
         "memory": check_memory,
+        "jobs": check_jobs,
         "disk": check_disk,
         "space": check_space,
         "store": check_store,
@@ -141,6 +143,22 @@ def check_memory(settings: Settings) -> str:
     if settings.job_memory is not None:
         raise BudgetError(short)
     return short
+
+
+def check_jobs(settings: Settings) -> str:
+    """Whether a profiling job started over REST could open the model at all in what it is given."""
+    if settings.redis is not None:
+        return "workers run them, in what they are given themselves"
+    config = job_config(settings)
+    try:
+        plan = plan_memory(ModelCard.read(config.model), config)
+    except BudgetError as error:
+        said = in_settings(str(error))
+        if settings.job_memory is not None:
+            raise BudgetError(said) from error
+        return f"none could run, which matters where somebody starts one. {said}"
+    fit = f"{plan.slots_per_layer} of {plan.experts} experts a layer fit"
+    return f"{fit} in a profiling job, which plans {show_bytes(plan.total_bytes)}"
 
 
 def check_space(_settings: Settings) -> str:

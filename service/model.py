@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from engine.config import EngineConfig
@@ -24,6 +25,13 @@ def engine_config(settings: Settings) -> EngineConfig:
         stand_ins=settings.stand_ins,
         kernel=settings.kernel,
     )
+
+
+def job_config(settings: Settings) -> EngineConfig:
+    """As a profiling job opens the model (`moepager profile`): an item goes through in one piece."""
+    memory = settings.job_memory or settings.memory
+    chunk = max(settings.max_context or 2048, 4096 if memory is None else 0)
+    return replace(engine_config(settings), memory=memory, chunk_tokens=chunk, stand_ins=0, kernel="auto")
 
 
 def model_id(name: str | None, folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,16 @@ import torch
 import service.doctor
 from engine.card import ModelCard
 from engine.plan import plan_memory
-from service.doctor import Check, check_address, check_device, check_memory, check_space, check_store, examine
+from service.doctor import (
+    Check,
+    check_address,
+    check_device,
+    check_jobs,
+    check_memory,
+    check_space,
+    check_store,
+    examine,
+)
 from service.memory import available_memory
 from service.model import engine_config
 from service.settings import Settings
@@ -79,6 +89,20 @@ def test_a_job_is_added_to_the_service(settings: Settings, monkeypatch: pytest.M
     monkeypatch.setattr(service.doctor, "available_memory", lambda: needed - 1)
     with pytest.raises(BudgetError, match="Lower --memory"):
         check_memory(settings)
+
+
+def test_memory_in_which_no_job_could_run_is_found_with_how_much_it_would_take(settings: Settings) -> None:
+    assert "fit in a profiling job" in check_jobs(settings)
+    small = settings.model_copy(update={"job_memory": 1000})
+    with pytest.raises(BudgetError, match="Give MOEPAGER_JOB_MEMORY") as refused:
+        check_jobs(small)
+    [least] = re.findall(r"MOEPAGER_JOB_MEMORY (\d+)MiB", str(refused.value))
+    assert "fit in" in check_jobs(settings.model_copy(update={"job_memory": int(least) << 20}))
+    assert not found(small)["jobs"].ok
+    as_little = settings.model_copy(update={"memory": 1000, "job_memory": None})
+    assert "none could run" in check_jobs(as_little)  # matters only where somebody starts one
+    assert "Give MOEPAGER_JOB_MEMORY" in check_jobs(as_little)
+    assert "workers" in check_jobs(small.model_copy(update={"redis": "redis://localhost"}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -19,13 +19,17 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from typer.main import get_command
 from waiting import wait_for
 
+import profiler.commands
 import service.attempt
 import service.jobs
+from profiler.asked import Asked
 from service.app import create_app
 from service.attempt import Attempt, command, without_password
 from service.jobs import queue_job, work
+from service.model import job_config
 from service.parts import Parts, reread
 from service.workshop import workshop_of
 from store.database import open_store
@@ -324,6 +328,18 @@ def test_a_command_shows_no_password_and_takes_names_for_no_options(own: Parts, 
     assert not any(word.startswith("--eval") for word in words)
     assert without_password("postgresql://u:p%40ss@host:1/db") == ("postgresql://u@host:1/db", "p@ss")
     assert without_password("sqlite:////srv/store.db") == ("sqlite:////srv/store.db", None)
+
+
+@pytest.mark.parametrize("memory", [None, 2**30])
+def test_the_doctor_plans_a_job_as_its_process_does(own: Parts, tmp_path: Path, memory: int | None) -> None:
+    settings = own.settings.model_copy(update={"memory": memory, "job_memory": None, "max_batch": 3})
+    own.store.tasks.put(TaskRecord("garden"))
+    (tmp_path / "evaluation.jsonl").write_text("")
+    job = service.jobs.new_job(own.catalogue.model, "garden", {}, None)
+    words = command(job, replace(workshop_of(own), settings=settings), tmp_path)[4:]
+    context = get_command(profiler.commands.app).commands["profile"].make_context("profile", words)
+    asked = Asked(**{name: value for name, value in context.params.items() if name in Asked.__slots__})
+    assert job_config(settings) == replace(asked.config(), model=job_config(settings).model)
 
 
 def test_a_job_may_ask_what_its_selections_cost_the_other_tasks(own: Parts, tmp_path: Path) -> None:
