@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,14 +66,18 @@ def strip_speed_command(
 
     counts = (1, *dict.fromkeys(strips or (2, 4, 8)))
     rows, load = bench_strip_speed(Terms(model, counts, keep, tokens, rounds, threads), packs)
-    table("tokens/s and seconds: median, ratio to whole experts (range)", [_flat(row) for row in rows])
+    for clock, ending in (("the clock", ""), ("the processor's time", "_cpu")):
+        names = [f"one_row{ending}", f"eight_rows{ending}", f"paging{ending}_s"]
+        table(
+            f"tokens/s and seconds by {clock}: median, ratio to whole experts (range)",
+            [_flat(row, names) for row in rows],
+        )
     answer({"rows": [asdict(row) for row in rows], "load_before": load[0], "load_after": load[1]}, as_json)
 
 
-def _flat(row: SpeedRow) -> dict[str, Any]:
-    plain = {name: value for name, value in asdict(row).items() if not isinstance(value, dict)}
-    return plain | {name: _shown(value) for name, value in asdict(row).items() if isinstance(value, dict)}
-
-
-def _shown(figure: dict[str, float]) -> str:
-    return "{median:.3g}, {ratio:.2f} ({low:.2f} to {high:.2f})".format(**figure)
+def _flat(row: SpeedRow, names: Sequence[str]) -> dict[str, Any]:
+    figures = asdict(row)
+    plain = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+    return plain | {
+        name: "{median:.3g}, {ratio:.2f} ({low:.2f} to {high:.2f})".format(**figures[name]) for name in names
+    }

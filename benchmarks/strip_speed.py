@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from engine.requests import GenerationRequest, Sampling, TokenEvent
 from profiler.pack import write_pack
 from profiler.pack_recipes import InStrips
 from store.errors import InvalidInput
-from store.records import Selection
+from store.records import F64, Selection
 
 WHOLE, SPREAD = "whole", "spread"
 PROMPT = 16  # tokens
@@ -70,22 +71,30 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class SpeedRow:
-    """Tokens a second of one row and of eight together, seconds to page `bytes` cold, in the rounds of a run."""
+    """Tokens a second of one row and of eight together, seconds to page `bytes` cold, in the rounds of a run; and the
+    same by the processor's time, which other work on the machine changes less."""
 
     strips: int
     layout: str
     slot_bytes: int
     bytes: int
     one_row: Figure
+    one_row_cpu: Figure
     eight_rows: Figure
+    eight_rows_cpu: Figure
     paging_s: Figure
+    paging_cpu_s: Figure
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
+class _Sample(NamedTuple):
+    """The figures of SpeedRow, of one round."""
+
     one_row: float
+    one_row_cpu: float
     eight_rows: float
+    eight_rows_cpu: float
     paging_s: float
+    paging_cpu_s: float
 
 
 _Arm = tuple[int, str]  # strips, layout
@@ -158,30 +167,34 @@ def _open(model: Path, terms: Terms) -> Iterator[Engine]:
 
 def _measure(engine: Engine, selection: Selection, terms: Terms) -> _Sample:
     evict(engine.checkpoint.files)
-    started = time.perf_counter()
+    started = _now()
     with engine.lease(selection) as lease:
-        seconds = time.perf_counter() - started
+        paging = _now() - started
         if lease.experts_paged != len(selection):
             raise AssertionError(f"{lease.experts_paged} of {len(selection)} were paged: the bank was not cold")
-        one, eight = (_rate(engine, selection, rows, terms.tokens) for rows in (1, ROWS))
-        return _Sample(one, eight, seconds)
+        one, eight = (_rates(engine, selection, rows, terms.tokens) for rows in (1, ROWS))
+        return _Sample(*one, *eight, *paging)
 
 
-def _rate(engine: Engine, selection: Selection, rows: int, tokens: int) -> float:
-    """Tokens a second of all rows together, from when the last of them has its first one."""
+def _now() -> F64:
+    """Seconds of the clock and of the processor, [2]."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def _rates(engine: Engine, selection: Selection, rows: int, tokens: int) -> F64:
+    """Tokens a second of all rows together, from when the last of them has its first one, [2] as `_now`."""
     rng = random.Random(rows)
     sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     requests = [
         GenerationRequest(tuple(rng.randrange(256) for _ in range(PROMPT)), selection, "mask", sampling)
         for _ in range(rows)
     ]
-    times: dict[int, list[float]] = {}
-    for event in engine.generate(requests):
-        if isinstance(event, TokenEvent):
-            times.setdefault(event.row, []).append(time.perf_counter())
-    begun = max(each[0] for each in times.values())
-    later = [at for each in times.values() for at in each if at > begun]
-    return len(later) / (max(later) - begun)
+    seen: list[tuple[int, F64]] = [
+        (event.row, _now()) for event in engine.generate(requests) if isinstance(event, TokenEvent)
+    ]
+    begun = max(next(at for at, (row, _) in enumerate(seen) if row == each) for each in range(rows))
+    rates: F64 = (len(seen) - 1 - begun) / (seen[-1][1] - seen[begun][1])
+    return rates
 
 
 def _row(arm: _Arm, engine: Engine, samples: dict[_Arm, list[_Sample]], terms: Terms) -> SpeedRow:
@@ -194,4 +207,4 @@ def _row(arm: _Arm, engine: Engine, samples: dict[_Arm, list[_Sample]], terms: T
 
     slots = len(selections(engine.card, terms.keep)[WHOLE])
     slot = engine.plan.slot_bytes
-    return SpeedRow(*arm, slot, slots * slot, figure("one_row"), figure("eight_rows"), figure("paging_s"))
+    return SpeedRow(*arm, slot, slots * slot, *map(figure, _Sample._fields))

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.commands import app
-from benchmarks.strip_speed import SPREAD, WHOLE, Terms, bench_strip_speed, selections
+from benchmarks.strip_speed import SPREAD, WHOLE, Terms, _Sample, bench_strip_speed, selections
 from engine.card import ModelCard
 from engine.tiny import write_tiny
 from store.errors import InvalidInput
@@ -25,7 +25,7 @@ def test_every_pack_serves_as_many_bytes_and_is_made_once(model: Path, tmp_path:
     assert [(row.strips, row.layout) for row in rows] == [(p, at) for p in (1, 2, 4) for at in (WHOLE, SPREAD)]
     assert len({row.bytes for row in rows}) == 1
     assert [row.slot_bytes * row.strips for row in rows] == [rows[0].slot_bytes] * 6
-    figures = [figure for row in rows for figure in (row.one_row, row.eight_rows, row.paging_s)]
+    figures = [getattr(row, name) for row in rows for name in _Sample._fields]
     assert all(0 < figure.low <= figure.ratio <= figure.high and figure.median > 0 for figure in figures)
     assert (rows[0].one_row.ratio, rows[0].paging_s.high) == (1.0, 1.0)
     made = {folder.name: folder.stat().st_mtime_ns for folder in tmp_path.iterdir()}
