@@ -135,9 +135,8 @@ class LayerBlock:
             _, weights, index = self._router(room.normed[:, 0])
             room, chosen = room.weighing(weights), index.flatten().tolist()
         elif self._board.strips.count > 1 and routing is not None:
-            index = torch.tensor(chosen).view(room.weights.shape)  # [B, k]
-            weights, index = routing.in_strips(self._paged.layer, room.weights, index)
-            room, chosen = room.weighing(weights), index.flatten().tolist()
+            room = room.weighing(self._board.strips.weights(room.weights))
+            chosen = routing.strips_of(self._paged.layer, chosen)
         return self._paged.onto(room, chosen, shape.shared)
 
 

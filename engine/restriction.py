@@ -29,13 +29,15 @@ Limited = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x [T, H], logits 
 @dataclass(frozen=True, slots=True)
 class Restriction:
     """`route(x [T, H], logits [T, E])` -> weights and index [T, k]; `allowed` bool [E]; `forbidden` bool [1, E] where
-    the router's logits alone decide; `held` bool [E, P] where of an allowed expert only some strips are there.
+    the router's logits alone decide; `held` bool [E, P] where of an allowed expert only some strips are there, and the
+    same as `Strips.listed`.
     """
 
     allowed: Tensor
     route: Limited
     forbidden: Tensor | None = None
     held: Tensor | None = None
+    listed: list[list[int]] | None = None
 
     @property
     def inside(self) -> Tensor:

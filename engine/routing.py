@@ -7,6 +7,7 @@ Routers choose experts; selections and whoever computes know P strips of each (e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from engine.layer_shape import FREE, Limits
 from engine.observer import Observer
 from engine.restriction import Restriction, Routed
 from engine.row_limits import RowLimits
+from engine.strips import Listed
 from engine.switchboard import Switchboard
 from store.records import Selection
 
@@ -225,6 +227,19 @@ class Routing:
             held = self._limits.held[self._row_of, layer, index]  # [T, k*P]
             index = index.masked_fill(~held, self._board.strips.total)
         return weights, index
+
+    def strips_of(self, layer: int, chosen: Sequence[int]) -> list[int]:
+        """The same of a token a row, in plain numbers, B*k -> B*k*P: tensors take longer than so few products."""
+        calls, found = len(chosen) // self._rows, list[int]()
+        for row, layers in enumerate(self._strips):
+            held = layers[layer]
+            for expert in chosen[row * calls : (row + 1) * calls]:
+                found += held[expert]
+        return found
+
+    @cached_property
+    def _strips(self) -> list[list[Listed]]:
+        return self._limits.listed(self._board)
 
     def _restricted(self, layer: int, x: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:
         logits, weights, index = routed

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.restriction import Restriction
 from engine.stand_ins import Replacement
+from engine.strips import Listed
 from store.records import Selection
 
 if TYPE_CHECKING:
@@ -60,6 +61,15 @@ class RowLimits:
         forbidden = inside == 0 if board.masked and alike and len(groups) > 1 else None
         calls, held = (table(board, groups, rows, device) for table in (_calls, _held))
         return cls(groups, inside, forbidden, calls, held)
+
+    def listed(self, board: Switchboard) -> list[list[Listed]]:
+        """Of each row and layer, the strips that it holds by expert."""
+        rows: dict[int, list[Listed]] = {}
+        for group in self.groups:
+            limits = [limit.listed for limit in group.restrictions or () if isinstance(limit, Restriction)]
+            mine = [limit for limit in limits if limit is not None] or [board.strips.listed()] * board.layers
+            rows |= dict.fromkeys(group.rows, mine)
+        return [rows[row] for row in range(len(rows))]
 
     @property
     def one_mask(self) -> bool:

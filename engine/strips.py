@@ -21,6 +21,7 @@ from engine.restriction import Routed, call_router, slice_router
 from engine.top_k import choosing
 from store.errors import CheckpointError, UnsupportedFamily
 
+Listed = list[list[int]]  # [E + 1] lists of P: strips by expert
 TRIALS = 8  # tokens
 NEAR = 0.02  # of a weight, for bfloat16
 
@@ -53,7 +54,19 @@ class Strips:
         """Of experts [T, k] -> of their strips [T, k*P], an expert's in order; none (E) has none (E*P)."""
         strips = torch.arange(self.count, device=index.device)  # [P]
         spread = (index.unsqueeze(2) * self.count + strips).clamp_(max=self.total)  # [T, k, P]
-        return (weights * self.share).repeat_interleave(self.count, 1), spread.flatten(1)
+        return self.weights(weights), spread.flatten(1)
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """Of experts [T, k] -> of their strips [T, k*P]."""
+        shared = weights if self.share == 1 else weights * self.share
+        return shared.repeat_interleave(self.count, 1)
+
+    def listed(self, held: Tensor | None = None) -> Listed:
+        """The strips of each expert, by number, and of none at last; E*P in place of those that `held` bool [E, P] has
+        not. None holds all."""
+        numbers = torch.arange(self.total).view(self.experts, self.count)
+        here = numbers if held is None else numbers.masked_fill(~held.cpu(), self.total)
+        return [*here.tolist(), [self.total] * self.count]
 
 
 def fold_routers(routers: Sequence[Any], strips: int, top_k: int, hidden: int) -> Strips:

@@ -145,7 +145,8 @@ class Switchboard:
             return limit
         held = torch.zeros(self.strips.total, dtype=torch.bool, device=limit.allowed.device)  # [E*P]
         held[list(ids)] = True
-        return replace(limit, held=held.view(self.experts, -1))
+        held = held.view(self.experts, -1)
+        return replace(limit, held=held, listed=self.strips.listed(held))
 
     def _limit(self, layer: int, experts: Sequence[int], calls: int) -> Restriction:
         module = self._routers[layer].module

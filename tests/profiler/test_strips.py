@@ -23,6 +23,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.products import instruction_sets
 from engine.requests import FinishedEvent, GenerationRequest, Sampling
+from engine.routing import Routing
 from engine.tiny import FAMILIES, write_tiny
 from profiler.calls import check_active
 from profiler.pack import write_pack
@@ -177,6 +178,20 @@ def test_a_decoder_layer_of_strips_is_two_calls_too(packed: Callable[..., Packed
                     "3 of 3 decoder layers in two calls, nothing around them, experts in 2 strips"
                 )
     assert found[0] == found[1]
+
+
+def test_strips_in_plain_numbers_are_those_of_tensors(packed: Callable[..., Packed]) -> None:
+    """Of single tokens, one a row: of two tasks and of one that routes freely, and of an expert that is none."""
+    with packed("olmoe").open() as engine:
+        selections = [_drawn(engine, 1), None, _drawn(engine, 2)]
+        routing = Routing(engine.board, selections, torch.device("cpu"))
+        routing.begin(1)
+        experts = engine.board.experts
+        index = torch.tensor([[0, 1], [2, experts], [3, 0]])
+        for layer in range(engine.card.layers):
+            weights, wanted = routing.in_strips(layer, torch.rand(3, 2), index)
+            assert routing.strips_of(layer, index.flatten().tolist()) == wanted.flatten().tolist()
+            assert weights.shape == wanted.shape == (3, 2 * engine.card.strips)
 
 
 def test_a_layer_serves_with_one_strip_of_as_many_experts_as_a_token_goes_through(
