@@ -32,8 +32,8 @@ def pack(
         typer.Option(
             min=1,
             help="Keep all, each expert cut into this many equal strips of its channels, the best of the way first, "
-            "that are paged and selected one by one. The more strips, the less memory a task can do with; but below "
-            "128 channels each, batches decode at 0.7 of the speed or less: `moepager bench strip-speed`.",
+            "that are paged and selected one by one. The more strips, the less memory a task can do with; but of "
+            "less than 128 channels each, batches decode at 0.5 to 0.8 of the speed: `moepager bench strip-speed`.",
         ),
     ] = 1,
     scorer: Annotated[str, typer.Option(help="By which experts stay.")] = "gate",
