@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from benchmarks.decode_commands import decode_command
+from benchmarks.mixed_commands import mixed_command
 from benchmarks.model_commands import families_command, make_model_command
 from benchmarks.shown import AsJson, answer, table
 from benchmarks.strip_commands import strip_speed_command, strips_command
@@ -29,6 +30,7 @@ app.command("families")(families_command)
 app.command("decode")(decode_command)
 app.command("strips")(strips_command)
 app.command("strip-speed")(strip_speed_command)
+app.command("mixed")(mixed_command)
 
 
 @app.command("load")
@@ -250,47 +252,6 @@ def retrieve_command(
         },
         as_json,
     )
-
-
-@app.command("mixed")
-def mixed_command(
-    model: Model = None,
-    keep: Annotated[float, typer.Option(help="Share of the experts in a task's selection.")] = 0.25,
-    scorer: Annotated[
-        str | None, typer.Option(help="Profile the demo's tasks with it; random selections by default.")
-    ] = None,
-    overlap: Annotated[
-        float | None,
-        typer.Option(help="Share of a random selection that all tasks have in common; 0.5 by default."),
-    ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 8,
-    requests: Annotated[int, typer.Option(min=1, help="Requests an arm and run.")] = 32,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a random prompt.")] = 96,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 32,
-    dtype: str = "auto",
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
-    runs: Annotated[int, typer.Option(min=1)] = 3,
-    as_json: AsJson = False,
-) -> None:
-    """Four tasks in one batch, beside one task alone and a swap for every request; random tasks of any checkpoint."""
-    from benchmarks.mixed import bench_mixed
-    from benchmarks.mixed_tasks import Work
-    from store.home import bundled_model
-
-    work = Work(
-        keep=keep,
-        clients=clients,
-        requests=requests,
-        prompt_tokens=prompt,
-        tokens=tokens,
-        scorer=scorer,
-        overlap=overlap,
-        dtype=dtype,
-        threads=threads,
-    )
-    arms, ratios = bench_mixed(model or bundled_model(), work, runs)
-    table("mixed tasks", [asdict(arm) for arm in arms])
-    answer({"arms": [asdict(arm) for arm in arms], "ratios": ratios, "work": asdict(work)}, as_json)
 
 
 @app.command("service")

@@ -4,6 +4,8 @@ Every arm answers the same number of requests with equally many tokens, from as 
 next request when it has its answer. Arms take turns; experts are resident before an arm is timed, except where swapping
 them is what the arm is about.
 
+An arm's decode steps are clocked; what they touch is counted from their routing afterwards, in passes that are not.
+
 mixed      requests of all tasks in one batch, over a bank that holds the union of their selections
 single     requests of one task (another one every run) in the same bank
 swap       a bank of one selection; one request after the other, in the order of arrival
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
+from benchmarks.mixed_steps import Clock, StepWeights, Touched, around_steps
 from benchmarks.mixed_tasks import Task, Work, tasks_of
 from engine.card import ModelCard
 from engine.config import EngineConfig
@@ -34,14 +37,29 @@ ARMS = ("mixed", "single", "swap", "scheduled")
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """`tok_per_s` is the median over the runs; latencies are those of all requests, from asking to the last token; what
-    was paged is a run's, in the mean; `union` is how many experts the tasks have together."""
+    """`tok_per_s` is the median over the runs, `low` and `high` are the slowest and the fastest; latencies are those of
+    all requests, from asking to the last token; what was paged is a run's, in the mean; `union` is how many experts the
+    tasks have together.
+
+    Of a run, in the mean: the engine thread's processor seconds in decode steps and in prompts' passes, and seconds of
+    reads for swaps, which prompts' passes may overlap. Of a decode step, in the mean: its rows, the distinct experts of
+    all layers that they were routed to, and the bytes of these and of the dense weights.
+    """
 
     name: str
     tok_per_s: float
+    low: float
+    high: float
     p50_s: float
     p99_s: float
     ttft_p50_s: float
+    ttft_p99_s: float
+    decode_s: float
+    prompt_s: float
+    read_s: float
+    step_rows: float
+    step_experts: float
+    step_bytes: float
     experts_paged: int
     bytes_paged: int
     union: int
@@ -53,6 +71,8 @@ class _Samples:
     rates: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     ttft: list[float] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
+    read: float = 0.0
     experts: int = 0
     bytes: int = 0
 
@@ -70,7 +90,10 @@ def bench_mixed(model: Path, work: Work, runs: int) -> tuple[list[Arm], dict[str
                 if engine is wide:
                     _fill(engine, tasks)
                 _measure(samples[name] if run >= 0 else _Samples(), requests, engine, serve)
-    return [_arm(name, samples[name], union, runs) for name in ARMS], _ratios(samples)
+        touched = _count(tasks, work, wide, narrow)
+        weights = StepWeights.of(wide)
+    arms = [_arm(name, samples[name], touched[name], weights, union, runs) for name in ARMS]
+    return arms, _ratios(samples) | _limits({arm.name: arm for arm in arms})
 
 
 Serve = Callable[[Engine, Sequence[GenerationRequest]], Iterator[tuple[float, FinishedEvent]]]
@@ -101,13 +124,27 @@ def _requests(tasks: Sequence[Task], work: Work, run: int) -> list[GenerationReq
 
 def _measure(samples: _Samples, requests: Sequence[GenerationRequest], engine: Engine, serve: Serve) -> None:
     before, started = engine.residency(), time.perf_counter()
-    answers = list(serve(engine, requests))
+    with around_steps(engine, samples.clock.around):
+        answers = list(serve(engine, requests))
     samples.rates.append(sum(done.completion_tokens for _, done in answers) / (time.perf_counter() - started))
     samples.seconds += [seconds for seconds, _ in answers]
     samples.ttft += [done.served.ttft_ms / 1000 for _, done in answers]
+    samples.read += sum(done.served.swap_ms for _, done in answers) / 1000
     now = engine.residency()
     samples.experts += now.experts_paged - before.experts_paged
     samples.bytes += now.bytes_paged - before.bytes_paged
+
+
+def _count(tasks: Sequence[Task], work: Work, wide: Engine, narrow: Engine) -> dict[str, Touched]:
+    """What every arm's decode steps touch, in one pass; a single task's in one of each task."""
+    touched = {name: Touched(wide.card.experts) for name in ARMS}
+    _fill(wide, tasks)
+    for run in range(len(tasks)):
+        for name, requests, engine, serve in _turns(tasks, work, run, wide, narrow):
+            if run == 0 or name == "single":
+                with around_steps(engine, touched[name].around):
+                    list(serve(engine, requests))
+    return touched
 
 
 def _one_by_one(engine: Engine, requests: Sequence[GenerationRequest]) -> Iterator[tuple[float, FinishedEvent]]:
@@ -134,7 +171,7 @@ def _clients(count: int) -> Serve:
                 [done] = [event for event in worker.submit(request) if isinstance(event, FinishedEvent)]
                 answers.append((time.perf_counter() - started, done))
 
-        with EngineWorker(engine) as worker:
+        with EngineWorker(engine, queue_size=count) as worker:
             threads = [threading.Thread(target=client, args=(worker,)) for _ in range(count)]
             for thread in threads:
                 thread.start()
@@ -156,7 +193,7 @@ def _fill(engine: Engine, tasks: Sequence[Task]) -> None:
 @contextmanager
 def _engine(model: Path, work: Work, slots: int) -> Iterator[Engine]:
     """An engine whose budget holds that many experts."""
-    fields = {"max_batch": work.clients, "chunk_tokens": 512, "dtype": work.dtype, "threads": work.threads}
+    fields = {"max_batch": work.batch_rows, "chunk_tokens": 512, "dtype": work.dtype, "threads": work.threads}
     context = min(ModelCard.read(model).max_context, max(256, work.prompt_tokens + work.tokens))
     plan = plan_memory(ModelCard.read(model), EngineConfig(model, memory=None, max_context=context, **fields))  # type: ignore[arg-type]
     memory = plan.fixed_bytes + slots * plan.slot_bytes
@@ -165,14 +202,24 @@ def _engine(model: Path, work: Work, slots: int) -> Iterator[Engine]:
         yield engine
 
 
-def _arm(name: str, samples: _Samples, union: int, runs: int) -> Arm:
-    cuts = quantiles(samples.seconds, n=100, method="inclusive")
+def _arm(name: str, samples: _Samples, touched: Touched, weights: StepWeights, union: int, runs: int) -> Arm:
+    cuts, ttft = (quantiles(each, n=100, method="inclusive") for each in (samples.seconds, samples.ttft))
+    experts = touched.hits / touched.steps
     return Arm(
         name=name,
         tok_per_s=median(samples.rates),
+        low=min(samples.rates),
+        high=max(samples.rates),
         p50_s=cuts[49],
         p99_s=cuts[98],
-        ttft_p50_s=median(samples.ttft),
+        ttft_p50_s=ttft[49],
+        ttft_p99_s=ttft[98],
+        decode_s=samples.clock.decode_s / runs,
+        prompt_s=samples.clock.prompt_s / runs,
+        read_s=samples.read / runs,
+        step_rows=touched.tokens / touched.steps,
+        step_experts=experts,
+        step_bytes=experts * weights.expert + weights.dense,
         experts_paged=samples.experts // runs,
         bytes_paged=samples.bytes // runs,
         union=union,
@@ -190,4 +237,15 @@ def _ratios(samples: Mapping[str, _Samples]) -> dict[str, float]:
         "mixed_to_swap": ratio("mixed", "swap"),
         "mixed_to_scheduled": ratio("mixed", "scheduled"),  # what one batch of all tasks is worth beyond batching
         "scheduled_to_swap": ratio("scheduled", "swap"),
+    }
+
+
+def _limits(arms: Mapping[str, Arm]) -> dict[str, float]:
+    """What memory and disk allow: decoding in batches of all tasks over that of one by the bytes that a token's share
+    of a step reads, and what reading adds to the decoding of a swap a request."""
+    single, mixed = (arms[name].step_bytes / arms[name].step_rows for name in ("single", "mixed"))
+    return {
+        "mixed_to_single_by_bytes": single / mixed,
+        "mixed_to_single_decoding": arms["single"].decode_s / arms["mixed"].decode_s,
+        "swap_reading_to_decoding": arms["swap"].read_s / arms["swap"].decode_s,
     }

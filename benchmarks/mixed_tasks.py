@@ -22,12 +22,14 @@ class Work:
     """What every arm has to do.
 
     `scorer` None: random prompts and selections of any checkpoint, for speed alone. `overlap` is then the share of a
-    selection that all tasks have in common (0.5 if None); the rest of it no other task has.
+    selection that all tasks have in common (0.5 if None); the rest of it no other task has. `rows` of a batch None: as
+    many as clients, so that nobody waits for one.
     """
 
     tasks: int = 4
     keep: float = 0.25
     clients: int = 8
+    rows: int | None = None
     requests: int = 32
     prompt_tokens: int = 96
     tokens: int = 32
@@ -36,6 +38,10 @@ class Work:
     dtype: str = "auto"
     threads: int | None = None
     seed: int = 0
+
+    @property
+    def batch_rows(self) -> int:
+        return self.rows or self.clients
 
 
 @dataclass(frozen=True, slots=True)

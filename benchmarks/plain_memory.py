@@ -38,7 +38,14 @@ def active_bytes(model: Path) -> int | None:
     card = ModelCard.describe(checkpoint, experts)
     if not card.geometry.stored == card.geometry.dtype == "bfloat16":
         return None
-    dense = [checkpoint.tensors[name] for name in experts.dense]
+    return dense_bytes(checkpoint) + card.top_k * sum(experts.expert_bytes)
+
+
+def dense_bytes(checkpoint: CheckpointMap) -> int:
+    """Bytes, as stored, of the weights that every step reads: all that are no expert's, but an embedding beside a head
+    of its own, of which a row is looked up.
+    """
+    dense = [checkpoint.tensors[name] for name in ExpertMap.build(checkpoint).dense]
     own_head = any(span.name.endswith("lm_head.weight") for span in dense)
     looked_up = sum(span.nbytes for span in dense if own_head and span.name.endswith("embed_tokens.weight"))
-    return sum(span.nbytes for span in dense) - looked_up + card.top_k * sum(experts.expert_bytes)
+    return sum(span.nbytes for span in dense) - looked_up

@@ -12,6 +12,7 @@ from benchmarks.mixed import ARMS, bench_mixed
 from benchmarks.mixed_tasks import Work, random_tasks
 from engine.card import ModelCard
 from engine.tiny import write_tiny
+from store.checkpoint import CheckpointMap
 from store.errors import InvalidInput
 
 
@@ -33,6 +34,29 @@ def test_only_the_arms_that_swap_page_and_the_scheduler_pages_less(model):
     assert all(0 < arm.p50_s <= arm.p99_s and arm.tok_per_s > 0 and arm.ttft_p50_s > 0 for arm in arms)
     assert ratios["mixed_to_swap"] == pytest.approx(found["mixed"].tok_per_s / found["swap"].tok_per_s)
     assert ratios["mixed_to_scheduled"] == pytest.approx(found["mixed"].tok_per_s / found["scheduled"].tok_per_s)
+
+
+def test_a_decode_step_touches_what_its_rows_were_routed_to(model):
+    arms, ratios = bench_mixed(model, Work(clients=4, requests=16, prompt_tokens=8, tokens=4), runs=1)
+    found, card = {arm.name: arm for arm in arms}, ModelCard.read(model)
+    assert found["swap"].step_rows == 1
+    assert found["swap"].step_experts == card.layers * card.top_k
+    assert found["single"].step_experts <= card.layers * 8  # a task keeps so many a layer
+    assert found["single"].step_experts < found["mixed"].step_experts <= card.layers * 4 * card.top_k
+    dense = found["swap"].step_bytes - card.layers * card.top_k * card.expert_bytes
+    assert 0 < dense < CheckpointMap.open(model).weight_bytes - card.layers * card.experts * card.expert_bytes
+    for arm in arms:
+        assert arm.step_bytes == pytest.approx(dense + arm.step_experts * card.expert_bytes)
+        assert 0 < arm.decode_s + arm.prompt_s < 16 * 4 / arm.low
+    single, mixed = (found[name].step_bytes / found[name].step_rows for name in ("single", "mixed"))
+    assert ratios["mixed_to_single_by_bytes"] == pytest.approx(single / mixed)
+    assert ratios["swap_reading_to_decoding"] == pytest.approx(found["swap"].read_s / found["swap"].decode_s)
+
+
+def test_no_arm_has_more_rows_than_asked_for(model):
+    arms, _ = bench_mixed(model, Work(clients=4, rows=2, requests=12, prompt_tokens=8, tokens=4), runs=1)
+    assert all(arm.step_rows <= 2 for arm in arms)
+    assert max(arm.step_rows for arm in arms) > 1
 
 
 def test_a_share_that_is_none_is_refused(model):
@@ -88,4 +112,13 @@ def test_the_command_prints_the_arms_and_ratios(model):
     answer = json.loads(result.output.strip().splitlines()[-1])
     assert [arm["name"] for arm in answer["arms"]] == list(ARMS)
     assert answer["work"]["overlap"] == 0.75
-    assert set(answer["ratios"]) == {"mixed_to_single", "mixed_to_swap", "mixed_to_scheduled", "scheduled_to_swap"}
+    assert answer["work"]["rows"] is None
+    assert set(answer["ratios"]) == {
+        "mixed_to_single",
+        "mixed_to_swap",
+        "mixed_to_scheduled",
+        "scheduled_to_swap",
+        "mixed_to_single_by_bytes",
+        "mixed_to_single_decoding",
+        "swap_reading_to_decoding",
+    }
