@@ -7,6 +7,7 @@ them is what the arm is about.
 An arm's decode steps are clocked; what they touch is counted from their routing afterwards, in passes that are not.
 
 mixed      requests of all tasks in one batch, over a bank that holds the union of their selections
+by_age     the same where fewer rows than clients make kinship matter, and the scheduler does not heed it
 single     requests of one task (another one every run) in the same bank
 swap       a bank of one selection; one request after the other, in the order of arrival
 scheduled  the same bank and requests, in the order that the scheduler chooses
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -30,9 +32,11 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import plan_memory
 from engine.requests import FinishedEvent, GenerationRequest, Sampling
+from engine.scheduler import Rules
 from engine.worker import EngineWorker
 
 ARMS = ("mixed", "single", "swap", "scheduled")
+BY_AGE = Rules(kin_share=inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +81,18 @@ class _Samples:
     bytes: int = 0
 
 
+def arms_of(work: Work) -> tuple[str, ...]:
+    """Where every client has a row there is nobody to choose from."""
+    return (*ARMS, "by_age") if work.batch_rows < work.clients else ARMS
+
+
 def bench_mixed(model: Path, work: Work, runs: int) -> tuple[list[Arm], dict[str, float]]:
     """The arms, and ratios of their rates: medians of the ratios run by run."""
     card = ModelCard.read(model)
     tasks = tasks_of(model, card, work)
     union = len({key for task in tasks for key in task.selection})
     largest = max(len(task.selection) for task in tasks)
-    samples = {name: _Samples() for name in ARMS}
+    samples = {name: _Samples() for name in arms_of(work)}
     with _engine(model, work, union) as wide, _engine(model, work, largest) as narrow:
         for run in range(-1, runs):  # one to warm up
             for name, requests, engine, serve in _turns(tasks, work, run, wide, narrow):
@@ -92,7 +101,7 @@ def bench_mixed(model: Path, work: Work, runs: int) -> tuple[list[Arm], dict[str
                 _measure(samples[name] if run >= 0 else _Samples(), requests, engine, serve)
         touched = _count(tasks, work, wide, narrow)
         weights = StepWeights.of(wide)
-    arms = [_arm(name, samples[name], touched[name], weights, union, runs) for name in ARMS]
+    arms = [_arm(name, samples[name], touched[name], weights, union, runs) for name in arms_of(work)]
     return arms, _ratios(samples) | _limits({arm.name: arm for arm in arms})
 
 
@@ -104,6 +113,8 @@ def _turns(
 ) -> Iterator[tuple[str, Sequence[GenerationRequest], Engine, Serve]]:
     clients = _clients(work.clients)
     yield "mixed", _requests(tasks, work, run), wide, clients
+    if "by_age" in arms_of(work):
+        yield "by_age", _requests(tasks, work, run), wide, _clients(work.clients, BY_AGE)
     yield "single", _requests([tasks[run % len(tasks)]], work, run), wide, clients
     yield "swap", _requests(tasks, work, run), narrow, _one_by_one
     yield "scheduled", _requests(tasks, work, run), narrow, clients
@@ -137,7 +148,7 @@ def _measure(samples: _Samples, requests: Sequence[GenerationRequest], engine: E
 
 def _count(tasks: Sequence[Task], work: Work, wide: Engine, narrow: Engine) -> dict[str, Touched]:
     """What every arm's decode steps touch, in one pass; a single task's in one of each task."""
-    touched = {name: Touched(wide.card.experts) for name in ARMS}
+    touched = {name: Touched(wide.card.experts) for name in arms_of(work)}
     _fill(wide, tasks)
     for run in range(len(tasks)):
         for name, requests, engine, serve in _turns(tasks, work, run, wide, narrow):
@@ -154,7 +165,7 @@ def _one_by_one(engine: Engine, requests: Sequence[GenerationRequest]) -> Iterat
         yield time.perf_counter() - started, done
 
 
-def _clients(count: int) -> Serve:
+def _clients(count: int, rules: Rules | None = None) -> Serve:
     """`count` threads, each of which asks, waits for the answer and takes the next request."""
 
     def serve(engine: Engine, requests: Sequence[GenerationRequest]) -> Iterator[tuple[float, FinishedEvent]]:
@@ -171,7 +182,7 @@ def _clients(count: int) -> Serve:
                 [done] = [event for event in worker.submit(request) if isinstance(event, FinishedEvent)]
                 answers.append((time.perf_counter() - started, done))
 
-        with EngineWorker(engine, queue_size=count) as worker:
+        with EngineWorker(engine, queue_size=count, rules=rules) as worker:
             threads = [threading.Thread(target=client, args=(worker,)) for _ in range(count)]
             for thread in threads:
                 thread.start()
@@ -232,7 +243,8 @@ def _ratios(samples: Mapping[str, _Samples]) -> dict[str, float]:
         pairs = zip(samples[above].rates, samples[below].rates, strict=True)
         return median(ours / theirs for ours, theirs in pairs)
 
-    return {
+    by_age = {"mixed_to_by_age": ratio("mixed", "by_age")} if "by_age" in samples else {}
+    return by_age | {
         "mixed_to_single": ratio("mixed", "single"),
         "mixed_to_swap": ratio("mixed", "swap"),
         "mixed_to_scheduled": ratio("mixed", "scheduled"),  # what one batch of all tasks is worth beyond batching

@@ -67,8 +67,12 @@ class Batch:
         return len(self._rows())
 
     @property
+    def free_rows(self) -> int:
+        return self._engine.plan.max_batch - len(self)
+
+    @property
     def full(self) -> bool:
-        return len(self) == self._engine.plan.max_batch
+        return not self.free_rows
 
     def fits(self, selection: Selection | None) -> bool:
         """Whether there is a row, and slots for a request's experts beside all that are leased; None: it is exact."""

@@ -13,6 +13,11 @@ admission whose experts are not all resident; what is resident is *settled*.
 5. Background requests never cause a swap: they are admitted when nobody else waits and their experts are resident.
    One that has waited for `background_seconds` is given up.
 6. While as many rows wait for the disk as may, swaps are not considered and hold nobody up.
+7. Where more wait in front than rows are free, kin of what was admitted last go first among the settled: those whose
+   experts beside its own add at most `kin_share` to what a step takes. Batches become mostly of one task,
+   whose experts are read once for all its rows. Nobody is overtaken by kin more than `kin_requests` times, nor once
+   `wait_seconds` have passed since the first time: as long as such a one waits, the oldest goes first. Exact requests
+   may need any expert, so they are nobody's kin.
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ class Rules:
     wait_seconds: float = 10.0
     session_seconds: float = 30.0
     background_seconds: float = 30.0
+    kin_requests: int = 8
+    kin_share: float = 0.2  # infinite: all are kin, so the oldest goes first
 
 
 class Room(Protocol):
@@ -49,11 +56,18 @@ class Room(Protocol):
     def may_swap(self) -> bool:
         """Whether one more row may wait for the disk. True where nothing runs."""
 
+    @property
+    def free_rows(self) -> int:
+        """How many may be admitted before one that runs ends."""
+
     def fits(self, selection: Selection | None) -> bool:
         """Whether there is a row, and slots beside those leased."""
 
     def swap_seconds(self, selection: Selection | None) -> float:
         """How long paging in what is missing takes; 0 where nothing is."""
+
+    def share_beside(self, selection: Selection, other: Selection) -> float:
+        """Bytes of the experts of `selection` that `other` has not, over all that a step of rows of `other` takes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +90,14 @@ class _Turn:
     served: int = 0
 
 
+@dataclass(slots=True)
+class _Overtaken:
+    """By kin of others."""
+
+    since: float
+    times: int = 0
+
+
 class Scheduler(Generic[T]):
     """The queue. Not thread-safe: whoever shares it holds a lock."""
 
@@ -84,6 +106,8 @@ class Scheduler(Generic[T]):
         self._queue: list[Waiting[T]] = []
         self._turn: _Turn | None = None
         self._sessions: dict[str, float] = {}
+        self._leader: Selection | None = None  # admitted last; None: nobody, or one that may need any expert
+        self._overtaken: dict[Waiting[T], _Overtaken] = {}
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -100,6 +124,8 @@ class Scheduler(Generic[T]):
         gone = [waiting for waiting in self._queue if unwanted(waiting.job)]
         if gone:
             self._queue = [waiting for waiting in self._queue if waiting not in gone]
+        for waiting in gone:
+            self._overtaken.pop(waiting, None)
         return gone
 
     def overdue(self, now: float) -> list[Waiting[T]]:
@@ -150,8 +176,35 @@ class Scheduler(Generic[T]):
         settled = [waiting for waiting in front if costs[waiting.selection] == 0]
         if first := self._first(swaps, costs, now):
             return first if room.idle or room.fits(first.selection) else None
-        settled.sort(key=lambda waiting: (not self._recent(waiting, now), waiting.order))
-        return _fitting([*settled, *self._ranked(swaps, costs, now)], room)
+        kin = self._kin(front, settled, room, now)
+        settled.sort(key=lambda w: (not self._recent(w, now), w.selection not in kin, w.order))
+        chosen = _fitting([*settled, *self._ranked(swaps, costs, now)], room)
+        if chosen is not None and chosen.selection in kin and not self._recent(chosen, now):
+            self._count([waiting for waiting in settled if waiting.order < chosen.order], room, now)
+        return chosen
+
+    def _kin(
+        self, front: Sequence[Waiting[T]], settled: Sequence[Waiting[T]], room: Room, now: float
+    ) -> set[Selection | None]:
+        """The selections that go before older ones; none where everybody finds a row, or one was overtaken enough."""
+        leader = None if room.idle or len(front) <= room.free_rows else self._leader
+        if leader is None or any(self._had_enough(waiting, now) for waiting in settled):
+            return set()
+        wanted = {waiting.selection for waiting in settled}
+        return {one for one in wanted if one and room.share_beside(one, leader) <= self.rules.kin_share}
+
+    def _had_enough(self, waiting: Waiting[T], now: float) -> bool:
+        overtaken = self._overtaken.get(waiting)
+        if overtaken is None:
+            return False
+        return overtaken.times >= self.rules.kin_requests or now - overtaken.since >= self.rules.wait_seconds
+
+    def _count(self, older: Sequence[Waiting[T]], room: Room, now: float) -> None:
+        """One more goes before those of them that fit."""
+        fits = {selection: room.fits(selection) for selection in {waiting.selection for waiting in older}}
+        for waiting in older:
+            if fits[waiting.selection]:
+                self._overtaken.setdefault(waiting, _Overtaken(now)).times += 1
 
     def _first(
         self, swaps: Sequence[Waiting[T]], costs: dict[Selection | None, float], now: float
@@ -184,6 +237,8 @@ class Scheduler(Generic[T]):
         return served is not None and now - served < self.rules.session_seconds
 
     def _note(self, chosen: Waiting[T], swaps: bool, now: float) -> None:
+        self._leader = chosen.selection
+        self._overtaken.pop(chosen, None)
         if swaps:
             self._turn = None
         elif self._turn is not None:

@@ -63,11 +63,18 @@ class _Room:
     def may_swap(self) -> bool:
         return self.batch.may_swap
 
+    @property
+    def free_rows(self) -> int:
+        return self.batch.free_rows
+
     def fits(self, selection: Selection | None) -> bool:
         return self.batch.fits(selection)
 
     def swap_seconds(self, selection: Selection | None) -> float:
         return self.engine.admission.swap_seconds(selection)
+
+    def share_beside(self, selection: Selection, other: Selection) -> float:
+        return self.engine.admission.share_beside(selection, other)
 
 
 class EngineWorker:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from benchmarks.commands import app
 from benchmarks.mixed import ARMS, bench_mixed
 from benchmarks.mixed_tasks import Work, random_tasks
+from engine import admission
 from engine.card import ModelCard
 from engine.tiny import write_tiny
 from store.checkpoint import CheckpointMap
@@ -57,6 +58,16 @@ def test_no_arm_has_more_rows_than_asked_for(model):
     arms, _ = bench_mixed(model, Work(clients=4, rows=2, requests=12, prompt_tokens=8, tokens=4), runs=1)
     assert all(arm.step_rows <= 2 for arm in arms)
     assert max(arm.step_rows for arm in arms) > 1
+
+
+def test_where_rows_are_short_kin_share_steps_and_by_age_they_do_not(model, monkeypatch):
+    monkeypatch.setattr(admission, "LAYER_BYTES", 0)  # nor do a tiny model's experts count for little
+    work = Work(clients=16, rows=4, requests=32, prompt_tokens=8, tokens=4)
+    arms, ratios = bench_mixed(model, work, runs=1)
+    found = {arm.name: arm for arm in arms}
+    assert tuple(found) == (*ARMS, "by_age")
+    assert found["mixed"].step_experts < found["by_age"].step_experts
+    assert ratios["mixed_to_by_age"] == pytest.approx(found["mixed"].tok_per_s / found["by_age"].tok_per_s)
 
 
 def test_a_share_that_is_none_is_refused(model):

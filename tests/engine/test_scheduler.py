@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
+from fake_room import FakeRoom
 
 from engine.scheduler import Rules, Scheduler, Waiting
 from store.records import Selection
 
 A, B, C, D = (Selection.of([[n]]) for n in range(4))
 RULES = Rules(turn_requests=3, turn_seconds=5.0, wait_seconds=20.0, session_seconds=30.0)
-
-
-@dataclass
-class FakeRoom:
-    """Selections that are resident, those that fit beside what runs, and what a swap costs."""
-
-    resident: set[Selection | None] = field(default_factory=set)
-    fitting: set[Selection | None] | None = None  # None: all
-    idle: bool = False
-    may_swap: bool = True
-    cost: dict[Selection | None, float] = field(default_factory=dict)
-
-    def fits(self, selection: Selection | None) -> bool:
-        return self.fitting is None or selection in self.fitting
-
-    def swap_seconds(self, selection: Selection | None) -> float:
-        return 0.0 if selection in self.resident else self.cost.get(selection, 1.0)
 
 
 def _queue(*jobs: tuple[str, Selection | None], at: float = 0.0, **fields: object) -> Scheduler[str]:
