@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -153,7 +154,7 @@ def _sqlite_engine(url: URL) -> Engine:
     def set_up(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver would begin transactions late; `begin` below does it
         connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA journal_mode = WAL")  # readers and the one writer do not wait for each other
+        _log_writes(connection)
         # A killed process loses nothing; a power cut may lose the newest transactions, never the file. Each commit
         # would otherwise wait for the disk, and every query has one.
         connection.execute("PRAGMA synchronous = NORMAL")
@@ -165,6 +166,21 @@ def _sqlite_engine(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _log_writes(connection: sqlite3.Connection) -> None:
+    """Readers and the one writer do not wait for each other. Of several that turn a fresh file into that at once SQLite
+    refuses all but one, and does not let them wait as for any other lock."""
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in SQLITE_BUSY or time.monotonic() >= until:
+                raise
+            time.sleep(0.005)
+        else:
+            return
 
 
 def _postgres_engine(url: URL) -> Engine:

@@ -192,7 +192,7 @@ def test_doctor_goes_on_after_a_failing_check_and_exits_with_2(
     checks = {check["name"]: check["ok"] for check in json.loads(done.output.splitlines()[-1])["checks"]}
     assert done.exit_code == 2
     assert [name for name, ok in checks.items() if ok] == [
-        "python", "model", "kernel", "device", "disk", "space", "embedder", "redis", "traces", "address"
+        "python", "model", "kernel", "device", "jobs", "disk", "space", "embedder", "redis", "traces", "address"
     ]  # fmt: skip
 
 

@@ -102,11 +102,12 @@ def held() -> Iterator[Held]:
 
 
 @pytest.fixture
-def holding(parts: Parts, held: Held) -> FastAPI:
-    """Embeddings stand still; queries are retrieved by another embedder, as if theirs were free."""
+def holding(parts: Parts, held: Held, request: pytest.FixtureRequest) -> FastAPI:
+    """Embeddings stand still, for a second if a test names no other time; queries are retrieved by another embedder, as
+    if theirs were free."""
     retriever = parts.retriever.only(frozenset(parts.catalogue.retrievable))
     retriever.embedder = held
-    settings = parts.settings.model_copy(update={"request_timeout": 1.0})
+    settings = parts.settings.model_copy(update={"request_timeout": getattr(request, "param", 1.0)})
     return create_app(lambda: nullcontext(replace(parts, retriever=retriever, settings=settings)))
 
 
@@ -121,6 +122,7 @@ def test_a_long_list_is_embedded_in_pieces(client: TestClient, parts: Parts) -> 
     assert found["usage"]["total_tokens"] == sum(len(parts.engine.tokenizer.encode(text)) for text in texts)
 
 
+@pytest.mark.parametrize("holding", [15.0], indirect=True)
 def test_more_embeddings_than_may_wait_are_a_503_and_queries_go_on(holding: FastAPI, held: Held, live: Live) -> None:
     with live(holding) as url, ThreadPoolExecutor(service.desk.PLACES) as pool:
         asked = [
