@@ -65,8 +65,12 @@ def _sinks_as_usual(module: Any, own: Products) -> bool:
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return False
         found = own.attend(q[:, :, 0], keys, values, seen[:, 0, 0], 0.3, sinks.float())
-    most = TOLERANCE[q.dtype] * float(wanted.float().abs().max())
-    return bool((found.float() - wanted.float()).abs().max() <= most)
+    return close_enough(found, wanted)
+
+
+def close_enough(found: Tensor, wanted: Tensor) -> bool:
+    most = float(wanted.float().abs().max())
+    return bool((found.float() - wanted.float()).abs().max() <= TOLERANCE[wanted.dtype] * most)
 
 
 def _eager_of(module: Any) -> Any:
@@ -92,9 +96,9 @@ def attend(
     """`query` [B, A, new, D], `key` and `value` [B, N, S, D] -> [B, new, A, D]; transformers calls every kind so."""
     own: Products | None = getattr(module, OWN, None)
     sinks: Tensor | None = getattr(module, SINKS, None)
-    if sinks is not None and not attends(query, key, value, attention_mask):
-        return _eagerly(module, query, key, value, attention_mask, scaling=scaling, **named)
     if own is None or position_bias is not None or not attends(query, key, value, attention_mask):
+        if sinks is not None:
+            return _eagerly(module, query, key, value, attention_mask, scaling=scaling, **named)
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, position_bias=position_bias, **named
         )

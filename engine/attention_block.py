@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.attention import IMPLEMENTATION, SINKS
+from engine.attention import IMPLEMENTATION, SINKS, close_enough
 from engine.kvcache import KvCache, PooledLayer
 from engine.products import DTYPES, HALVES_ONCE, BlockShape, Products, Turn, shows_columns
 
@@ -28,7 +28,6 @@ TAKEN = {"self", "hidden_states", "position_embeddings", "attention_mask", "past
 MOVING = {"position_ids", "cache_position"}  # a module that asks for these may do more with positions than turn heads
 COLUMNS = 5  # of the cache, in a trial
 LOUD = 100.0  # times the usual input: what clips its queries, keys or values shows it
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04}  # of the largest number
 BLOCK = "moepager_block"  # the attribute of an attention module that is served so: its BlockShape
 
 
@@ -181,8 +180,3 @@ def positions_of(model: Any) -> tuple[Tensor, Tensor] | None:
         return None
     plain = isinstance(cos, Tensor) and cos.shape == sin.shape and cos.dim() == 3
     return (cos, sin) if plain and cos.dtype in (dtype, torch.float32) else None
-
-
-def close_enough(found: Tensor, wanted: Tensor) -> bool:
-    most = float(wanted.float().abs().max())
-    return bool((found.float() - wanted.float()).abs().max() <= TOLERANCE[wanted.dtype] * most)

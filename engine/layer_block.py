@@ -12,14 +12,15 @@ B rows, S columns of the cache, H hidden, k experts a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.attention_block import BLOCK, Trial, close_enough, positions_of, takes
+from engine.attention import close_enough
+from engine.attention_block import BLOCK, Trial, positions_of, takes
 from engine.choice import Choice
 from engine.experts import PagedExperts
 from engine.kvcache import KvCache
@@ -79,7 +80,7 @@ class LayerBlock:
         self.layer, self._feed_forward, self._shape, self._router = parts.layer, parts.feed_forward, shape, router
         self._theirs = parts.layer.forward
         self._at = int(parts.attention.layer_idx)
-        self._paged, self._board, self._own, self._few = paged, board, own, few
+        self._paged, self._board, self._own, self.few = paged, board, own, few
         self._rooms: dict[int, Room] = {}  # by rows
 
     def take_over(self) -> None:
@@ -89,7 +90,7 @@ class LayerBlock:
         if (
             rest
             or hidden_states.shape[1] != 1
-            or hidden_states.shape[0] > self._few
+            or hidden_states.shape[0] > self.few
             or not self._takes(hidden_states, named)
         ):
             return self._theirs(hidden_states, *rest, **named)
@@ -98,7 +99,7 @@ class LayerBlock:
     def takes(self, rows: int, cache: KvCache) -> bool:
         """Whether a pass of so many single tokens may go to `single` without the module's forward."""
         routing = self._board.routing
-        return rows <= self._few and routing is not None and routing.steps and isinstance(cache, KvCache)
+        return rows <= self.few and routing is not None and routing.steps and isinstance(cache, KvCache)
 
     def _takes(self, x: Tensor, named: dict[str, Any]) -> bool:
         routing = self._board.routing
@@ -201,17 +202,23 @@ def _output(found: Any) -> Tensor:
     return output
 
 
-@contextmanager
-def _stubbed(joint: Joint | None, stub: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+def _stubbed(joint: Joint | None, stub: Callable[[Tensor, Tensor, Tensor], Tensor]) -> AbstractContextManager[None]:
     """While this is open `stub` is in place of a layer's experts, whose weights are not there yet."""
-    if joint is None:
-        yield
-        return
-    joint.experts.forward = stub
+    return nullcontext() if joint is None else forward_of(joint.experts, stub)
+
+
+@contextmanager
+def forward_of(module: Any, stub: Callable[..., Tensor]) -> Iterator[None]:
+    """While this is open `stub` is the forward of `module`."""
+    own = vars(module).get("forward")
+    module.forward = stub
     try:
         yield
     finally:
-        del joint.experts.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _stub(hidden: Tensor, _: Tensor, weights: Tensor) -> Tensor:

@@ -44,11 +44,17 @@ class Passes:
     @torch.inference_mode()
     def step(self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing) -> Tensor:
         """Continue `cache` by `ids` [B, new] under `mask` [B, everything so far]. Logits of the last column, [B, V]."""
+        return self._continue(ids, mask, cache, routing, self._single)
+
+    def _continue(
+        self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing, single: SingleStep | None
+    ) -> Tensor:
+        """By `single` where it takes the pass."""
         new = ids.shape[1]
         positions = _positions(mask)[:, -new:]  # [B, new]
         with _routed(routing, mask[:, -new:]):
-            if self._single is not None and self._single.takes(ids, cache):
-                return self._single(ids, positions, mask, cache)
+            if single is not None and single.takes(ids, cache):
+                return single(ids, positions, mask, cache)
             return self._theirs(ids, positions, mask, cache)
 
     def _theirs(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KvCache) -> Tensor:
@@ -65,10 +71,7 @@ class Passes:
 
     def _from_layer(self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing) -> Tensor:
         """As `step`, always through the model's own forward: engine.layerwise has changed where it begins or ends."""
-        new = ids.shape[1]
-        positions = _positions(mask)[:, -new:]  # [B, new]
-        with _routed(routing, mask[:, -new:]):
-            return self._theirs(ids, positions, mask, cache)
+        return self._continue(ids, mask, cache, routing, None)
 
     @torch.inference_mode()
     def layer(

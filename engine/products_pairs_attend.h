@@ -122,12 +122,8 @@ static void heads_pairs(const struct cache *c, const struct seen *seen, const ui
     for (long first = 0; first < seen->count; first += ABREAST)
         for (int row = 0; row < rows; row += QUERIES)
             scores_of[rows - row > 1](c, seen, first, q + row, scores + row * c->room);
-    const long whole = (seen->count + LONGEST_VECTOR - 1) / LONGEST_VECTOR * LONGEST_VECTOR;
-    for (int row = 0; row < rows; row++) {
-        for (long i = seen->count; i < whole; i++)
-            scores[row * c->room + i] = -INFINITY;
-        softmax_v4(scores + row * c->room, whole, sinks ? sinks[row] : -INFINITY);
-    }
+    for (int row = 0; row < rows; row++)
+        softmax_v4(scores + row * c->room, seen->count, sinks ? sinks[row] : -INFINITY);
     for (long at = 0; at < c->value_width; at += STRIP * LONGEST_VECTOR) {
         const long width = c->value_width - at < STRIP * LONGEST_VECTOR ? c->value_width - at : STRIP * LONGEST_VECTOR;
         const long vectors = (width + LONGEST_VECTOR - 1) / LONGEST_VECTOR;

@@ -245,10 +245,13 @@ static void NAME(activate)(const struct layout *l, float *inner)
         inner[i] = activated(inner[i], l->activation) * (l->gated ? inner[l->inner + i] : 1);
 }
 
-/* scores [columns], a multiple of LANES with -INFINITY behind its end -> their softmax, in place; 0 where all are. `sink` is
- * one score more, -INFINITY for none. */
-static void NAME(softmax)(float *scores, long columns, float sink)
+/* scores [count], with room for whole vectors -> their softmax, in place; 0 where all are -INFINITY. `sink` is one score
+ * more, -INFINITY for none. */
+static void NAME(softmax)(float *scores, long count, float sink)
 {
+    const long columns = (count + LANES - 1) / LANES * LANES;
+    for (long i = count; i < columns; i++)
+        scores[i] = -INFINITY;
     NAME(floats) most = (NAME(floats)){0} - INFINITY;
     for (long at = 0; at < columns; at += LANES) {
         const NAME(floats) v = NAME(load)(scores + at);
@@ -307,11 +310,8 @@ static INLINE void NAME(heads)(const struct cache *c, const struct seen *seen, c
         for (int row = 0; row < rows; row++)
             scores[row * c->room + i] = found[row] * seen->scale;
     }
-    const long whole = (seen->count + LANES - 1) / LANES * LANES;
     for (int row = 0; row < rows; row++) {
-        for (long i = seen->count; i < whole; i++)
-            scores[row * c->room + i] = -INFINITY;
-        NAME(softmax)(scores + row * c->room, whole, sinks ? sinks[row] : -INFINITY);
+        NAME(softmax)(scores + row * c->room, seen->count, sinks ? sinks[row] : -INFINITY);
         memset(to[row], 0, sizeof(float) * c->value_width);
     }
     const long line = c->value_width * (dtype == FLOAT32 ? 4 : 2);

@@ -8,7 +8,7 @@ cache, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.kvcache import KvCache, PooledLayer
-from engine.layer_block import LayerBlock
+from engine.layer_block import LayerBlock, forward_of
 
 PARTS = ["embed_tokens", "layers", "norm", "rotary_emb"]  # of a decoder that does the usual
 ROWS = 2  # of a trial
@@ -30,6 +30,7 @@ class SingleStep:
         self._embed, self._output = model.get_input_embeddings(), model.get_output_embeddings()
         self._norm, self._rotary = self._decoder.norm, self._decoder.rotary_emb
         self._blocks = blocks
+        self._narrowest = min(blocks, key=lambda block: block.few)  # what it takes, all do
 
     @classmethod
     def of(cls, model: Any, blocks: Sequence[LayerBlock], context: int) -> SingleStep | None:
@@ -46,7 +47,7 @@ class SingleStep:
         """Whether a pass of `ids` [B, new] may go this way; nobody may be watching the decoder."""
         if ids.shape[1] != 1 or self._decoder._forward_hooks:
             return False
-        return all(block.takes(ids.shape[0], cache) for block in self._blocks)
+        return self._narrowest.takes(ids.shape[0], cache)
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KvCache) -> Tensor:
         """`ids`, `positions` i64 [B, 1], `mask` i64 [B, S] -> logits [B, V]; `cache` grows by a column."""
@@ -115,17 +116,8 @@ def _replaced(blocks: Sequence[LayerBlock], heard: list[tuple[Tensor, dict[str, 
 
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_stubbed(block.layer, stub))
+            stack.enter_context(forward_of(block.layer, stub))
         yield
-
-
-@contextmanager
-def _stubbed(layer: Any, stub: Callable[..., Tensor]) -> Iterator[None]:
-    own, layer.forward = layer.forward, stub
-    try:
-        yield
-    finally:
-        layer.forward = own
 
 
 def _long_cache(layers: int, columns: int) -> KvCache:
