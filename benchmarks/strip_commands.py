@@ -19,8 +19,12 @@ def strips_command(
     strips: Annotated[
         list[int] | None, typer.Option(min=1, help="Repeatable; 1 (whole experts), 4 and 12 if none.")
     ] = None,
+    quantised: Annotated[
+        list[int] | None, typer.Option(min=1, help="Repeatable: packs that are measured in MXFP4, too; 1 if none.")
+    ] = None,
     keep: Annotated[
-        list[float] | None, typer.Option(help="Repeatable; 0.25, 0.125, 0.0625 and 0.03125 if none.")
+        list[float] | None,
+        typer.Option(help="Repeatable, shares of the model's bytes; 0.25, 0.125, 0.0625 and 0.03125 if none."),
     ] = None,
     items: Annotated[int, typer.Option(min=1, help="Test items a task, at most 100.")] = 40,
     task: Annotated[list[str] | None, typer.Option(help="Repeatable; all of the demo's tasks if none.")] = None,
@@ -35,11 +39,18 @@ def strips_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Whole experts and experts in strips at equal bytes, chosen by `profile --search`, on the demo's test items."""
+    """Experts whole, in strips and in four bits at equal bytes, chosen by `profile --search`, on the demo's tests."""
     from benchmarks.strips import Wish, bench_strips, strip_means
     from profiler.bar import bar
 
-    given: dict[str, Any] = {"strips": strips, "keeps": keep, "tasks": task, "scorers": scorer, "allocators": allocator}
+    given: dict[str, Any] = {
+        "strips": strips,
+        "quantised": quantised,
+        "keeps": keep,
+        "tasks": task,
+        "scorers": scorer,
+        "allocators": allocator,
+    }
     wish = Wish(items=items, **{name: tuple(dict.fromkeys(value)) for name, value in given.items() if value})
     with bar() as report:
         rows = bench_strips(wish, report, checkpoint)
@@ -52,7 +63,13 @@ def strips_command(
 def strip_speed_command(
     model: Annotated[Path, typer.Option(help="Model folder, such as one of `bench make-model`.")],
     strips: Annotated[
-        list[int] | None, typer.Option(min=2, help="Repeatable, beside whole experts; 2, 4 and 8 if none.")
+        list[int] | None, typer.Option(min=2, help="Repeatable, beside whole experts; 2, 4 and 8 if none of both.")
+    ] = None,
+    quantised: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Repeatable: numbers of strips that are timed in MXFP4, too, such as 1; none if none."
+        ),
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of the experts in a selection, at most a third.")] = 0.25,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
@@ -61,11 +78,13 @@ def strip_speed_command(
     packs: Annotated[Path | None, typer.Option(help="A folder that keeps the packs; each takes what M takes.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Decoding and cold paging of experts in strips beside whole ones at equal bytes. Random weights will do."""
+    """Decoding and cold paging of experts in strips, and in four bits, beside whole ones. Random weights will do."""
     from benchmarks.strip_speed import Terms, bench_strip_speed
 
-    counts = (1, *dict.fromkeys(strips or (2, 4, 8)))
-    rows, load = bench_strip_speed(Terms(model, counts, keep, tokens, rounds, threads), packs)
+    counts = (1, *dict.fromkeys(strips or (() if quantised else (2, 4, 8))))
+    rows, load = bench_strip_speed(
+        Terms(model, counts, keep, tokens, rounds, threads, tuple(dict.fromkeys(quantised or ()))), packs
+    )
     for clock, ending in (("the clock", ""), ("the processor's time", "_cpu")):
         names = [f"one_row{ending}", f"eight_rows{ending}", f"paging{ending}_s"]
         table(

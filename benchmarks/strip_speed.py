@@ -1,6 +1,7 @@
-"""What strips cost in time at equal bytes: decoding one row and eight, and cold paging, beside whole experts.
+"""What strips and four bits cost in time: decoding one row and eight, and cold paging, beside whole experts.
 
-Packs of one model, of random weights as a rule, in several numbers of strips. Two disjoint selections of each take
+Packs of one model, of random weights as a rule, in several numbers of strips at equal bytes, and copies of some of them
+in MXFP4: as many experts, in a quarter of the bytes. Two disjoint selections of each take
 turns in a bank that holds just one. `whole`: all strips of some experts, so that a token goes through as many channels
 in every pack and what differs is how finely they are cut. `spread`: strips drawn from all other experts, as tasks hold
 them, so that reads are small and a token finds only some of its experts' channels. All arms take turns in every round;
@@ -30,10 +31,13 @@ from engine.plan import plan_memory
 from engine.requests import GenerationRequest, Sampling, TokenEvent
 from profiler.pack import write_pack
 from profiler.pack_recipes import InStrips
+from profiler.progress import ignore
+from profiler.quantise import quantise_model
 from store.errors import InvalidInput
 from store.records import F64, Selection
 
 WHOLE, SPREAD = "whole", "spread"
+WIDE, FOUR = 16, 4
 PROMPT = 16  # tokens
 ROWS = 8
 MOST = 1 / 3  # of the experts: spread strips are drawn from those that the other selection leaves
@@ -41,9 +45,17 @@ WARM_UP = 1  # rounds
 CHUNK = ROWS * PROMPT  # named, for with a budget it would be another, and the bank larger than asked
 
 
+class Kind(NamedTuple):
+    """A pack: into how many strips each expert is cut, and how many bits a weight has; WIDE, those of the model."""
+
+    strips: int
+    bits: int
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """`strips` begins with 1: what the others are compared with."""
+    """`strips` begins with 1: what the others are compared with. `quantised`: those that are measured in four bits,
+    too."""
 
     model: Path
     strips: tuple[int, ...] = (1, 2, 4, 8)
@@ -51,6 +63,12 @@ class Terms:
     tokens: int = 32
     rounds: int = 7
     threads: int = 1
+    quantised: tuple[int, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The one that others are compared with first."""
+        return (*(Kind(count, WIDE) for count in self.strips), *(Kind(count, FOUR) for count in self.quantised))
 
     def __post_init__(self) -> None:
         if self.strips[:1] != (1,):
@@ -75,6 +93,7 @@ class SpeedRow:
     same by the processor's time, which other work on the machine changes less."""
 
     strips: int
+    bits: int
     layout: str
     slot_bytes: int
     bytes: int
@@ -97,23 +116,23 @@ class _Sample(NamedTuple):
     paging_cpu_s: float
 
 
-_Arm = tuple[int, str]  # strips, layout
+_Arm = tuple[Kind, str]  # and the layout
 
 
 def bench_strip_speed(terms: Terms, folder: Path | None = None) -> tuple[list[SpeedRow], tuple[float, float]]:
     """The rows, and the machine's load before and after. `folder` keeps the packs."""
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="moepager-strips-") as beside, ExitStack() as stack:
-        models = {count: _model(terms, count, folder or Path(beside)) for count in terms.strips}
-        engines = {count: stack.enter_context(_open(model, terms)) for count, model in models.items()}
-        samples: dict[_Arm, list[_Sample]] = {(count, at): [] for count in terms.strips for at in (WHOLE, SPREAD)}
+        models = {kind: _model(terms, kind, folder or Path(beside)) for kind in terms.kinds}
+        engines = {kind: stack.enter_context(_open(model, terms)) for kind, model in models.items()}
+        samples: dict[_Arm, list[_Sample]] = {(kind, at): [] for kind in terms.kinds for at in (WHOLE, SPREAD)}
         for round_ in range(-WARM_UP, terms.rounds):
-            first = round_ % len(terms.strips)
-            for count in terms.strips[first:] + terms.strips[:first]:
-                for layout, selection in selections(engines[count].card, terms.keep).items():
-                    found = _measure(engines[count], selection, terms)
+            first = round_ % len(terms.kinds)
+            for kind in terms.kinds[first:] + terms.kinds[:first]:
+                for layout, selection in selections(engines[kind].card, terms.keep).items():
+                    found = _measure(engines[kind], selection, terms)
                     if round_ >= 0:
-                        samples[count, layout].append(found)
+                        samples[kind, layout].append(found)
         return [_row(arm, engines[arm[0]], samples, terms) for arm in samples], (load, os.getloadavg()[0])
 
 
@@ -137,15 +156,21 @@ def _strips_of(experts: Sequence[int], strips: int) -> list[int]:
     return [expert * strips + strip for expert in experts for strip in range(strips)]
 
 
-def _model(terms: Terms, strips: int, folder: Path) -> Path:
-    """The pack in so many strips, its channels in the order that they have: for speed one is as good as another."""
-    made = folder / f"{terms.model.name}-{strips}"
-    if strips == 1 or made.exists():
-        return terms.model if strips == 1 else made
+def _model(terms: Terms, kind: Kind, folder: Path) -> Path:
+    """The pack, its channels in the order that they have: for speed one is as good as another."""
+    if kind == (1, WIDE):
+        return terms.model
+    made = folder / f"{terms.model.name}-{kind.strips}{'-four-bits' if kind.bits == FOUR else ''}"
+    if made.exists():
+        return made
     folder.mkdir(parents=True, exist_ok=True)
+    if kind.bits == FOUR:
+        quantise_model(_model(terms, Kind(kind.strips, WIDE), folder), made, lambda _: {}, ignore)
+        return made
     with _open(terms.model, terms) as engine:
         scores = np.zeros((engine.card.layers, engine.card.experts, engine.layers.channels.width))
-        write_pack(engine, InStrips(scores, strips, engine.layers.share_of_strips(strips)), made, lambda _: {})
+        share = engine.layers.share_of_strips(kind.strips)
+        write_pack(engine, InStrips(scores, kind.strips, share), made, lambda _: {})
     return made
 
 
@@ -198,7 +223,7 @@ def _rates(engine: Engine, selection: Selection, rows: int, tokens: int) -> F64:
 
 
 def _row(arm: _Arm, engine: Engine, samples: dict[_Arm, list[_Sample]], terms: Terms) -> SpeedRow:
-    mine, base = samples[arm], samples[terms.strips[0], WHOLE]
+    mine, base = samples[arm], samples[terms.kinds[0], WHOLE]
 
     def figure(name: str) -> Figure:
         values = [getattr(each, name) for each in mine]
@@ -207,4 +232,4 @@ def _row(arm: _Arm, engine: Engine, samples: dict[_Arm, list[_Sample]], terms: T
 
     slots = len(selections(engine.card, terms.keep)[WHOLE])
     slot = engine.plan.slot_bytes
-    return SpeedRow(*arm, slot, slots * slot, *map(figure, _Sample._fields))
+    return SpeedRow(*arm[0], arm[1], slot, slots * slot, *map(figure, _Sample._fields))

@@ -1,8 +1,9 @@
-"""Experts in strips beside whole ones at equal bytes, on the demo's held-out test items.
+"""Experts in strips, and in four bits, beside whole ones at equal bytes, on the demo's held-out test items.
 
 One pack of the bundled model for each number of strips, in one order of channels for all tasks, as `moepager pack`
-makes it; each task's strips as `moepager profile --search` chooses them by evaluation items; what is chosen is then
-measured on the test items, which no choice has seen. A folder keeps packs, profiles and measurements.
+makes it, and such packs as `moepager quantise` copies them; each task's experts as `moepager profile --search` chooses
+them by evaluation items; what is chosen is then measured on the test items, which no choice has seen. A folder keeps
+packs, profiles and measurements.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ from profiler.pack_recipes import InStrips
 from profiler.pack_ways import Pack
 from profiler.price import best_by_size
 from profiler.progress import Report
+from profiler.quantise import quantise_model
 from profiler.scorers.registry import choose
 from profiler.statistics import Statistics
 from store.database import Store, open_store
+from store.errors import InvalidInput
+from store.four_bits import GROUP
 from store.home import bundled_model
 from store.records import Profile, Selection, TaskRecord
 
@@ -48,13 +52,15 @@ ALLOCATORS = ("coverage", "global")
 AUTOMATIC, ALONE = "automatic", ("camera", "global")  # the search's choice, and one way for all, chosen by nothing
 KEEPS = (0.25, 0.125, 0.0625, 0.03125)
 ROWS, CONTEXT = 50, 256
+WIDE, FOUR = 16, 4  # bits of an expert's weight
 ALL = "all"  # the name that the packs' text has, of all tasks together
 ITEMS = 96  # a task in it
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What is measured, and by which scorers and allocators the search chooses."""
+    """What is measured, and by which scorers and allocators the search chooses. `quantised`: the numbers of strips that
+    are measured in four bits, too; `keeps` are shares of the bundled model's bytes."""
 
     strips: tuple[int, ...] = (1, 4, 12)
     keeps: tuple[float, ...] = KEEPS
@@ -62,14 +68,22 @@ class Wish:
     items: int = 40
     scorers: tuple[str, ...] = SCORERS
     allocators: tuple[str, ...] = ALLOCATORS
+    quantised: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         Grid(items=self.items, tasks=self.tasks)  # refuses tasks that are none
         choose(self.scorers)
         choose_allocators(self.allocators)
-        for count in self.strips:
+        for count in (*self.strips, *self.quantised):
             if count > 1:
                 InStrips(np.zeros((1, 1, _width())), count, share=1.0)  # refuses numbers that do not divide an expert
+        for count in self.quantised:
+            if _width() // count % GROUP:
+                raise InvalidInput(
+                    f"{count} strips of an expert's {_width()} channels have {_width() // count} each, and {GROUP} "
+                    "share an exponent in four bits. Choose a number that leaves whole groups, such as 1.",
+                    param="quantised",
+                )
         for keep in self.keeps:
             kept(1, keep, 1)
 
@@ -81,9 +95,11 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class StripRow:
-    """`whole` is the accuracy of the whole model; `chosen` the scorer and allocator of the selection."""
+    """`whole` is the accuracy of the whole pack; `chosen` the scorer and allocator of the selection, `bytes` those of
+    its experts as they are stored."""
 
     strips: int
+    bits: int
     keep: float
     way: str
     task: str
@@ -101,6 +117,7 @@ class StripMean:
     """Over tasks; `worst` is the task that has the lowest accuracy."""
 
     strips: int
+    bits: int
     keep: float
     way: str
     accuracy: float
@@ -118,8 +135,13 @@ def bench_strips(wish: Wish, report: Report, folder: Path | None = None) -> list
         results = folder or Path(beside)
         results.mkdir(parents=True, exist_ok=True)
         with open_store(f"sqlite:///{results / f'profiles-{wish.digest}.db'}") as store:
-            for count in wish.strips:
+            for count, bits in [
+                *((count, WIDE) for count in wish.strips),
+                *((count, FOUR) for count in wish.quantised),
+            ]:
                 model = _model(store, results, count, report)
+                if bits == FOUR:
+                    model = _quantised(model, results / f"pack-{count}-four-bits", report)
                 with Engine.open(_config(model, DTYPE)) as engine:
                     for task in wish.tasks:
                         rows += _Bench(engine, store, wish, task, results, report).rows()
@@ -142,6 +164,12 @@ def _model(store: Store, results: Path, strips: int, report: Report) -> Path:
         options = Options(rows=ROWS, runs=results / "runs", model_name="demo")
         config = _config(bundled_model(), "auto")  # as `moepager pack` opens it: a pack has the checkpoint's own type
         pack_task(config, store, TaskRecord(ALL), texts, Pack(ORDER, strips=strips), folder, options, report)
+    return folder
+
+
+def _quantised(model: Path, folder: Path, report: Report) -> Path:
+    if not folder.exists():
+        quantise_model(model, folder, lambda _: {}, report)
     return folder
 
 
@@ -169,24 +197,31 @@ class _Bench:
         judged = HeldOut((), corpus(self._task, "evaluation").content_hash, ROWS)
         chosen = {stored.keep: stored for stored, _ in best_by_size(self._store, profile, judged)}
         scorer, allocator = choose([ALONE[0]])[0], ALONE[1]
-        for keep in self._keeps:
-            best = chosen[keep]
+        for keep, share in self._keeps.items():
+            best = chosen[share]
             yield self._row(keep, AUTOMATIC, f"{best.scorer}, {best.allocator}", best.selection)
-            alone = select(scorer, allocator, statistics, keep, sizes, self._engine.card.strips)
+            alone = select(scorer, allocator, statistics, share, sizes, self._engine.card.strips)
             yield self._row(keep, ", ".join(ALONE), ", ".join(ALONE), alone)
 
     @cached_property
-    def _keeps(self) -> list[float]:
-        """Those that are enough for one token: a smaller share would be rounded up to that."""
+    def _keeps(self) -> dict[float, float]:
+        """Shares of the bundled model's bytes that are enough for one token, where a smaller one would be rounded up to
+        that, and the shares of the pack's experts that they are."""
         card = self._engine.card
-        return [keep for keep in self._wish.keeps if kept(card.experts, keep, card.least) <= keep * card.experts + 0.5]
+        times = ModelCard.read(bundled_model()).expert_bytes / (card.expert_bytes * card.strips)
+        shares = {keep: min(1.0, round(keep * times, 4)) for keep in self._wish.keeps}
+        return {
+            keep: share
+            for keep, share in shares.items()
+            if kept(card.experts, share, card.least) <= share * card.experts + 0.5
+        }
 
     def _profile(self) -> Profile:
         wish = self._wish
         options = Options(
             scorers=wish.scorers,
             allocators=wish.allocators,
-            keeps=self._keeps,
+            keeps=list(self._keeps.values()),
             extras=choose([ALONE[0]])[0].needs,
             rows=ROWS,
             runs=self._runs_folder,
@@ -207,6 +242,7 @@ class _Bench:
         whole, here = self._measured(None), self._measured(selection)
         return StripRow(
             strips=self._engine.card.strips,
+            bits=FOUR if self._engine.card.geometry.packed else WIDE,
             keep=keep,
             way=way,
             task=self._task,
@@ -216,7 +252,7 @@ class _Bench:
             whole=whole.accuracy or 0.0,
             nll=here.nll,
             coverage=here.coverage,
-            bytes=len(selection) * self._engine.plan.slot_bytes,
+            bytes=len(selection) * self._engine.card.expert_bytes,
         )
 
     def _measured(self, selection: Selection | None) -> Measured:
@@ -228,17 +264,18 @@ class _Bench:
 
 def strip_means(rows: Sequence[StripRow]) -> list[StripMean]:
     """Each way's whole experts first, then its strips; of each the largest size first."""
-    groups: dict[tuple[str, int, float], list[StripRow]] = {}
+    groups: dict[tuple[str, int, int, float], list[StripRow]] = {}
     for row in rows:
-        groups.setdefault((row.way, row.strips, row.keep), []).append(row)
+        groups.setdefault((row.way, row.bits, row.strips, row.keep), []).append(row)
     found = [_mean(group) for group in groups.values()]
-    return sorted(found, key=lambda mean: (mean.way, mean.strips, -mean.keep))
+    return sorted(found, key=lambda mean: (mean.way, -mean.bits, mean.strips, -mean.keep))
 
 
 def _mean(group: Sequence[StripRow]) -> StripMean:
     worst = min(group, key=lambda row: (row.accuracy, row.task))
     return StripMean(
         strips=worst.strips,
+        bits=worst.bits,
         keep=worst.keep,
         way=worst.way,
         accuracy=fmean(row.accuracy for row in group),

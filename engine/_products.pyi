@@ -1,4 +1,4 @@
-Layout = tuple[int, int, int, int, int, int, int, int, int, int, int, int, float, float]
+Layout = tuple[int, int, int, int, int, int, int, int, int, int, int, int, float, float, int, int]
 Cache = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 def sets() -> dict[str, int]: ...
@@ -61,6 +61,9 @@ def convert(
     block_columns: int,
     threads: int,
     /,
+) -> None: ...
+def unpack(
+    chosen: int, dtype: int, blocks: int, scales: int, to: int, rows: int, columns: int, threads: int, /
 ) -> None: ...
 def norm(dtype: int, x: int, weights: int, out: int, rows: int, columns: int, eps: float, /) -> None: ...
 def attend(

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from engine.arrivals import Arrivals, Interrupted
 from engine.delivery import Delivery
 from engine.guesses import Guesses
 from engine.layout import SlotLayout
+from engine.mxfp4 import Unpacked
 from engine.reader import Reader
 from engine.residency import ABSENT, NOBODY, Load, Residency
 from store.errors import BudgetError
@@ -45,7 +47,7 @@ class Lease:
 
 
 class Bank:
-    """Slots in one allocation, faulted in once. `views[slot]` are the expert's parameters in the layout's order."""
+    """Slots in one allocation, faulted in once."""
 
     def __init__(
         self, layout: SlotLayout, experts: ExpertMap, slots: int, device: torch.device, reader: Reader,
@@ -57,10 +59,16 @@ class Bank:
         self.expert_bytes: Sequence[int] = experts.expert_bytes  # of one expert in the file, per layer
         self._total = len(experts.layers) * experts.experts
         self.memory = torch.zeros(slots, layout.slot_bytes, dtype=torch.uint8, device=device)  # [S, slot_bytes]
-        self.views = layout.views(self.memory)
-        self.arrivals = Arrivals(layout, experts, self.memory, self.views, self.residency, reader)
+        self._views = layout.views(self.memory)
+        self._unpacked = Unpacked()
+        self.arrivals = Arrivals(layout, experts, self.memory, self._views, self.residency, reader)
         self.paged = self.arrivals.paged
         self.guesses = Guesses(self.residency, read_ahead, self._begin_guess, lambda key, _: self.let_go([key]))
+
+    def weights(self, slot: int) -> tuple[Tensor, ...]:
+        """The expert's parameters in the layout's order; those in four bits are good until another slot's are asked."""
+        views = self._views[slot]
+        return self.layout.weights(views, self._unpacked) if self.layout.packed else views
 
     @property
     def slot_bytes(self) -> int:

@@ -6,7 +6,6 @@ What `plan` needs before anybody downloads sixty gigabytes. The weights are hole
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +14,54 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from engine.mxfp4 import require_groups
 from store.checkpoint import SINGLE
 from store.errors import InvalidInput, UnsupportedFamily
+from store.expert_names import find_routers, place
+from store.four_bits import GROUP, SUFFIXES
+from store.quantisation import MXFP4, PUBLISHED, in_mxfp4, way_of
+from store.shard import TensorSpan
 
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+BLOCKS, SINGLES = SUFFIXES.items()  # of both tensors of a matrix: gpt-oss's, everybody else's
+DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
 
 
-def write_blueprint(config: Path, folder: Path) -> Path:
+def write_blueprint(config: Path, folder: Path, *, mxfp4: bool = False) -> Path:
     """Map the model that `config` (a published config.json) describes into the new `folder`, and return that.
 
-    Weights count in the config's own dtype, bfloat16 where it names none. Raises InvalidInput for a file that is no
-    config, UnsupportedFamily for an architecture that transformers does not know as a language model.
+    Weights count in the config's own dtype, bfloat16 where it names none, experts in four bits where it says MXFP4 or
+    with `mxfp4`, as `moepager quantise` would write them. Raises InvalidInput for a file that is no config,
+    UnsupportedFamily for an architecture that transformers does not know as a language model.
     """
-    settings = _read(config)
-    tensors = _tensors(settings)
+    fields = _fields(config)
+    if mxfp4 and way_of(fields) is None:
+        fields = in_mxfp4(fields)
+    tensors = _tensors(_read(fields))
+    if way_of(fields) == MXFP4:
+        tensors = _in_four_bits(tensors, published=fields["model_type"] == PUBLISHED)
     folder.mkdir(parents=True)
-    shutil.copyfile(config, folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     _write_holes(folder / SINGLE, tensors)
     return folder
 
 
-def _read(config: Path) -> PretrainedConfig:
+def _fields(config: Path) -> dict[str, Any]:
     try:
         fields: dict[str, Any] = json.loads(config.read_text())
-        family = fields.pop("model_type")
+        fields["model_type"] + ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInput(
             f"{config} is not a model's config.json with a model_type ({error}). Give the file that the model was "
             "published with.",
             param="config",
         ) from None
+    return fields
+
+
+def _read(fields: dict[str, Any]) -> PretrainedConfig:
+    family = fields["model_type"]
     try:
-        return AutoConfig.for_model(family, **fields)
+        return AutoConfig.for_model(family, **{name: value for name, value in fields.items() if name != "model_type"})
     except ValueError as error:
         raise UnsupportedFamily(f"transformers knows no model_type {family!r}: {error}") from None
 
@@ -63,6 +78,24 @@ def _tensors(config: PretrainedConfig) -> dict[str, Tensor]:
     held = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     reverted: dict[str, Tensor] = revert_weight_conversion(model, held)
     return reverted
+
+
+def _in_four_bits(tensors: dict[str, Tensor], *, published: bool) -> dict[str, Tensor]:
+    """The matrices of experts as two tensors each. Raises InvalidInput for rows that are no whole groups."""
+    spans = {name: TensorSpan(name, Path(), 0, 0, "", tuple(tensor.shape)) for name, tensor in tensors.items()}
+    routers = find_routers(spans.values())
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if place(spans[name], routers) is None or tensor.dim() < 2 or name.endswith("bias"):
+            found[name] = tensor
+            continue
+        rows, columns = tensor.shape[-2:][::-1] if published else tensor.shape[-2:]
+        require_groups(columns)
+        blocks = (columns // GROUP, GROUP // 2) if published else (columns // 2,)
+        for suffix, width in zip(BLOCKS if published else SINGLES, (blocks, (columns // GROUP,)), strict=True):
+            shape = (*tensor.shape[:-2], rows, *width)
+            found[name + suffix] = torch.empty(shape, dtype=torch.uint8, device="meta")
+    return found
 
 
 def _write_holes(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -6,7 +6,8 @@ Reads config.json and headers; no weights, no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap, Part
 from store.fingerprint import Fingerprint
+from store.four_bits import BYTES, blocks_suffix, matrix_shape, scales_suffix
 from store.records import ExpertKey
 from store.shard import TensorSpan
 
@@ -32,9 +34,11 @@ class Geometry:
     """The shapes that a memory plan is made of; counts are elements, not bytes."""
 
     dtype: str  # the checkpoint's own
-    stored: str  # of the experts' bytes, "mixed" where parts differ
+    stored: str  # of the experts' bytes but for MXFP4, "mixed" where parts differ, "" where nothing is left
     dense: int  # in tensors that every token needs
-    expert: tuple[int, ...]  # of each part of one expert
+    expert: tuple[int, ...]  # of each part of one expert that is not MXFP4
+    packed: tuple[int, ...]  # bytes of each that is, blocks and scales: they stay as they are stored
+    unpacked: int  # numbers in an expert's MXFP4 parts
     staged: int  # bytes that an expert takes in a buffer as it is stored
     scratch: int  # bytes that turning FP8 into the serving dtype needs besides, 0 where nothing is FP8
     expert_width: int  # columns of the widest activation inside an expert
@@ -128,9 +132,12 @@ def _layer_kinds(config: Mapping[str, Any]) -> set[str]:
 
 
 def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: ExpertMap) -> Geometry:
-    parts = [part for part in experts.span(ExpertKey(0, 0)).parts if not is_scale(part.projection)]
+    every = [part for part in experts.span(ExpertKey(0, 0)).parts if not is_scale(part.projection)]
+    packed = [part for part in every if is_packed(part)]
+    parts = [part for part in every if not is_packed(part)]
+    matrices = [*parts, *(_unpacked(part) for part in packed if blocks_suffix(part.projection, part.dtype))]
     itemsize = {name: ITEMSIZE[dtype] for name, dtype in NAMES.items()} | {FP8: 1}
-    dense = [checkpoint.tensors[name] for name in experts.dense]
+    dense = [_unpacked_span(checkpoint.tensors[name]) for name in experts.dense]
     if strange := sorted({span.dtype for span in dense} - itemsize.keys()):
         raise UnsupportedFamily(
             f"Dense weights are stored as {', '.join(strange)}; use a bfloat16 or float32 checkpoint."
@@ -138,15 +145,17 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
     heads = _number(config, "num_attention_heads")
     layers = _number(config, "num_hidden_layers")
     cached, width = _attention_shape(config, heads, layers, dense)
-    shapes = [span.shape for span in dense] + [part.shape for part in parts]
+    shapes = [span.shape for span in dense] + [part.shape for part in matrices]
     return Geometry(
-        dtype=_dtype(config, parts[0].dtype),
+        dtype=_dtype(config, every[0].dtype),
         stored=_stored(experts),
         dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
         expert=tuple(part.nbytes // itemsize.get(part.dtype, 1) for part in parts),
+        packed=tuple(part.nbytes for part in packed),
+        unpacked=sum(prod(part.shape) for part in matrices) - sum(prod(part.shape) for part in parts),
         staged=experts.staged_bytes,
         scratch=_scratch(parts, experts),
-        expert_width=max(length for part in parts for length in part.shape),
+        expert_width=max(length for part in matrices for length in part.shape),
         kv_per_token=cached,
         decoder_layers=layers,
         attention_width=width,
@@ -161,7 +170,31 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
 def _stored(experts: ExpertMap) -> str:
     """How every expert's values lie in the files; "mixed" where they differ, "" where the engine can't use them."""
     parts = [part for layer in experts.spans for part in layer[0].parts if not is_scale(part.projection)]
-    return NAMES.get(parts[0].dtype, "") if len({part.dtype for part in parts}) == 1 else "mixed"
+    kinds = {part.dtype for part in parts if not is_packed(part)}
+    return "mixed" if len(kinds) > 1 else NAMES.get(kinds.pop(), "") if kinds else ""
+
+
+def is_packed(part: Part) -> bool:
+    """Whether a part of an expert is one of the two tensors of a matrix in four bits."""
+    return bool(blocks_suffix(part.projection, part.dtype) or scales_suffix(part.projection, part.dtype))
+
+
+def _unpacked(part: Part) -> Part:
+    """An expert's part in four bits as a header would have it in bfloat16; any other as it is."""
+    suffix = blocks_suffix(part.projection, part.dtype)
+    if suffix is None:
+        return part
+    shape = matrix_shape(suffix, part.shape)
+    return replace(part, dtype="BF16", shape=shape, nbytes=2 * prod(shape))
+
+
+def _unpacked_span(span: TensorSpan) -> TensorSpan:
+    """The same of a dense tensor, and its name."""
+    suffix = blocks_suffix(span.name, span.dtype)
+    if suffix is None:
+        return span
+    shape = matrix_shape(suffix, span.shape)
+    return replace(span, name=span.name.removesuffix(suffix), dtype="BF16", shape=shape, nbytes=2 * prod(shape))
 
 
 def _scratch(parts: Sequence[Part], experts: ExpertMap) -> int:
@@ -194,7 +227,7 @@ def _rows(dense: Sequence[TensorSpan], ending: str) -> dict[str, int]:
 
 def _dtype(config: Mapping[str, Any], stored: str) -> str:
     named = str(config.get("dtype") or config.get("torch_dtype") or NAMES.get(stored, "")).removeprefix("torch.")
-    if not named and stored == FP8:
+    if not named and stored in (FP8, *BYTES):
         return "bfloat16"
     if named not in ITEMSIZE:
         raise UnsupportedFamily(f"Weights of type {stored} can't be served; use a bfloat16 or float32 checkpoint.")

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from engine.conversion import convert, convert_fp8
 from engine.layout import DTYPES, Renaming
+from engine.mxfp4 import unpack
 from engine.reader import Reader
 from engine.transfer import Extent
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap
+from store.four_bits import blocks_suffix, matrix_shape, weight_name
 from store.shard import TensorSpan
 
 
@@ -36,14 +38,15 @@ def load_dense(
     wanted = _materialise(model, device)
     sources: dict[str, TensorSpan] = {}
     for hub_name in experts.dense:
-        target, converter, _ = renaming.target(hub_name)
+        span = checkpoint.tensors[hub_name]
+        target, converter, _ = renaming.target(weight_name(hub_name, span.dtype))
         if target not in wanted:
             continue  # left over from training, or of an auxiliary head: transformers ignores it too
         if converter is not None:
             raise UnsupportedFamily(
                 f"transformers rearranges {hub_name} when it loads it; moepager reads dense weights as they are."
             )
-        sources[target] = checkpoint.tensors[hub_name]
+        sources[target] = span
     _check_complete(wanted, sources)
     _fill(sources, wanted, checkpoint, experts, reader)
     model.eval().requires_grad_(False)
@@ -61,6 +64,8 @@ def _fill(
         span, target = sources[name], wanted[name]
         if target.device.type == "cpu" and target.dtype == DTYPES[span.dtype]:
             straight.append(_extent(span, target))
+        elif experts.four_bits is not None and span.name in experts.four_bits.pairs:
+            _unpack(span, checkpoint.tensors[experts.four_bits.pairs[span.name]], target, reader)
         else:
             _convert(span, _scales_of(span, checkpoint, experts, reader), target, reader)
     reader.read(straight)
@@ -122,9 +127,11 @@ def _check_complete(wanted: Mapping[str, Tensor], sources: Mapping[str, TensorSp
             f"The checkpoint has no tensor for {lacking[0]} ({len(lacking)} are missing). Download the weights again."
         )
     for name, span in sources.items():
-        if tuple(wanted[name].shape) != span.shape:
+        suffix = blocks_suffix(span.name, span.dtype)
+        shape = matrix_shape(suffix, span.shape) if suffix else span.shape
+        if tuple(wanted[name].shape) != shape:
             raise CheckpointError(
-                f"{span.name} has shape {list(span.shape)}, config.json wants {list(wanted[name].shape)}. "
+                f"{span.name} has shape {list(shape)}, config.json wants {list(wanted[name].shape)}. "
                 "Config and weights belong to different models: download both again."
             )
 
@@ -144,6 +151,13 @@ def _convert(span: TensorSpan, scales: Scales | None, target: Tensor, reader: Re
         convert(host, target)
     else:
         convert_fp8(host, *scales, target)
+
+
+def _unpack(span: TensorSpan, scales: TensorSpan, target: Tensor, reader: Reader) -> None:
+    """A matrix in four bits."""
+    on_host = torch.empty(target.shape, dtype=target.dtype)
+    unpack(_on_host(span, reader).flatten(1), _on_host(scales, reader), on_host)
+    target.copy_(on_host)
 
 
 def _on_host(span: TensorSpan, reader: Reader) -> Tensor:

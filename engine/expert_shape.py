@@ -29,6 +29,8 @@ ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch
 }
 CLAMPED = 4
 SIZES = (0.1, 1.0, 30.0)  # of the inputs of a trial: what is clamped shows itself
+PLAIN = (-1, -1)  # in place of scales
+WIDEST = 1 << 16  # bytes of a row, as products_four.h has it
 TRIALS = 64  # numbers of each size
 
 
@@ -96,23 +98,27 @@ def _numbers(module: Any, end: str) -> list[float]:
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
     """How products.c finds its way in a slot: `places` are the first fields of its `struct layout`; `across`, both
-    matrices are transposed, [H, 2F] and [F, H]."""
+    matrices are transposed, [H, 2F] and [F, H]; `scales` are those of matrices in four bits, -1 where these are of
+    `dtype`."""
 
     places: tuple[int, int, int, int, int, int, int, int, int]
     dtype: torch.dtype
     gate: Gate
     across: bool = False
-    fields: tuple[int, int, int, int, int, int, int, int, int, int, int, int, float, float] = field(init=False)
+    scales: tuple[int, int] = (-1, -1)
+    fields: tuple[int, int, int, int, int, int, int, int, int, int, int, int, float, float, int, int] = field(
+        init=False
+    )
 
     def __post_init__(self) -> None:
         gate = self.gate
-        rest = (int(self.across), int(gate.interleaved), gate.alpha, gate.limit)
+        rest = (int(self.across), int(gate.interleaved), gate.alpha, gate.limit, *self.scales)
         object.__setattr__(self, "fields", (self.places[0], gate.activation, *self.places[1:], *rest))
 
     @property
-    def usual(self) -> bool:
-        """Whether products_many.h knows it, too."""
-        return not self.across and self.gate == Gate(self.gate.activation) and self.gate.activation != CLAMPED
+    def packed(self) -> bool:
+        """Whether its matrices lie in four bits."""
+        return min(self.scales) >= 0
 
     @property
     def hidden(self) -> int:
@@ -131,14 +137,39 @@ class ExpertShape:
             return f"experts in {layout.dtype}"
         if getattr(module, "has_post_expert_norm", False):
             return "a norm after each expert"
+        scales = _scales(module, layout)
+        if isinstance(scales, str):
+            return scales
         gate = Gate.of(module)
-        return gate if isinstance(gate, str) else cls(_places(module, layout), layout.dtype, gate, module.is_transposed)
+        if isinstance(gate, str):
+            return gate
+        across = bool(module.is_transposed) and scales == PLAIN
+        return cls(_places(module, layout), layout.dtype, gate, across, scales)
+
+
+def _scales(module: Any, layout: SlotLayout) -> tuple[int, int] | str:
+    """Where those of both matrices begin in a slot."""
+    up, down = _up(module), "down_proj"
+    matrices = {parameter.name: parameter for parameter in layout.parameters if parameter.name in (up, down)}
+    found = [matrices[name].packed for name in (up, down)]
+    if found == [None, None]:
+        return PLAIN
+    if None in found:
+        return "one of an expert's matrices in four bits and the other not"
+    widest = max(max(parameter.shape) for parameter in matrices.values()) * layout.dtype.itemsize
+    if widest > WIDEST:
+        return f"rows of {widest} bytes, unpacked from four bits"
+    return found[0].scales, found[1].scales  # type: ignore[union-attr]  # both are there
+
+
+def _up(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def _places(module: Any, layout: SlotLayout) -> tuple[int, int, int, int, int, int, int, int, int]:
     at = {parameter.name: parameter.offset for parameter in layout.parameters}
     shapes = {parameter.name: parameter.shape for parameter in layout.parameters}
-    up = "gate_up_proj" if module.has_gate else "up_proj"
+    up = _up(module)
     hidden, inner = shapes["down_proj"][::-1] if module.is_transposed else shapes["down_proj"]
     wide = (inner * (1 + module.has_gate), hidden)
     assert shapes[up] == (wide[::-1] if module.is_transposed else wide), shapes

@@ -94,14 +94,14 @@ class PagedExperts:
         found: dict[int, Tensor] = {}
         with closing(self._bank.visit(self.layer, range(self._experts))) as visit:
             for expert, slot in visit:
-                found[expert] = self._feed_forward(hidden, self._bank.views[slot])  # [T, H]
+                found[expert] = self._feed_forward(hidden, self._bank.weights(slot))  # [T, H]
         return torch.stack([found[expert] for expert in range(self._experts)], dim=1)
 
     def weights(self) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """Each expert and its parameters in the layout's order, as they lie in the bank: good until the next pair."""
         with closing(self._bank.visit(self.layer, range(self._experts))) as visit:
             for expert, slot in visit:
-                yield expert, self._bank.views[slot]
+                yield expert, self._bank.weights(slot)
 
     def onto(self, room: Room, chosen: list[int], shared: SharedExpert | None) -> Tensor:
         """The residual stream with the experts `chosen` for it, B*k of them, and the shared one, which see
@@ -140,7 +140,7 @@ class PagedExperts:
         outputs: dict[int, Tensor] = {}
         with closing(self._bank.visit(self.layer, [chosen[place] for place in called])) as visit:
             for expert, slot in visit:
-                outputs[expert] = self._feed_forward(hidden, self._bank.views[slot])  # [1, H]
+                outputs[expert] = self._feed_forward(hidden, self._bank.weights(slot))  # [1, H]
         stacked = torch.cat([outputs[chosen[place]] for place in called])  # [n, H]
         scale = weights[0] if len(called) == len(chosen) else weights[0, called]  # [n]
         return (stacked * scale.view(-1, 1)).sum(0, keepdim=True).to(hidden.dtype)  # [1, H]
@@ -207,7 +207,7 @@ class PagedExperts:
         with closing(self._bank.visit(self.layer, list(pieces))) as visit:
             for expert, slot in visit:
                 tokens, x, w, out = pieces[expert]
-                out.copy_(self._run_one(expert, tokens, x, w, self._bank.views[slot]))
+                out.copy_(self._run_one(expert, tokens, x, w, self._bank.weights(slot)))
 
     def _run_one(self, expert: int, tokens: Tensor, x: Tensor, w: Tensor, views: Sequence[Tensor]) -> Tensor:
         """`x` [n, H] -> [n, H], unweighted; its inside is shown to an observer that wants to see it."""

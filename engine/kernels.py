@@ -80,7 +80,7 @@ class Kernels:
 
     def takes_many(self, shape: ExpertShape) -> bool:
         """Whether our own products run experts of this shape for many tokens, too."""
-        if self.own is None or self.own.instruction_set not in WIDE or not shape.usual:
+        if self.own is None or self.own.instruction_set not in WIDE or shape.across:
             return False
         tiles = shape.dtype == torch.bfloat16 and products.bfloat16_in_tiles()
         return shape.weights <= (SMALL_BESIDE_TILES if tiles else SMALL[shape.dtype])

@@ -3,13 +3,15 @@ conversion mapping.
 
 The mapping says how hub tensors become the experts module's parameters: an expert's part is a whole parameter
 (MergeModulelist), or some of its rows (MergeModulelist, then Concatenate), or, already fused, a slice of the file's
-own tensor.
+own tensor. A parameter lies in a slot as one field, or, where the checkpoint has it in MXFP4, as two: the four-bit
+numbers of its matrix [N, K] and their scales, as they are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -19,10 +21,12 @@ from transformers.core_model_loading import rename_source_key as rename
 
 from engine.conversion import convert, convert_fp8
 from engine.fp8 import Scratch
+from engine.mxfp4 import Unpacked, unpack
 from store.block_scales import FP8, is_scale, scale_name
 from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
 from store.experts import ExpertMap, ExpertSpan, Part
+from store.four_bits import BYTES, GROUP, blocks_suffix, matrix_shape, scales_suffix, weight_name
 from store.records import ExpertKey
 
 ALIGN = 64  # a parameter starts on a cache line
@@ -33,7 +37,16 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     FP8: torch.float8_e4m3fn,
+    **dict.fromkeys(BYTES, torch.uint8),  # of MXFP4
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Of a parameter in four bits: its scales' first byte in the slot; `turned`, the module has the transpose."""
+
+    scales: int
+    turned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +56,27 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     offset: int
+    packed: Packed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """What lies in one piece in a slot: a parameter, or the four-bit numbers [N, K / 2] of one, or their scales."""
+
+    shape: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """Where a part goes: `length` entries from `start` along `dim` of parameter number `parameter`."""
+    """Where a part goes: `length` entries from `start` along `dim` of field number `field`."""
 
-    parameter: int
+    field: int
     dim: int
     start: int
     length: int
@@ -57,27 +84,45 @@ class Landing:
 
 @dataclass(frozen=True, slots=True)
 class SlotLayout:
-    """The same for every expert of the model.
+    """The same for every expert of the model. Its fields are those of the parameters, in their order.
 
     `direct` says that file bytes are slot bytes: no cast, no scattered rows.
     """
 
     dtype: torch.dtype
     parameters: tuple[Parameter, ...]
+    fields: tuple[Field, ...]
     landings: Mapping[str, Landing]  # by the part's projection
     slot_bytes: int
     direct: bool
     block: tuple[int, int] | None = None  # of FP8 parts: rows and columns that share a scale
 
+    @property
+    def packed(self) -> bool:
+        """Whether any parameter lies in four bits."""
+        return len(self.fields) > len(self.parameters)
+
     def views(self, slots: Tensor) -> list[tuple[Tensor, ...]]:
-        """The parameters of every slot as tensors over u8 `slots` [S, slot_bytes]; no copy."""
-        flat = slots.view(self.dtype)  # [S, slot_bytes / itemsize]
+        """The fields of every slot as tensors over u8 `slots` [S, slot_bytes]; no copy."""
         columns = []
-        for parameter in self.parameters:
-            start = parameter.offset // self.dtype.itemsize
-            length = _count(parameter.shape)
-            columns.append(flat[:, start : start + length].view(-1, *parameter.shape).unbind(0))
+        for field in self.fields:
+            held = slots[:, field.offset : field.offset + field.nbytes].view(field.dtype)  # [S, entries]
+            columns.append(held.view(-1, *field.shape).unbind(0))
         return list(zip(*columns, strict=True))
+
+    def weights(self, views: Sequence[Tensor], into: Unpacked) -> tuple[Tensor, ...]:
+        """The parameters of a slot whose fields are `views`: as they lie there, or unpacked `into` memory that the next
+        slot's take."""
+        fields = iter(views)
+        found = []
+        for number, parameter in enumerate(self.parameters):
+            field = next(fields)
+            if parameter.packed is not None:
+                matrix = into.matrix(number, (field.shape[0], field.shape[1] * 2), self.dtype, field.device)  # [N, K]
+                unpack(field, next(fields), matrix)
+                field = matrix.T if parameter.packed.turned else matrix
+            found.append(field)
+        return tuple(found)
 
     def fill(self, views: Sequence[Tensor], span: ExpertSpan, stored: Tensor, scratch: Scratch | None = None) -> None:
         """One expert's slot from its parts as they lie in the files, at their places in the u8 tensor `stored`.
@@ -92,20 +137,22 @@ class SlotLayout:
             target = self.target(projection, views)
             if held[projection].dtype == DTYPES[FP8] and self.block is not None:
                 convert_fp8(held[projection], held[scale_name(projection)], self.block, target, scratch)
+            elif held[projection].dtype == torch.uint8:
+                target.copy_(held[projection].view(target.shape))
             else:
                 convert(held[projection], target)
 
     def target(self, projection: str, views: Sequence[Tensor]) -> Tensor:
-        """The part's place inside one expert's parameters."""
+        """The part's place inside one expert's fields."""
         landing = self.landings[projection]
-        return views[landing.parameter].narrow(landing.dim, landing.start, landing.length)
+        return views[landing.field].narrow(landing.dim, landing.start, landing.length)
 
     def byte_range(self, projection: str) -> tuple[int, int]:
         """First and last byte + 1 of a part inside its slot. Only a `direct` layout has one."""
         landing = self.landings[projection]
-        parameter = self.parameters[landing.parameter]
-        row = _count(parameter.shape[1:]) * self.dtype.itemsize
-        start = parameter.offset + landing.start * row
+        field = self.fields[landing.field]
+        row = prod(field.shape[1:]) * field.dtype.itemsize
+        start = field.offset + landing.start * row
         return start, start + landing.length * row
 
 
@@ -113,12 +160,17 @@ class Renaming:
     """transformers' mapping of hub names to this model's parameters."""
 
     def __init__(self, model: Any, transforms: Sequence[Any]) -> None:
+        self._model = model
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         self._converters = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         self._all = converters
         self._prefix = model.base_model_prefix
         self._known = model.state_dict()
+
+    def is_transposed(self, owner: str) -> bool:
+        """Whether an experts module keeps its matrices so, as `x @ weight` takes them."""
+        return bool(self._model.get_submodule(owner).is_transposed)
 
     def target(self, hub_name: str) -> tuple[str, WeightConverter | None, int]:
         """The parameter that the tensor becomes (a part of), the converter that does it, its place among the
@@ -146,7 +198,7 @@ def derive_layout(
     """
     sources = [_sources(renaming, checkpoint, experts, layer) for layer in range(len(experts.layers))]
     owners = tuple(_owner(each) for each in sources)
-    names = sorted({target.rsplit(".", 1)[1] for target, *_ in sources[0].values()}, key=_parameter_order)
+    names = sorted({_parameter(target) for target, *_ in sources[0].values()}, key=_parameter_order)
     wanted = [_slices(owner, shapes, experts.experts) for owner in owners]
     for owner, found in zip(owners, wanted, strict=True):
         if found != wanted[0]:
@@ -157,12 +209,14 @@ def derive_layout(
         raise UnsupportedFamily(
             f"No tensor of the checkpoint fills {owners[0]}.{lacking[0]}, so its experts can't be paged."
         )
-    parameters, slot_bytes = _place(names, wanted[0], dtype)
-    landings = _landings(sources[0], parameters)
-    stored = {DTYPES.get(part.dtype) for layer in sources for *_, part in layer.values()}
+    packed = {_parameter(target) for target, *_, part in sources[0].values() if part.dtype in BYTES}
+    turned = bool(packed) and renaming.is_transposed(owners[0])
+    parameters, fields, slot_bytes = _place(names, wanted[0], dtype, packed, turned=turned)
+    landings = _landings(sources[0], parameters, turned=turned)
+    stored = {DTYPES.get(part.dtype) for layer in sources for *_, part in layer.values()} - {torch.uint8}
     rows = all(landing.dim == 0 for landing in landings.values())
     block = None if experts.scales is None else experts.scales.block
-    return SlotLayout(dtype, parameters, landings, slot_bytes, rows and stored == {dtype}, block), owners
+    return SlotLayout(dtype, parameters, fields, landings, slot_bytes, rows and stored <= {dtype}, block), owners
 
 
 _Source = tuple[str, "WeightConverter | None", int, Part]
@@ -174,15 +228,20 @@ def _sources(renaming: Renaming, checkpoint: CheckpointMap, experts: ExpertMap, 
     for part in experts.span(ExpertKey(layer, 0)).parts:
         if is_scale(part.projection):
             continue  # it comes with its weight
-        if part.dtype not in DTYPES:
+        if part.dtype not in DTYPES or (part.dtype in BYTES and not _is_packed(part)):
             raise UnsupportedFamily(
                 f"{experts.modules[layer]} stores {part.projection} as {part.dtype}; experts in "
-                f"{', '.join(sorted(DTYPES))} can be served."
+                f"{', '.join(sorted(DTYPES.keys() - BYTES))} and MXFP4 can be served."
             )
         single = f"{experts.modules[layer]}.0.{part.projection}"
         name = single if single in checkpoint.tensors else f"{experts.modules[layer]}.{part.projection}"
-        found[part.projection] = (*renaming.target(name), part)
+        found[part.projection] = (*renaming.target(weight_name(name, part.dtype)), part)
     return found
+
+
+def _parameter(target: str) -> str:
+    """Of a full name, what the experts module calls it."""
+    return target.rsplit(".", 1)[1]
 
 
 def _owner(sources: Mapping[str, _Source]) -> str:
@@ -210,27 +269,68 @@ def _parameter_order(name: str) -> tuple[bool, bool, str]:
 
 
 def _place(
-    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> tuple[tuple[Parameter, ...], int]:
-    parameters, offset = [], 0
+    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, packed: Set[str], *, turned: bool
+) -> tuple[tuple[Parameter, ...], tuple[Field, ...], int]:
+    parameters, fields, offset = [], list[Field](), 0
     for name in names:
-        parameters.append(Parameter(name, shapes[name], offset))
-        offset += -(-_count(shapes[name]) * dtype.itemsize // ALIGN) * ALIGN
-    return tuple(parameters), offset
+        own = _packed_fields(name, shapes[name], offset, turned=turned) if name in packed else []
+        scales = Packed(own[1].offset, turned) if own else None
+        parameters.append(Parameter(name, shapes[name], offset, scales))
+        fields += own or [Field(shapes[name], offset, dtype)]
+        offset = _aligned(fields[-1].offset + fields[-1].nbytes)
+    return tuple(parameters), tuple(fields), offset
 
 
-def _landings(sources: Mapping[str, _Source], parameters: Sequence[Parameter]) -> dict[str, Landing]:
+def _packed_fields(name: str, shape: tuple[int, ...], offset: int, *, turned: bool) -> list[Field]:
+    """The four-bit numbers of the parameter, two a byte, and their scales."""
+    rows, columns = shape[::-1] if turned else shape
+    if columns % GROUP:
+        raise UnsupportedFamily(f"{name} has rows of {columns}; MXFP4 shares an exponent among {GROUP}.")
+    blocks = Field((rows, columns // 2), offset, torch.uint8)
+    return [blocks, Field((rows, columns // GROUP), _aligned(offset + blocks.nbytes), torch.uint8)]
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN) * ALIGN
+
+
+def _is_packed(part: Part) -> bool:
+    return bool(blocks_suffix(part.projection, part.dtype) or scales_suffix(part.projection, part.dtype))
+
+
+def _landings(
+    sources: Mapping[str, _Source], parameters: Sequence[Parameter], *, turned: bool
+) -> dict[str, Landing]:  # fmt: skip
     landings: dict[str, Landing] = {}
-    for number, parameter in enumerate(parameters):
+    field = 0
+    for parameter in parameters:
         own = [(place, projection, converter, part) for projection, (target, converter, place, part) in sources.items()
-               if target.rsplit(".", 1)[1] == parameter.name]  # fmt: skip
-        start = 0
-        for _, projection, converter, part in sorted(own, key=lambda entry: entry[0]):
-            dim = _concatenated_along(converter, parameter.name)
-            landings[projection] = Landing(number, dim, start, part.shape[dim])
-            start += part.shape[dim]
-        _check_filled(parameter, [part for *_, part in own], dim, start)
+               if _parameter(target) == parameter.name]  # fmt: skip
+        own.sort(key=lambda entry: entry[0])
+        kinds = [own] if parameter.packed is None else [_of_kind(own, blocks_suffix), _of_kind(own, scales_suffix)]
+        for kind in kinds:
+            start = 0
+            for _, projection, converter, part in kind:
+                dim = _concatenated_along(converter, parameter.name)
+                landings[projection] = Landing(field, dim, start, part.shape[dim])
+                start += part.shape[dim]
+            field += 1
+        shape = parameter.shape[::-1] if turned and parameter.packed else parameter.shape
+        _check_filled(parameter.name, shape, [_shape_of(part) for *_, part in kinds[0]], dim)
     return landings
+
+
+_Named = tuple[int, str, "WeightConverter | None", Part]
+
+
+def _of_kind(own: Sequence[_Named], suffix: Callable[[str, str], str | None]) -> list[_Named]:
+    return [entry for entry in own if suffix(entry[3].projection, entry[3].dtype)]
+
+
+def _shape_of(part: Part) -> tuple[int, ...]:
+    """Of the numbers that it holds."""
+    suffix = blocks_suffix(part.projection, part.dtype)
+    return matrix_shape(suffix, part.shape) if suffix else part.shape
 
 
 def _concatenated_along(converter: WeightConverter | None, name: str) -> int:
@@ -247,18 +347,11 @@ def _concatenated_along(converter: WeightConverter | None, name: str) -> int:
     )
 
 
-def _check_filled(parameter: Parameter, parts: Sequence[Part], dim: int, length: int) -> None:
-    rest = parameter.shape[:dim] + parameter.shape[dim + 1 :]
-    fits = all(part.shape[:dim] + part.shape[dim + 1 :] == rest for part in parts)
-    if not fits or length != parameter.shape[dim]:
+def _check_filled(name: str, wanted: tuple[int, ...], parts: Sequence[tuple[int, ...]], dim: int) -> None:
+    rest = wanted[:dim] + wanted[dim + 1 :]
+    fits = all(shape[:dim] + shape[dim + 1 :] == rest for shape in parts)
+    if not fits or sum(shape[dim] for shape in parts) != wanted[dim]:
         raise UnsupportedFamily(
-            f"The checkpoint's parts of {parameter.name} are {[list(part.shape) for part in parts]}, the model wants "
-            f"{list(parameter.shape)}. config.json and weights belong to different models."
+            f"The checkpoint's parts of {name} are {[list(shape) for shape in parts]}, the model wants {list(wanted)}. "
+            "config.json and weights belong to different models."
         )
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count

@@ -5,7 +5,8 @@ kv         max_batch rows x max_context tokens x the model's keys and values (sl
 staging    the reader's aligned buffers, and a ring of more (RingShape) where bytes need a cast or another device
 stand-ins  one vector of H float32 for each expert, as many sets as the config allows at once
 routers    sliced copies of the routers, for at most max_batch different selections at once
-workspace  activations of chunk_tokens tokens, see `_workspace`, and the states of a context's tokens between two layers
+workspace  activations of chunk_tokens tokens, see `_workspace`, the states of a context's tokens between two layers,
+           and one expert unpacked where experts are MXFP4
 slots      the rest of the budget, at most one slot for each expert
 """
 
@@ -138,7 +139,8 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
     size = ITEMSIZE[dtype]
     context = min(card.max_context, config.max_context or DEFAULT_CONTEXT)
     chunk = config.chunk_tokens or (4096 if config.memory is None else 512)
-    slot = sum(-(-count * size // SLOT_ALIGN) * SLOT_ALIGN for count in card.geometry.expert)
+    parts = [*(count * size for count in card.geometry.expert), *card.geometry.packed]
+    slot = sum(-(-part // SLOT_ALIGN) * SLOT_ALIGN for part in parts)
     plan = MemoryPlan(
         budget=config.memory,
         dense_bytes=card.geometry.dense * size,
@@ -148,7 +150,7 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
         stand_in_bytes=config.stand_ins * card.layers * card.experts * card.hidden * 4,
         kernel_bytes=_kernels(card, chunk) if config.device == "cpu" and size == 2 else 0,
         workspace_bytes=_workspace(card, chunk, context, config.max_batch, size)
-        + _carried(card, chunk, context) * size,
+        + (_carried(card, chunk, context) + card.geometry.unpacked) * size,
         slot_bytes=slot,
         slots=card.layers * card.experts,
         layers=card.layers,
@@ -172,7 +174,8 @@ def reader_bytes(card: ModelCard) -> int:
 
 def needs_staging(card: ModelCard, config: EngineConfig, dtype: str) -> bool:
     """Whether an expert's bytes change on their way: another dtype than the file's, or another device than the host."""
-    return dtype != card.geometry.stored or config.device != "cpu"
+    changes = dtype != card.geometry.stored and bool(card.geometry.expert)  # what is MXFP4 stays that
+    return changes or config.device != "cpu"
 
 
 def _staging(card: ModelCard, config: EngineConfig, dtype: str) -> int:

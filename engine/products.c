@@ -28,6 +28,7 @@ struct matrix {
     const char *bias;    /* [rows] or NULL */
     long rows, columns, stride;
     int across;
+    const char *scales; /* of weights in four bits (products_four.h): a power of two for each group; NULL for all others */
 };
 
 /* Keys and values of one attention layer. `room` is `columns` up to a whole vector. */
@@ -96,32 +97,44 @@ static INLINE float activated(float x, const int activation)
 
 /* How an expert lies in a slot: offsets in bytes, -1 where there is no bias; `across`: both matrices are transposed. Its
  * gate: in halves [gate, up], or `interleaved` one by one. CLAMPED is gate x sigmoid(alpha x gate) x (up + 1), gate at most
- * and up within `limit`.
+ * and up within `limit`. Scales are those of weights in four bits, at -1 where these are of the dtype.
  */
 struct layout {
     int dtype, activation, gated;
     long hidden, inner, slot_bytes, up, up_bias, down, down_bias;
     int across, interleaved;
     float alpha, limit;
+    long up_scales, down_scales;
 };
 
 /* As Python keeps it. */
-#define LAYOUT "(iiillllllliiff)"
+#define LAYOUT "(iiillllllliiffll)"
 #define FIELDS(l)                                                                                                      \
     &(l).dtype, &(l).activation, &(l).gated, &(l).hidden, &(l).inner, &(l).slot_bytes, &(l).up, &(l).up_bias, &(l).down, \
-        &(l).down_bias, &(l).across, &(l).interleaved, &(l).alpha, &(l).limit
+        &(l).down_bias, &(l).across, &(l).interleaved, &(l).alpha, &(l).limit, &(l).up_scales, &(l).down_scales
+
+/* Where channel i of [gate, up] has its two numbers. */
+static INLINE long gate_row(const struct layout *l, long i)
+{
+    return l->interleaved ? 2 * i : i;
+}
+
+static INLINE long up_row(const struct layout *l, long i)
+{
+    return l->interleaved ? 2 * i + 1 : l->inner + i;
+}
 
 static struct matrix up_of(const struct layout *l, const char *slot)
 {
     const long rows = l->inner * (1 + l->gated);
     return (struct matrix){slot + l->up, l->up_bias < 0 ? NULL : slot + l->up_bias, rows, l->hidden,
-                           l->across ? rows : l->hidden, l->across};
+                           l->across ? rows : l->hidden, l->across, l->up_scales < 0 ? NULL : slot + l->up_scales};
 }
 
 static struct matrix down_of(const struct layout *l, const char *slot)
 {
     return (struct matrix){slot + l->down, l->down_bias < 0 ? NULL : slot + l->down_bias, l->hidden, l->inner,
-                           l->across ? l->hidden : l->inner, l->across};
+                           l->across ? l->hidden : l->inner, l->across, l->down_scales < 0 ? NULL : slot + l->down_scales};
 }
 
 static INLINE long size_of(const int dtype)
@@ -157,10 +170,13 @@ static INLINE float *aligned(float *room)
     return (float *)(((uintptr_t)room + LINE - 1) / LINE * LINE);
 }
 
+#include "products_four.h"
+
 #define PASTE(a, b) a##_##b
 #define EXPAND(a, b) PASTE(a, b)
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
 #define SETS 4
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
@@ -168,6 +184,7 @@ static INLINE float *aligned(float *room)
 #define LANES 16
 #define BLOCK 4
 #define VECTORS 2
+#include "products_four_variant.h"
 #include "products_variant.h"
 #include "products_many_variant.h"
 #include "products_convert_variant.h"
@@ -186,6 +203,7 @@ static INLINE float *aligned(float *room)
 #define LANES 8
 #define BLOCK 2
 #define VECTORS 2
+#include "products_four_variant.h"
 #include "products_variant.h"
 #include "products_many_variant.h"
 #include "products_convert_variant.h"
@@ -207,11 +225,11 @@ static INLINE float *aligned(float *room)
 #define BLOCK 2
 #define VECTORS 2
 #endif
+#include "products_four_variant.h"
 #include "products_variant.h"
 #include "products_many_variant.h"
 #include "products_convert_variant.h"
 
-typedef void (*multiply_t)(const struct matrix *, int, const float *const *, long, float *const *, long, long);
 typedef void (*attend_t)(const struct cache *, const struct seen *, int, const float *const *, float *, float *const *);
 typedef void (*activate_t)(const struct layout *, float *);
 typedef void (*expert_t)(const struct layout *, const char *, const char *, long, const long *, long, float *, float *);
@@ -224,18 +242,19 @@ static const struct {
     activate_t activate;
     expert_t expert;
     convert_t convert;
+    unpack_t unpack;
     long rows; /* that `expert` takes at a time */
     int pairs; /* 1: inputs for bfloat16 weights are bfloat16, too; 0: they are floats */
 } sets[SETS] = {
 #if SETS == 4
-    {"AVX-512 BF16", multiply_pairs, attend_pairs, activate_pairs, expert_spread, convert_v4, 32, 1},
-    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, convert_v4, 32, 0},
-    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, convert_v3, 16, 0},
-    {"SSE2", multiply_base, attend_base, activate_base, expert_base, convert_base, 8, 0},
+    {"AVX-512 BF16", multiply_pairs, attend_pairs, activate_pairs, expert_spread, convert_v4, unpack_v4, 32, 1},
+    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, convert_v4, unpack_v4, 32, 0},
+    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, convert_v3, unpack_v3, 16, 0},
+    {"SSE2", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, 8, 0},
 #elif defined(__aarch64__)
-    {"NEON", multiply_base, attend_base, activate_base, expert_base, convert_base, 16, 0},
+    {"NEON", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, 16, 0},
 #else
-    {"portable", multiply_base, attend_base, activate_base, expert_base, convert_base, 8, 0},
+    {"portable", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, 8, 0},
 #endif
 };
 
@@ -444,6 +463,7 @@ static PyMethodDef methods[] = {
     {"convert", py_convert, METH_VARARGS,
      "(set, kind, stored, dtype of scales, scales, dtype, to, rows, columns, strides of rows and columns there, rows and columns "
      "of a block, threads)"},
+    {"unpack", py_unpack, METH_VARARGS, "(set, dtype, blocks, scales, to, rows, columns, threads): weights in four bits"},
     {"norm", py_norm, METH_VARARGS, "(dtype, x, weights, out, rows, columns, eps)"},
     {NULL, NULL, 0, NULL},
 };

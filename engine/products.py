@@ -29,7 +29,7 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "convert") else "built from older sources"
+    missing = "" if hasattr(compiled, "unpack") else "built from older sources"
 
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
 STORED: Mapping[torch.dtype, int] = {**DTYPES, torch.float16: 2, torch.float8_e4m3fn: 3}  # the last two are only read
@@ -322,6 +322,16 @@ class Products:
         compiled.convert(
             self._set, STORED[stored.dtype], stored.data_ptr(), scales_dtype, _address(scales),
             DTYPES[target.dtype], target.data_ptr(), rows, columns, to_row, to_column, block_rows, block_columns,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def unpack(self, blocks: Tensor, scales: Tensor, target: Tensor) -> None:
+        """Weights in four bits (store/four_bits.py), `blocks` u8 [N, K / 2] and `scales` u8 [N, K / 32], into `target`
+        [N, K]: exactly."""
+        assert all(tensor.is_contiguous() for tensor in (blocks, scales, target)), blocks.stride()
+        rows, columns = target.shape
+        compiled.unpack(
+            self._set, DTYPES[target.dtype], blocks.data_ptr(), scales.data_ptr(), target.data_ptr(), rows, columns,
             torch.get_num_threads(),
         )  # fmt: skip
 

@@ -27,3 +27,25 @@ static PyObject *py_convert(PyObject *self, PyObject *args)
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
+
+/* blocks [rows, columns / 2] and exponents [rows, columns / GROUP] of weights in four bits -> to [rows, columns]. */
+static PyObject *py_unpack(PyObject *self, PyObject *args)
+{
+    int set, dtype, threads;
+    unsigned long long blocks, scales, to;
+    struct matrix m = {0};
+    if (!PyArg_ParseTuple(args, "iiKKKlli", &set, &dtype, &blocks, &scales, &to, &m.rows, &m.columns, &threads) ||
+        !check_set(set))
+        return NULL;
+    m.weights = (const char *)blocks, m.scales = (const char *)scales;
+    threads = threads_for(m.rows * m.columns / 2, threads);
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        const long first = share(m.rows, part, parts), count = share(m.rows, part + 1, parts) - first;
+        sets[set].unpack(&m, dtype, first, count, (char *)to + first * m.columns * size_of(dtype));
+    }
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}

@@ -58,7 +58,7 @@ static struct ways ways_of(int set, const struct layout *l, const int64_t *slots
 static long floats_for_expert(const struct layout *l, long rows)
 {
     const long wider = l->hidden > l->inner ? l->hidden : l->inner;
-    return pitch((2 * pitch(wider) + pitch(l->inner * (1 + l->gated))) * rows + 4 * wider);
+    return pitch((2 * pitch(wider) + pitch(l->inner * (1 + l->gated))) * rows + 8 * wider);
 }
 
 static PyObject *py_many(PyObject *self, PyObject *args)

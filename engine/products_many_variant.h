@@ -42,7 +42,9 @@ static INLINE void NAME(through)(const struct matrix *m, const int dtype, const 
         const int rows = m->rows - n < 4 ? (int)(m->rows - n) : 4;
         const char *from = m->weights + n * m->columns * size;
         const float *w = room;
-        if (dtype == FLOAT32)
+        if (m->scales)
+            NAME(unpack)(m, FLOAT32, n, rows, (char *)room);
+        else if (dtype == FLOAT32)
             w = (const float *)from;
         else
             NAME(widen)(from, dtype, rows * m->columns, room);
@@ -57,22 +59,31 @@ static INLINE void NAME(through)(const struct matrix *m, const int dtype, const 
     }
 }
 
-/* inner [gate, up][vectors] or [up][vectors] -> [inner][vectors], in place */
+/* What becomes of LANES numbers of an expert's first product; `up` is not looked at without a gate. */
+static INLINE NAME(floats) NAME(gate)(const struct layout *l, NAME(floats) x, NAME(floats) up)
+{
+    if (l->activation == CLAMPED)
+        return NAME(clamped)(x, up, l->alpha, l->limit);
+    if (l->activation == SILU) {
+        x = NAME(silu)(x, 1);
+    } else {
+        for (int lane = 0; lane < LANES; lane++)
+            x[lane] = activated(x[lane], l->activation);
+    }
+    return l->gated ? x * up : x;
+}
+
+/* inner [gate, up][vectors] or [up][vectors] -> [inner][vectors], in place: nothing is written before it was read */
 static INLINE void NAME(activate_wide)(const struct layout *l, float *inner, const int vectors)
 {
     for (long i = 0; i < l->inner; i++)
         for (int v = 0; v < vectors; v++) {
-            float *at = inner + (i * vectors + v) * LANES;
-            NAME(floats) x = NAME(load)(at);
-            if (l->activation == SILU) {
-                x = NAME(silu)(x, 1);
-            } else {
-                for (int lane = 0; lane < LANES; lane++)
-                    x[lane] = activated(x[lane], l->activation);
-            }
+            const float *at = inner + (gate_row(l, i) * vectors + v) * LANES;
+            NAME(floats) x = NAME(load)(at), up = {0};
             if (l->gated)
-                x *= NAME(load)(at + l->inner * vectors * LANES);
-            memcpy(at, &x, sizeof x);
+                up = NAME(load)(inner + (up_row(l, i) * vectors + v) * LANES);
+            x = NAME(gate)(l, x, up);
+            memcpy(inner + (i * vectors + v) * LANES, &x, sizeof x);
         }
 }
 

@@ -5,8 +5,6 @@
  * A dot product is summed in one order, however many rows and weights are computed beside it: a row never depends on its
  * batch.
  */
-#include <immintrin.h>
-
 #define PAIRED 32       /* numbers of a vector */
 #define TOGETHER 4      /* rows of x that share one reading of the weights */
 #define NEAR 8          /* rows of x that stay in the first cache while a panel of weights passes */
@@ -136,11 +134,17 @@ static INLINE void panel_pairs(const struct matrix *m, long first, long last, co
         lines_pairs(m, n, 1, x, rows, y);
 }
 
+#include "products_pairs_four.h"
+
 static void multiply_pairs(const struct matrix *m, int dtype, const float *const *x, long rows, float *const *y, long first,
                            long last)
 {
     if (dtype == FLOAT32) {
         multiply_v4(m, dtype, x, rows, y, first, last);
+        return;
+    }
+    if (m->scales) {
+        multiply_pairs_four(m, (const uint16_t *const *)x, rows, y, first, last);
         return;
     }
     if (m->across) { /* bound by memory: widened, as elsewhere */

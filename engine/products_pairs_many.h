@@ -45,16 +45,25 @@ static INLINE void spread_pairs(const char *w, const int rows, long step, const 
             _mm512_storeu_ps(y + (row * vectors + v) * PAIR_LANES, sums[row][v]);
 }
 
-/* x [m->columns / 2, vectors] -> y [m->rows, vectors] */
-static INLINE void through_pairs(const struct matrix *m, const char *x, const int vectors, float *y)
+/* Some rows of weights in bfloat16; those in four bits are unpacked into `room`. */
+static INLINE const char *rows_of(const struct matrix *m, long n, long count, char *room)
+{
+    if (!m->scales)
+        return m->weights + n * m->columns * 2;
+    unpack_v4(m, BFLOAT16, n, count, room);
+    return room;
+}
+
+/* x [m->columns / 2, vectors] -> y [m->rows, vectors]; `room` [16, m->columns] bfloat16 */
+static INLINE void through_pairs(const struct matrix *m, const char *x, const int vectors, float *y, char *room)
 {
     const long step = m->columns * 2, lanes = vectors * PAIR_LANES;
     const int most = vectors == 1 ? 16 : 24 / vectors; /* rows of weights at a time: their sums fill the registers */
     long n = 0;
     for (; n + most <= m->rows; n += most)
-        spread_pairs(m->weights + n * step, most, step, x, vectors, m->columns / 2, y + n * lanes);
+        spread_pairs(rows_of(m, n, most, room), most, step, x, vectors, m->columns / 2, y + n * lanes);
     for (; n < m->rows; n++)
-        spread_pairs(m->weights + n * step, 1, step, x, vectors, m->columns / 2, y + n * lanes);
+        spread_pairs(rows_of(m, n, 1, room), 1, step, x, vectors, m->columns / 2, y + n * lanes);
     for (n = 0; m->bias && n < m->rows; n++)
         for (long lane = 0; lane < lanes; lane++)
             y[n * lanes + lane] += number(m->bias + 2 * n, BFLOAT16);
@@ -65,16 +74,10 @@ static INLINE void activate_spread(const struct layout *l, const float *inner, c
 {
     for (long i = 0; i < l->inner; i++)
         for (int v = 0; v < vectors; v++) {
-            const float *at = inner + (i * vectors + v) * PAIR_LANES;
-            floats_v4 x = load_v4(at);
-            if (l->activation == SILU) {
-                x = silu_v4(x, 1);
-            } else {
-                for (int lane = 0; lane < PAIR_LANES; lane++)
-                    x[lane] = activated(x[lane], l->activation);
-            }
+            floats_v4 up = {0};
             if (l->gated)
-                x *= load_v4(at + l->inner * vectors * PAIR_LANES);
+                up = load_v4(inner + (up_row(l, i) * vectors + v) * PAIR_LANES);
+            const floats_v4 x = gate_v4(l, load_v4(inner + (gate_row(l, i) * vectors + v) * PAIR_LANES), up);
             const __m512i half = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
             char *pair = to + (i / 2 * vectors + v) * LINE;
             _mm512_storeu_si512(pair, i % 2 ? _mm512_or_si512(_mm512_loadu_si512(pair), _mm512_slli_epi32(half, 16)) : half);
@@ -82,12 +85,12 @@ static INLINE void activate_spread(const struct layout *l, const float *inner, c
 }
 
 static INLINE void forward_spread(const struct layout *l, const char *slot, const int vectors, char *x, float *inner, char *h,
-                                 float *out)
+                                 float *out, char *room)
 {
     const struct matrix up = up_of(l, slot), down = down_of(l, slot);
-    through_pairs(&up, x, vectors, inner);
+    through_pairs(&up, x, vectors, inner, room);
     activate_spread(l, inner, vectors, h);
-    through_pairs(&down, h, vectors, out);
+    through_pairs(&down, h, vectors, out, room);
 }
 
 /* One expert's outputs of the tokens of `pairs`, at most PAIR_VECTORS vectors full: x [tokens, hidden] bfloat16 -> y f32
@@ -103,16 +106,17 @@ static void expert_spread(const struct layout *l, const char *slot, const char *
     const long lanes = vectors * PAIR_LANES, wider = l->hidden > l->inner ? l->hidden : l->inner;
     uint32_t *packed = (uint32_t *)room; /* [hidden / 2, lanes] and then, in its place, [inner / 2, lanes] */
     float *inner = room + wider / 2 * lanes, *out = inner;
+    char *weights = (char *)aligned(inner + (l->inner * (1 + l->gated) > l->hidden ? l->inner * (1 + l->gated) : l->hidden) * lanes);
     memset(packed, 0, sizeof *packed * (l->hidden / 2) * lanes);
     for (long first = 0; first < l->hidden / 2; first += PAIR_LANES)
         for (long row = 0; row < count; row++)
             for (long i = first; i < first + PAIR_LANES && i < l->hidden / 2; i++)
                 memcpy(packed + i * lanes + row, x + pairs[row] / top_k * l->hidden * 2 + 4 * i, 4);
     switch (vectors) {
-    case 1: forward_spread(l, slot, 1, (char *)packed, inner, (char *)packed, out); break;
-    case 2: forward_spread(l, slot, 2, (char *)packed, inner, (char *)packed, out); break;
-    case 3: forward_spread(l, slot, 3, (char *)packed, inner, (char *)packed, out); break;
-    case 4: forward_spread(l, slot, 4, (char *)packed, inner, (char *)packed, out); break;
+    case 1: forward_spread(l, slot, 1, (char *)packed, inner, (char *)packed, out, weights); break;
+    case 2: forward_spread(l, slot, 2, (char *)packed, inner, (char *)packed, out, weights); break;
+    case 3: forward_spread(l, slot, 3, (char *)packed, inner, (char *)packed, out, weights); break;
+    case 4: forward_spread(l, slot, 4, (char *)packed, inner, (char *)packed, out, weights); break;
     }
     for (long first = 0; first < l->hidden; first += PAIR_LANES)
         for (long row = 0; row < count; row++)

@@ -157,6 +157,10 @@ static INLINE void NAME(across)(const struct matrix *m, const int dtype, const i
 static void NAME(multiply)(const struct matrix *m, int dtype, const float *const *x, long rows, float *const *y,
                            long first, long last)
 {
+    if (m->scales) {
+        multiply_four(NAME(unpack), NAME(multiply), m, dtype, x, rows, y, first, last);
+        return;
+    }
     if (m->across) {
         if (dtype == FLOAT32)
             NAME(across)(m, FLOAT32, 0, x, rows, y, first, last);
@@ -218,8 +222,8 @@ static void NAME(activate_clamped)(const struct layout *l, float *inner)
         const long some = l->inner - i < LANES ? l->inner - i : LANES;
         NAME(floats) gate = {0}, up = {0};
         for (long lane = 0; lane < some; lane++) {
-            gate[lane] = l->interleaved ? inner[2 * (i + lane)] : inner[i + lane];
-            up[lane] = l->interleaved ? inner[2 * (i + lane) + 1] : inner[l->inner + i + lane];
+            gate[lane] = inner[gate_row(l, i + lane)];
+            up[lane] = inner[up_row(l, i + lane)];
         }
         gate = NAME(clamped)(gate, up, l->alpha, l->limit);
         for (long lane = 0; lane < some; lane++)

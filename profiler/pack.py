@@ -1,38 +1,27 @@
 """A new checkpoint made of an old one by a recipe: hub layout, loadable by plain transformers, whole or absent.
 
-Everything goes into a folder beside the wanted one, which gets its name when all of it is there. One layer's experts
-are in memory at a time. E' experts after, F channels before, F' after.
+One layer's experts are in memory at a time. E' experts after, F channels before, F' after.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from engine.channels import Expert
 from engine.engine import Engine
 from profiler.pack_config import changed_config, channel_dim, is_of_router
+from profiler.pack_folder import CARD, Shards, dense_tensors, refuse_existing, written_whole
 from profiler.pack_recipes import NewLayer, Recipe
 from store.checkpoint import CheckpointMap
-from store.errors import BudgetError, CheckpointError, Conflict, InvalidInput, UnsupportedFamily
+from store.errors import CheckpointError, InvalidInput, UnsupportedFamily
 from store.experts import ExpertMap
 from store.records import ExpertKey
-from store.sizes import show_bytes
-
-SHARD_BYTES = 1 << 30  # of dense tensors
-CARD, INDEX = "pack.json", "model.safetensors.index.json"
-LEFT_BEHIND = frozenset({"config.json", INDEX, CARD, "README.md"})
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 
 Finish = Callable[[Path], dict[str, Any]]  # the finished folder, still unnamed -> what its card says beside the recipe
 
@@ -49,22 +38,11 @@ def write_pack(engine: Engine, recipe: Recipe, folder: Path, finish: Finish) -> 
     source = engine.checkpoint
     experts, channels = engine.card.experts, engine.layers.channels
     config = changed_config(engine.card.folder, channels, experts, recipe.kept, recipe.width, recipe.strips)
-    with _beside(folder) as made:
-        _check_room(made, source.weight_bytes)
-        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for pattern in COPIED:
-            for file in engine.card.folder.glob(pattern):
-                if file.name not in LEFT_BEHIND:
-                    shutil.copyfile(file, made / file.name)
+    with written_whole(folder, source, config) as made:
         _write_weights(engine, recipe, source, made)
         card = {**_card(engine, recipe), **finish(made)}
         (made / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return card
-
-
-def refuse_existing(folder: Path) -> None:
-    if folder.exists():
-        raise Conflict(f"{folder} exists. A pack is never written over anything: choose another folder, or remove it.")
 
 
 def _check(engine: Engine, recipe: Recipe) -> None:
@@ -75,7 +53,7 @@ def _check(engine: Engine, recipe: Recipe) -> None:
             f"{recipe.kept}.",
             param="experts",
         )
-    if engine.plan.dtype != card.geometry.stored:
+    if engine.plan.dtype != card.geometry.stored or card.geometry.packed:
         raise UnsupportedFamily(
             f"The experts are stored as {card.geometry.stored or 'a quantised type'} and were opened as "
             f"{engine.plan.dtype}. A pack keeps the stored type: open the model with dtype auto, unquantised."
@@ -105,67 +83,16 @@ def _card(engine: Engine, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    made = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        made.mkdir(parents=True)
-        yield made
-        made.rename(folder)
-    except OSError as error:
-        raise BudgetError(
-            f"The pack could not be written to {folder}: {error.strerror or error}. Nothing is left of it. Make room, "
-            "or choose a folder on another disk."
-        ) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _check_room(folder: Path, size: int) -> None:
-    """Before anything is read: a pack takes at most what the model takes."""
-    free = shutil.disk_usage(folder).free
-    if free < size // 16:  # the smallest pack worth the name; what is really too little, the writing says
-        raise BudgetError(f"{folder.parent} has {show_bytes(free)} free; the model has {show_bytes(size)}. Make room.")
-
-
-class _Shards:
-    """Files of tensors, numbered as they come, and at last the index that names them all."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._where, self._size = folder, dict[str, int](), 0
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        number = len(set(self._where.values())) + 1
-        self._where |= dict.fromkeys(tensors, number)
-        self._size += sum(tensor.nbytes for tensor in tensors.values())
-        with self._file(number).open("wb") as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def close(self) -> None:
-        numbers = sorted(set(self._where.values()))
-        names = {number: f"model-{number:05d}-of-{len(numbers):05d}.safetensors" for number in numbers}
-        for number, name in names.items():
-            self._file(number).rename(self._folder / name)
-        where = {tensor: names[number] for tensor, number in sorted(self._where.items())}
-        index = {"metadata": {"total_size": self._size}, "weight_map": where}
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def _file(self, number: int) -> Path:
-        return self._folder / f"part-{number}"
-
-
 def _write_weights(engine: Engine, recipe: Recipe, source: CheckpointMap, folder: Path) -> None:
     experts = ExpertMap.build(source)
-    shards = _Shards(folder)
+    shards = Shards(folder)
     rows: dict[str, Tensor] = {}  # by block
     for layer, module in enumerate(experts.modules):
         made = recipe.layer(layer, _experts(engine, layer))
         _refuse_nan(made, layer)
         rows[module.removesuffix(".experts")] = made.rows
         shards.add(_hub_tensors(engine, source, experts, layer, made.experts))
-    for part in _dense(source, experts):
+    for part in dense_tensors(source, experts):
         shards.add({name: _routed(name, tensor, rows, engine.card.experts) for name, tensor in part.items()})
     source.check()  # the dense tensors were read by their files' paths
     shards.close()
@@ -198,30 +125,16 @@ def _hub_tensors(
     found: dict[str, Tensor] = {}
     for part in experts.span(ExpertKey(layer, 0)).parts:
         landing = layout.landings[part.projection]
-        along = channel_dim(layout.parameters[landing.parameter].name, channels) == landing.dim
+        along = channel_dim(layout.parameters[landing.field].name, channels) == landing.dim
         start, length = landing.start, landing.length
         if along:
             start, length = (each * made[0].width // channels.width for each in (start, length))
-        cut = [views[landing.parameter].narrow(landing.dim, start, length) for views in joined]
+        cut = [views[landing.field].narrow(landing.dim, start, length) for views in joined]
         if f"{module}.0.{part.projection}" in source.tensors:
             found |= {f"{module}.{number}.{part.projection}": each for number, each in enumerate(cut)}
         else:
             found[f"{module}.{part.projection}"] = torch.stack(cut)
     return found
-
-
-def _dense(source: CheckpointMap, experts: ExpertMap) -> Iterator[dict[str, Tensor]]:
-    """What every token needs, and prediction heads left out, in parts of bearable size."""
-    part: dict[str, Tensor] = {}
-    for name in experts.dense:
-        span = source.tensors[name]
-        if part and sum(tensor.nbytes for tensor in part.values()) + span.nbytes > SHARD_BYTES:
-            yield part
-            part = {}
-        with safe_open(span.file, framework="pt") as file:
-            part[name] = file.get_tensor(name)
-    if part:
-        yield part
 
 
 def _routed(name: str, tensor: Tensor, rows: dict[str, Tensor], experts: int) -> Tensor:

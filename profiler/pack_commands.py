@@ -1,10 +1,10 @@
-"""`moepager pack`: a smaller checkpoint of a model, made for a task."""
+"""`moepager pack`: a smaller checkpoint of a model, made for a task; `moepager quantise`: one in four bits, for any."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -78,6 +78,41 @@ def pack(
     options = Options(rows=batch, model_name="demo" if model is None else None)
     with open_store(store) as opened, bar() as report:
         card = pack_task(config, opened, TaskRecord(task), texts, wanted, out, options, report)
+    _say(out, card, as_json=as_json)
+
+
+@app.command()
+def quantise(
+    out: Annotated[Path, typer.Option(help="The new model's folder, which must not exist yet.")],
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="JSONL, as for `moepager profile`: the card says what both do on it.")
+    ] = None,
+    model: Model = None,
+    max_context: Context = None,
+    batch: Annotated[int, typer.Option(min=1, help="Items that run at once.")] = 16,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")] = False,
+) -> None:
+    """Write a copy of a model with its experts in four bits (MXFP4): a quarter of the bytes on disk and in memory."""
+    from engine.config import EngineConfig
+    from profiler.bar import bar
+    from profiler.corpus import read_corpus
+    from profiler.pack_job import quantise_and_measure
+    from store.hub import model_folder
+
+    chunk = max(max_context or 2048, 4096)  # an item goes through in one piece
+    config = EngineConfig(
+        model_folder(model), max_context=max_context, max_batch=batch, threads=threads, chunk_tokens=chunk
+    )
+    text = None if evaluation is None else read_corpus(evaluation)
+    with bar() as report:
+        card = quantise_and_measure(config, text, out, batch, report)
+    worst = max(card["relative_error"])
+    typer.echo(f"Rounding changed weights by {worst:.1%} of their size (root mean square, worst layer).")
+    _say(out, card, as_json=as_json)
+
+
+def _say(out: Path, card: dict[str, Any], *, as_json: bool) -> None:
     before, after = card["expert_bytes"]
     typer.echo(
         f"{out}: experts of {after:,} bytes, where {card['packed_from'][:16]} has {before:,} ({after / before:.1%})"

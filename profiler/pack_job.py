@@ -13,9 +13,11 @@ from profiler.corpus import Corpus, refuse_overlap
 from profiler.evaluate import evaluate
 from profiler.job import gather_profile
 from profiler.options import Options
-from profiler.pack import refuse_existing, write_pack
+from profiler.pack import write_pack
+from profiler.pack_folder import refuse_existing
 from profiler.pack_ways import Pack, make_recipe
 from profiler.progress import Progress, Report
+from profiler.quantise import quantise_model
 from profiler.statistics import Statistics
 from store.database import Store
 from store.records import TaskRecord
@@ -46,13 +48,30 @@ def pack_task(
         statistics = Statistics.from_arrays(profile.statistics)
         recipe = make_recipe(engine, statistics, pack, encode_corpus(engine, calibration), options.rows)
         said = {"profile": profile.id, "task": task.name, "calibration": calibration.content_hash}
-        whole = None if held_out is None else _measure(engine, held_out, options.rows)
+        whole = None if held_out is None else measured(engine, held_out, options.rows)
 
         def finish(made: Path) -> dict[str, Any]:
             report(Progress(task.name, "evaluate", 0, 1))
             return {**said, "evaluation": _evaluation(config, made, held_out, whole, options.rows)}
 
         return write_pack(engine, recipe, folder, finish)
+
+
+def quantise_and_measure(
+    config: EngineConfig, held_out: Corpus | None, folder: Path, rows: int, report: Report
+) -> dict[str, Any]:
+    """The card of a copy of the model in MXFP4; with evaluation text it says what both do on it."""
+    whole = None
+    refuse_existing(folder)
+    if held_out is not None:
+        report(Progress("model", "evaluate", 0, 1))
+        with Engine.open(config) as engine:
+            whole = measured(engine, held_out, rows)
+
+    def finish(made: Path) -> dict[str, Any]:
+        return {"evaluation": _evaluation(config, made, held_out, whole, rows)}
+
+    return quantise_model(config.model, folder, finish, report)
 
 
 def _evaluation(
@@ -62,9 +81,10 @@ def _evaluation(
     with Engine.open(replace(config, model=made, memory=None)) as packed:
         if held_out is None:
             return None
-        return {"text": held_out.content_hash, "pack": _measure(packed, held_out, rows), "whole": whole}
+        return {"text": held_out.content_hash, "pack": measured(packed, held_out, rows), "whole": whole}
 
 
-def _measure(engine: Engine, held_out: Corpus, rows: int) -> dict[str, Any]:
+def measured(engine: Engine, held_out: Corpus, rows: int) -> dict[str, Any]:
+    """What the whole model does on a text."""
     found = evaluate(engine, encode_corpus(engine, held_out), None, rows)
     return {"items": found.items, "accuracy": found.accuracy, "nll": found.nll}

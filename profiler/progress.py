@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["answer", "calibrate", "evaluate"]
+Stage = Literal["answer", "calibrate", "evaluate", "quantise"]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` items (answer, calibrate) or selections (evaluate) of a task."""
+    """`done` of `total` items (answer, calibrate), selections (evaluate) or layers (quantise) of a task."""
 
     task: str
     stage: Stage

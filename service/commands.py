@@ -155,6 +155,9 @@ def recipes_command(
     memory: Annotated[
         list[str] | None, typer.Option(help="Repeatable. Default: 8, 16 and 24 GiB less a tenth.")
     ] = None,
+    mxfp4: Annotated[
+        bool, typer.Option("--mxfp4", help="Show each model's copy by `moepager quantise` beside it, too.")
+    ] = False,
     max_context: Context = None,
     max_batch: Batch = None,
     device: Device = None,
@@ -168,7 +171,10 @@ def recipes_command(
     settings = load_settings(max_context=max_context, max_batch=max_batch, device=device)
     context, batch = settings.max_context, settings.max_batch
     found = [
-        r for config in configs for r in recipes(config, memories, context=context, batch=batch, device=settings.device)
+        recipe
+        for config in configs
+        for copy in ([False, True] if mxfp4 else [False])
+        for recipe in recipes(config, memories, context=context, batch=batch, device=settings.device, mxfp4=copy)
     ]
     _print(show_recipes(found), {"rows": [recipe.json() for recipe in found]}, as_json)
 

@@ -38,19 +38,23 @@ class Recipe:
         return {**asdict(self), "keep": self.keep}
 
 
-def recipes(config: Path, memories: Sequence[int], *, context: int | None, batch: int, device: str) -> Sequence[Recipe]:
-    """What `plan` says of the model that `config` describes, for every budget of `memories` (bytes).
+def recipes(
+    config: Path, memories: Sequence[int], *, context: int | None, batch: int, device: str, mxfp4: bool = False
+) -> Sequence[Recipe]:
+    """What `plan` says of the model that `config` describes, or of its copy in MXFP4, for every budget of `memories`
+    (bytes).
 
     No weights are needed. Raises InvalidInput for a file that is no config, UnsupportedFamily for one that can't be
     served.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_blueprint(config, Path(scratch) / "model")
+        folder = write_blueprint(config, Path(scratch) / "model", mxfp4=mxfp4)
         weight_bytes = CheckpointMap.open(folder).weight_bytes
         card = ModelCard.read(folder)
     settings = EngineConfig(folder, None, device=device, max_context=context, max_batch=batch, chunk_tokens=512)
     whole = plan_memory(card, settings)
-    return [_recipe(config.stem, weight_bytes, whole, memory, card, settings) for memory in memories]
+    name = f"{config.stem}, MXFP4" if mxfp4 else config.stem
+    return [_recipe(name, weight_bytes, whole, memory, card, settings) for memory in memories]
 
 
 def _recipe(

@@ -1,7 +1,7 @@
 """FP8 weights with a scale for each block of values, as DeepSeek-V3 stores them: which scale belongs to which weight.
 
 `x.weight` is F8_E4M3 [N, K], and its values are multiplied by `x.weight_scale_inv` [ceil(N / 128), ceil(K / 128)].
-Stacked experts have both with a leading E. Every other kind of quantised checkpoint is refused here, by its name.
+Stacked experts have both with a leading E.
 """
 
 from __future__ import annotations
@@ -11,23 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from store.errors import CheckpointError, UnsupportedFamily
+from store.quantisation import FP8_BLOCKS, USE_WIDE, settings_of, way_of
 from store.shard import TensorSpan
 
 FP8 = "F8_E4M3"
+EXPONENTS = "F8_E8M0"  # no weights: four-bit ones' scales (store/four_bits.py)
 SCALE_DTYPES = frozenset({"F32", "BF16"})
 SUFFIX = "_scale_inv"
 BLOCK = (128, 128)
 STRIP = 32  # rows that are turned into the serving dtype at a time
-USE_WIDE = "Use the model's bfloat16 version, or one with FP8 weights in blocks (quant_method fp8)."
-
-REASONS: Mapping[str, str] = {
-    "mxfp4": "it packs two four-bit floats into a byte, with a shared exponent for every 32",
-    "gptq": "it packs integers of a few bits along the input axis, with zero points and an order of the groups",
-    "awq": "it packs four-bit integers in an interleaved order, with zero points for each group",
-    "bitsandbytes": "its weights are quantised anew when they are loaded, from tables that its own kernels read",
-    "compressed-tensors": "it is a family of formats, each with its own packing and scales",
-    "fbgemm_fp8": "it has a scale for each output row, and bounds for the inputs",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +47,12 @@ def scale_name(name: str) -> str:
 def read_block_scales(config: Mapping[str, Any], tensors: Mapping[str, TensorSpan]) -> BlockScales | None:
     """None for a checkpoint without FP8 weights.
 
-    Raises UnsupportedFamily for other quantised forms, CheckpointError for scales that are missing, too many, or of
+    Raises UnsupportedFamily for other eight-bit forms, CheckpointError for scales that are missing, too many, or of
     another shape than their weights ask for.
     """
     block = _block(config)
-    weights = [span for span in tensors.values() if span.dtype.startswith("F8_") and not is_scale(span.name)]
+    eight_bits = [span for span in tensors.values() if span.dtype.startswith("F8_") and span.dtype != EXPONENTS]
+    weights = [span for span in eight_bits if not is_scale(span.name)]
     if block is None and weights:
         raise UnsupportedFamily(
             f"{weights[0].name} is stored as {weights[0].dtype}, but config.json has no quantization_config that says "
@@ -101,19 +94,10 @@ def _scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, .
 
 
 def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block of a config that says FP8, None of one that says nothing."""
-    inner = config.get("text_config")
-    settings = config.get("quantization_config") or (
-        inner.get("quantization_config") if isinstance(inner, Mapping) else None
-    )
-    if not settings:
+    """The block of a config that says FP8, None of one that does not."""
+    if way_of(config) != FP8_BLOCKS:
         return None
-    method = str(settings.get("quant_method", "unnamed"))
-    if method != "fp8":
-        reason = REASONS.get(method, "moepager does not know its packing")
-        raise UnsupportedFamily(
-            f"This checkpoint is quantised by {method}, which can't be served: {reason}. {USE_WIDE}"
-        )
+    settings = settings_of(config)
     block = settings.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         raise UnsupportedFamily(

@@ -12,6 +12,7 @@ from store.block_scales import BlockScales, is_scale, read_block_scales
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, MismatchError, UnsupportedFamily
 from store.expert_names import Place, find_routers, place
+from store.four_bits import FourBits, read_four_bits
 from store.records import ExpertKey, Selection
 from store.shard import TensorSpan
 
@@ -74,6 +75,7 @@ class ExpertMap:
     scales: BlockScales | None = (
         None  # of FP8 weights; an expert's are parts of it, a dense weight's are not in `dense`
     )
+    four_bits: FourBits | None = None  # of MXFP4 weights; the same of their scales
 
     @classmethod
     def build(cls, checkpoint: CheckpointMap) -> ExpertMap:
@@ -86,6 +88,7 @@ class ExpertMap:
                 "moepager serves Mixture-of-Experts models; run a dense model with plain transformers."
             )
         scales = read_block_scales(checkpoint.config, checkpoint.tensors)
+        four_bits = read_four_bits(checkpoint.config, checkpoint.tensors)
         surplus = _surplus(checkpoint.tensors, _only_stack(placed), _setting(checkpoint.config, ("num_hidden_layers",)))
         kept = [span for name, span in checkpoint.tensors.items() if name not in surplus]
         count = _setting(checkpoint.config, COUNTS)
@@ -93,7 +96,8 @@ class ExpertMap:
         layers = [_Layer.gather(group, count) for group in members]
         _check_alike(layers)
         _check_routers(layers, kept)
-        taken = {span.name for layer in layers for _, span in layer.members} | (scales.names if scales else frozenset())
+        taken = {span.name for layer in layers for _, span in layer.members}
+        taken |= {name for kind in (scales, four_bits) if kind for name in kind.names}
         return cls(
             layers=tuple(layer.number for layer in layers),
             modules=tuple(layer.owner for layer in layers),
@@ -103,6 +107,7 @@ class ExpertMap:
             surplus=tuple(sorted(surplus)),
             spans=tuple(layer.spans(ordinal) for ordinal, layer in enumerate(layers)),
             scales=scales,
+            four_bits=four_bits,
         )
 
     def span(self, key: ExpertKey) -> ExpertSpan:

@@ -34,6 +34,15 @@ def test_every_pack_serves_as_many_bytes_and_is_made_once(model: Path, tmp_path:
     assert {folder.name: folder.stat().st_mtime_ns for folder in tmp_path.iterdir()} == made
 
 
+def test_a_copy_in_four_bits_serves_as_many_experts_in_fewer_bytes(model: Path, tmp_path: Path) -> None:
+    rows, _ = bench_strip_speed(Terms(model, (1,), tokens=2, rounds=1, quantised=(1,)), tmp_path)
+    assert [(row.strips, row.bits, row.layout) for row in rows] == [
+        (1, bits, at) for bits in (16, 4) for at in (WHOLE, SPREAD)
+    ]
+    assert rows[2].bytes < rows[0].bytes * 0.2  # of float32
+    assert {folder.name for folder in tmp_path.iterdir()} == {f"{model.name}-1-four-bits"}
+
+
 def test_the_two_selections_share_nothing_and_serve_one_token(model: Path, tmp_path: Path) -> None:
     bench_strip_speed(Terms(model, (1, 4), tokens=2, rounds=1), tmp_path)
     whole, split = ModelCard.read(model), ModelCard.read(tmp_path / f"{model.name}-4")

@@ -13,7 +13,7 @@ from profiler.progress import ignore
 from store.database import open_store
 from store.errors import InvalidInput
 
-LEAST = Wish((1, 4), (0.125, 0.03125), ("music",), 2, ("gate_answers",), ("uniform",))
+LEAST = Wish((1, 4), (0.125, 0.03125), ("music",), 2, ("gate_answers",), ("uniform",), (1,))
 
 
 @pytest.mark.slow
@@ -22,10 +22,13 @@ def test_sizes_below_one_tokens_experts_have_rows_of_strips_alone_and_nothing_is
 ) -> None:
     monkeypatch.setattr(strips, "ITEMS", 4)
     rows = bench_strips(LEAST, ignore, tmp_path)
-    assert [(row.strips, row.keep) for row in rows if row.way == AUTOMATIC] == [(1, 0.125), (4, 0.125), (4, 0.03125)]
+    assert [(row.strips, row.bits, row.keep) for row in rows if row.way == AUTOMATIC] == [
+        (1, 16, 0.125), (4, 16, 0.125), (4, 16, 0.03125), (1, 4, 0.125), (1, 4, 0.03125)
+    ]  # fmt: skip
     assert {row.chosen for row in rows} == {"gate_answers, uniform", "camera, global"}
     assert all(row.items == 2 and row.nll > 0 and row.whole > 0 for row in rows)
-    assert rows[0].bytes == rows[2].bytes == 4 * rows[-1].bytes
+    assert rows[0].bytes == rows[2].bytes == 4 * rows[4].bytes
+    assert 0.97 < rows[6].bytes / rows[0].bytes < 1.03
     kept = {file: file.read_bytes() for file in tmp_path.glob("*/*") if file.suffix in {".jsonl", ".safetensors"}}
     assert len(kept) > 3
     assert bench_strips(LEAST, ignore, tmp_path) == rows
@@ -34,7 +37,7 @@ def test_sizes_below_one_tokens_experts_have_rows_of_strips_alone_and_nothing_is
 
 @pytest.mark.slow
 def test_what_serves_was_chosen_by_evaluation_items_alone(tmp_path: Path) -> None:
-    wish = Wish((1,), (0.125,), ("music",), 2, SCORERS, ALLOCATORS)
+    wish = Wish((1,), (0.125,), ("music",), 2, SCORERS, ALLOCATORS, ())
     [row, _] = bench_strips(wish, ignore, tmp_path)
     with open_store(f"sqlite:///{tmp_path / f'profiles-{wish.digest}.db'}") as store:
         [profile] = store.profiles.list()
@@ -49,13 +52,15 @@ def test_a_task_or_a_number_of_strips_that_cannot_be_is_refused_before_anything_
         Wish(tasks=("nosuch",))
     with pytest.raises(InvalidInput, match=r"8: 2, 3, 4, 6, 12\. Got 5"):
         Wish(strips=(1, 5))
+    with pytest.raises(InvalidInput, match="4 strips of an expert's 96 channels have 24 each"):
+        Wish(quantised=(4,))
     with pytest.raises(InvalidInput, match="share of experts"):
         Wish(keeps=(1.5,))
 
 
 def test_means_have_the_worst_task_whole_experts_first_and_the_largest_size_first() -> None:
     def row(count: int, keep: float, task: str, accuracy: float) -> StripRow:
-        return StripRow(count, keep, AUTOMATIC, task, "peu, coverage", 4, accuracy, 0.9, 0.5, 1.0, 8)
+        return StripRow(count, 16, keep, AUTOMATIC, task, "peu, coverage", 4, accuracy, 0.9, 0.5, 1.0, 8)
 
     rows = [row(4, 0.1, "a", 0.4), row(4, 0.1, "b", 0.8), row(4, 0.2, "a", 0.7), row(1, 0.1, "a", 0.3)]
     found = [(one.strips, one.keep, one.accuracy, one.worst, one.worst_task) for one in strip_means(rows)]

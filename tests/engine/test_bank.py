@@ -51,7 +51,7 @@ def test_every_expert_lands_as_transformers_would_have_it(
     with engine.lease(Selection.whole(engine.card.layers, engine.card.experts)):
         for layer, row in enumerate(engine.bank.residency.table):
             for expert, slot in enumerate(row):
-                for parameter, view in zip(engine.bank.layout.parameters, engine.bank.views[slot], strict=True):
+                for parameter, view in zip(engine.bank.layout.parameters, engine.bank.weights(slot), strict=True):
                     plain = getattr(wanted[layer], parameter.name)[expert]
                     assert torch.equal(view, plain.to(view.dtype)), (layer, expert)
 
@@ -76,7 +76,7 @@ def test_what_is_served_from_the_bank_is_what_is_in_the_file(checkpoint: Checkpo
     tensors = load_file(folder / "model.safetensors")
     key = ExpertKey(2, 5)
     with engine.lease(Selection.of([[0, 1], [0, 1], [3, 5]])):
-        gate_up, down = engine.bank.views[engine.bank.residency.slot(key)]
+        gate_up, down = engine.bank.weights(engine.bank.residency.slot(key))
     prefix = "model.layers.2.block_sparse_moe.experts.5"
     assert torch.equal(gate_up[:16], tensors[f"{prefix}.w1.weight"])
     assert torch.equal(gate_up[16:], tensors[f"{prefix}.w3.weight"])

@@ -8,8 +8,15 @@ import pytest
 from engine.blueprint import write_blueprint
 from engine.card import ModelCard
 from engine.tiny import FAMILIES, write_tiny
+from engine.tiny_mxfp4 import write_mxfp4
 from store.checkpoint import CheckpointMap
 from store.errors import InvalidInput, UnsupportedFamily
+
+FIELDS = {
+    "gpt_oss": {"hidden_size": 64, "intermediate_size": 32},
+    "qwen2_moe": {"hidden_size": 64, "moe_intermediate_size": 32},
+    "granitemoe": {"hidden_size": 64, "intermediate_size": 32},
+}
 
 
 def shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -22,6 +29,19 @@ def test_a_blueprint_has_the_tensors_of_the_checkpoint(family: str, tmp_path: Pa
     drawn = write_blueprint(real / "config.json", tmp_path / "drawn")
     assert shapes(drawn) == shapes(real)
     assert ModelCard.read(drawn).geometry == ModelCard.read(real).geometry
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe", "granitemoe"])
+def test_a_blueprint_in_four_bits_has_the_tensors_of_a_quantised_copy(family: str, tmp_path: Path) -> None:
+    """Asked for, or because the config says so."""
+    real = write_tiny(family, tmp_path / "real", dtype="bfloat16", **FIELDS[family])
+    plain = real / "config.json"
+    asked = write_blueprint(plain, tmp_path / "asked", mxfp4=True)
+    write_mxfp4(real)
+    said = write_blueprint(plain, tmp_path / "said")
+    assert shapes(asked) == shapes(said) == shapes(real)
+    assert {dtype for dtype, _ in shapes(real).values()} == {"BF16", "U8"}
+    assert ModelCard.read(asked).geometry == ModelCard.read(said).geometry == ModelCard.read(real).geometry
 
 
 def test_a_blueprint_of_a_large_model_takes_no_disk(tmp_path: Path) -> None:

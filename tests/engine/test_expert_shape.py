@@ -55,7 +55,7 @@ def test_a_familys_gate_is_found_by_trying_it(
 ) -> None:
     engine = open_engine(checkpoint(family), kernel="own")
     shapes = [paged.compiled.shape for paged in engine.passes._experts]  # type: ignore[union-attr]
-    assert {(shape.gate, shape.across, shape.usual) for shape in shapes} == {(gate, across, gate.activation != CLAMPED)}
+    assert {(shape.gate, shape.across, shape.packed) for shape in shapes} == {(gate, across, False)}
 
 
 def module(gate: Callable[[Tensor], Tensor], **attributes: float) -> Any:

@@ -162,7 +162,7 @@ def test_a_lease_that_is_given_up_frees_its_buffers_while_the_disk_still_holds_i
         alone = make(5)
         with alone.lease(OTHERS):
             for key in OTHERS:
-                pairs = zip(*(b.views[b.residency.slot(key)] for b in (bank, alone)), strict=True)
+                pairs = zip(*(b.weights(b.residency.slot(key)) for b in (bank, alone)), strict=True)
                 assert all(torch.equal(*pair) for pair in pairs), key
     assert bank.paged.experts == 6
 

@@ -62,7 +62,7 @@ def _truth(dtype: str, kind: str = "plain") -> dict[ExpertKey, tuple[torch.Tenso
         bank = Bank(layout, experts, LAYERS * EXPERTS, torch.device("cpu"), reader)
         with bank.lease(Selection.whole(LAYERS, EXPERTS)):
             keys = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
-            return {key: tuple(view.clone() for view in bank.views[bank.residency.slot(key)]) for key in keys}
+            return {key: tuple(view.clone() for view in bank.weights(bank.residency.slot(key))) for key in keys}
 
 
 class Disk:
@@ -201,7 +201,7 @@ class SwapMachine(RuleBasedStateMachine):
         assert sorted(seen) == sorted(experts)
 
     def _is_true(self, key: ExpertKey, slot: int) -> None:
-        assert all(torch.equal(*pair) for pair in zip(self.bank.views[slot], self.truth[key], strict=True)), key
+        assert all(torch.equal(*pair) for pair in zip(self.bank.weights(slot), self.truth[key], strict=True)), key
 
     def _held(self) -> set[ExpertKey]:
         return {key for selection, _, _ in self.leases for key in selection}
@@ -313,6 +313,6 @@ def test_bytes_that_come_back_after_their_lease_was_given_up_spoil_no_slot(monke
                 time.sleep(0.001)
             reader.close()  # its threads have done all they ever will
             for key in OTHER:
-                held = zip(bank.views[bank.residency.slot(key)], _truth("float32")[key], strict=True)
+                held = zip(bank.weights(bank.residency.slot(key)), _truth("float32")[key], strict=True)
                 assert all(torch.equal(*pair) for pair in held), key
         assert bank.residency.leased == 0

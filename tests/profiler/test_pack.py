@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.tiny import FAMILIES, write_tiny
-from profiler import pack
+from profiler import pack, pack_folder
 from profiler.pack import write_pack
 from profiler.pack_recipes import FewerChannels
 from store.errors import BudgetError, CheckpointError, Conflict, InvalidInput, ShardChanged, UnsupportedFamily
@@ -142,7 +142,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_of_a_failure(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patched:
-            patched.setattr(pack.os, "fsync", full)
+            patched.setattr(pack_folder.os, "fsync", full)
             with pytest.raises(BudgetError, match="No space left"):
                 write_pack(engine, recipe, tmp_path / "pack", _nothing)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
@@ -161,14 +161,14 @@ def test_a_model_that_changes_while_it_is_packed_leaves_no_pack(
 ) -> None:
     file = write_tiny("qwen2_moe", tmp_path / "model") / "model.safetensors"
     os.utime(file, ns=(0, 5 * 10**9))  # long ago: every write from now on has another time
-    real = pack._dense
+    real = pack.dense_tensors
 
     def overwritten(*args: Any) -> Any:
         weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
         return real(*args)
 
-    monkeypatch.setattr(pack, "_dense", overwritten)
+    monkeypatch.setattr(pack, "dense_tensors", overwritten)
     with (
         Engine.open(EngineConfig(file.parent, max_context=64)) as engine,
         pytest.raises(ShardChanged, match="its time of writing was 1970"),

@@ -134,7 +134,7 @@ def test_the_command_writes_a_pack_and_prints_its_card(shape: dict[str, float], 
     }  # fmt: skip
     paths = {"out", "calibration", "eval", "model"}
     given = [f"--{name}={tmp_path / str(value) if name in paths else value}" for name, value in options.items()]
-    done = CliRunner().invoke(app, [*given, "--json"], catch_exceptions=False)
+    done = CliRunner().invoke(app, ["pack", *given, "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     card = json.loads(done.stdout.splitlines()[-1])
     assert card == json.loads((tmp_path / "out" / "pack.json").read_text())

@@ -19,9 +19,10 @@ PUBLISHED = {  # billions of parameters, as the models' cards state them
     "Phi-3.5-MoE": 41.9,
     "Qwen1.5-MoE-A2.7B": 14.3,
     "Qwen3-30B-A3B": 30.5,
-    "gpt-oss-20b-bf16": 20.9,
+    "gpt-oss-20b": 20.9,
 }
-OPTIONS = ["--max-context", "4096", "--max-batch", "4", "--device", "cuda"]
+QUANTISED = ", MXFP4"
+OPTIONS = ["--mxfp4", "--max-context", "4096", "--max-batch", "4", "--device", "cuda"]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,20 @@ def printed() -> str:
 
 def test_every_config_has_the_published_number_of_parameters(printed: str) -> None:
     rows = json.loads(printed.splitlines()[-1])["rows"]
-    found = {row["model"]: row["weight_bytes"] / 2e9 for row in rows}
+    found = {row["model"]: row["weight_bytes"] / 2e9 for row in rows if not row["model"].endswith(QUANTISED)}
     assert found == pytest.approx(PUBLISHED, rel=0.005)
+
+
+def test_a_copy_in_four_bits_has_the_published_size_and_more_of_it_fits(printed: str) -> None:
+    rows = {(row["model"], row["memory"]): row for row in json.loads(printed.splitlines()[-1])["rows"]}
+    for (model, memory), row in rows.items():
+        if not model.endswith(QUANTISED):
+            copy = rows[model + QUANTISED, memory]
+            assert 0.26 < copy["weight_bytes"] / row["weight_bytes"] < 0.4
+            assert copy["floor_bytes"] < row["floor_bytes"]
+            assert (copy["slots_per_layer"] or 0) >= (row["slots_per_layer"] or 0)
+    [size] = {row["weight_bytes"] for (model, _), row in rows.items() if model == "gpt-oss-20b" + QUANTISED}
+    assert size == pytest.approx(13.76e9, rel=0.005)  # of the shards that it is published in
 
 
 def test_the_table_in_the_docs_is_what_the_command_prints(printed: str) -> None:
@@ -46,7 +59,7 @@ def test_the_table_in_the_docs_is_what_the_command_prints(printed: str) -> None:
 
 def test_more_memory_never_holds_fewer_experts(printed: str) -> None:
     rows = json.loads(printed.splitlines()[-1])["rows"]
-    for model in PUBLISHED:
+    for model in {row["model"] for row in rows}:
         held = [row["slots_per_layer"] or 0 for row in rows if row["model"] == model]
         assert len(held) == 3
         assert held == sorted(held)

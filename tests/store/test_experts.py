@@ -166,7 +166,10 @@ def test_blocks_of_four_bit_weights_are_cut_too(write_model: WriteModel) -> None
     blocks = RNG.integers(0, 255, (4, 2 * I, 3, 16)).astype(np.uint8)  # MXFP4, as gpt-oss ships it
     scales = RNG.integers(0, 255, (4, 2 * I, 3)).astype(np.uint8)
     mlp = "model.layers.0.mlp.experts"
-    experts = mapped(write_model, {f"{mlp}.gate_up_proj_blocks": blocks, f"{mlp}.gate_up_proj_scales": scales})
+    tensors = {f"{mlp}.gate_up_proj_blocks": blocks, f"{mlp}.gate_up_proj_scales": scales}
+    experts = mapped(write_model, tensors, {"quantization_config": {"quant_method": "mxfp4"}})
+    assert experts.four_bits is not None
+    assert experts.four_bits.names == {f"{mlp}.gate_up_proj_scales"}
     assert [read(part) for part in experts.span(ExpertKey(0, 1)).parts] == [blocks[1].tobytes(), scales[1].tobytes()]
 
 

@@ -1,0 +1,104 @@
+"""Weights in four bits become the serving dtype, exactly: for whoever multiplies them otherwise than engine.products.
+
+N rows, K columns, 32 neighbours of a row sharing a power of two (store/four_bits.py). Source: OCP Microscaling Formats
+(MX) Specification 1.0, sections 5.3.3 and 5.4.1.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from engine.products import DTYPES, Products, instruction_sets
+from store.errors import InvalidInput
+from store.four_bits import GROUP
+
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; the fourth bit is the sign
+BIAS = 127
+NO_NUMBER = 255  # in place of an exponent
+LARGEST_POWER = 2  # of two, in 6.0
+POWERS = (2 - BIAS, 251 - BIAS)  # of scales that are chosen here: what they multiply stays far from both ends
+LESS = 1 - 2**-24  # a float32 times this is the one before it
+# Up to where a magnitude belongs to each code; one in the middle goes to the even code.
+BOUNDS = (0.25, 0.75 * LESS, 1.25, 1.75 * LESS, 2.5, 3.5 * LESS, 5.0)
+
+
+class Unpacked:
+    """Memory for the matrices of one expert, made at first use and used again by the next."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+
+    def matrix(self, number: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The same memory for the same `number`."""
+        held = self._held.get(number)
+        if held is None:
+            held = self._held[number] = torch.empty(shape, dtype=dtype, device=device)
+        return held
+
+
+def unpack(blocks: Tensor, scales: Tensor, target: Tensor) -> None:
+    """`blocks` u8 [N, K / 2] x `scales` u8 [N, K / 32] -> `target` [N, K], in one piece each."""
+    if target.is_cpu and target.dtype in DTYPES and (own := _own()) is not None:
+        own.unpack(blocks, scales, target)
+    else:
+        unpack_plainly(blocks, scales, target)
+
+
+def unpack_plainly(blocks: Tensor, scales: Tensor, target: Tensor) -> None:
+    """The same in torch's operations, on any device."""
+    rows, columns = target.shape
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).int().view(rows, columns // GROUP, GROUP)
+    powers = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - BIAS)  # f32 [N, K / 32]
+    powers = powers.masked_fill(scales == NO_NUMBER, torch.nan)
+    values = _values(blocks.device)[codes] * powers.unsqueeze(-1)  # [N, K / 32, 32]
+    target.copy_(values.view(rows, columns))
+
+
+@cache
+def _own() -> Products | None:
+    names = instruction_sets()
+    return Products(next(iter(names))) if names else None
+
+
+@cache
+def _values(device: torch.device) -> Tensor:
+    """What each code stands for, f32 [16]."""
+    return torch.tensor([*VALUES, *(-value for value in VALUES)], device=device)
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` [..., N, K] -> blocks u8 [..., N, K / 2] and scales u8 [..., N, K / 32], to the nearest, ties to even.
+
+    Of each group's two powers of two that may be best, the largest number's own and the next, at which it is not cut
+    off, the one with the smaller sum of squared errors. Raises InvalidInput for K that is no multiple of 32.
+    """
+    require_groups(weight.shape[-1])
+    groups = weight.float().contiguous().view(*weight.shape[:-1], -1, GROUP)  # [..., N, K / 32, 32]
+    own = groups.abs().amax(-1).log2().floor() - LARGEST_POWER  # [..., N, K / 32]; of zeros alone -inf
+    tries = [_rounded(groups, (own + more).clamp(*POWERS)) for more in (0, 1)]
+    better = tries[1][2] < tries[0][2]  # [..., N, K / 32]
+    codes = tries[1][0].where(better.unsqueeze(-1), tries[0][0]).flatten(-2)  # [..., N, K]
+    powers = tries[1][1].where(better, tries[0][1])
+    return codes[..., 0::2] | codes[..., 1::2] << 4, (powers + BIAS).to(torch.uint8)
+
+
+def require_groups(columns: int) -> None:
+    """Raises InvalidInput for a row of so many weights that is no whole number of groups."""
+    if columns % GROUP:
+        raise InvalidInput(
+            f"A row of {columns} weights is no whole number of groups of {GROUP}, which share an exponent in MXFP4. "
+            "Leave this model in its own type.",
+            param="format",
+        )
+
+
+def _rounded(groups: Tensor, power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes u8 [..., 32] at a `power` of two each group, that power, and the sum of squared errors."""
+    scaled = torch.ldexp(groups, -power.unsqueeze(-1).int())
+    magnitude = torch.bucketize(scaled.abs(), torch.tensor(BOUNDS, device=groups.device))
+    found = torch.tensor(VALUES, device=groups.device)[magnitude]
+    error = torch.ldexp((found - scaled.abs()).square().sum(-1), 2 * power.int())
+    return magnitude.to(torch.uint8) | scaled.signbit().to(torch.uint8) << 3, power, error
