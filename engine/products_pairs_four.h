@@ -33,6 +33,13 @@ static INLINE __m512 powers_of(int exponents)
     return _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(exponents), places), 1));
 }
 
+static INLINE int four_of(const uint8_t *exponents, long some)
+{
+    int four = 0;
+    memcpy(&four, exponents, some == 4 ? 4 : some);
+    return four;
+}
+
 /* `lines` rows of weights from `w` and `exponents` on times `rows` rows of x, laid out by `in_fours` -> y[line * rows + row]. */
 static INLINE void dots_four(const struct matrix *m, long n, const int lines, const uint16_t *const *x, const int rows,
                              float *y)
@@ -43,39 +50,61 @@ static INLINE void dots_four(const struct matrix *m, long n, const int lines, co
     const __m256i table = _mm256_loadu_si256((const __m256i *)FOURS);
     const __m512i values = _mm512_inserti64x4(_mm512_castsi256_si512(table), table, 1);
 #define BEGIN(i) __m512 sum##i = _mm512_setzero_ps();
+#define EMPTY(i) __m512 part##i = _mm512_setzero_ps();
+#define READ(line)                                                                                                     \
+    const __m512i codes##line = line < lines ? _mm512_maskz_loadu_epi8(bytes, w + line * step + span * SPAN / 2)        \
+                                             : _mm512_setzero_si512();
+#define UNPACK(line) /* the fifth bit finds the same again */                                                          \
+    const __m512i weights##line = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes##line, shift), values);
+#define OF(name, at)                                                                                                   \
+    ((at) == 0   ? name##0                                                                                             \
+     : (at) == 1 ? name##1                                                                                             \
+     : (at) == 2 ? name##2                                                                                             \
+     : (at) == 3 ? name##3                                                                                             \
+     : (at) == 4 ? name##4                                                                                             \
+     : (at) == 5 ? name##5                                                                                             \
+     : (at) == 6 ? name##6                                                                                             \
+                 : name##7)
 #define ADD(i)                                                                                                         \
-    if (i / rows == line && i < lines * rows) {                                                                        \
-        const uint16_t *here = x[i % rows] + span * SPAN;                                                              \
-        __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)first, (__m512bh)_mm512_loadu_si512(here));       \
-        part = _mm512_dpbf16_ps(part, (__m512bh)second, (__m512bh)_mm512_loadu_si512(here + PAIRED));                  \
-        part = _mm512_dpbf16_ps(part, (__m512bh)third, (__m512bh)_mm512_loadu_si512(here + 2 * PAIRED));               \
-        part = _mm512_dpbf16_ps(part, (__m512bh)fourth, (__m512bh)_mm512_loadu_si512(here + 3 * PAIRED));              \
-        sum##i = _mm512_fmadd_ps(part, powers, sum##i);                                                                \
-    }
+    if (i < lines * rows)                                                                                              \
+        part##i = _mm512_dpbf16_ps(part##i, (__m512bh)OF(weights, i / rows), (__m512bh)OF(inputs, i % rows));
+#define INPUT(row) const __m512i inputs##row = row < rows ? _mm512_loadu_si512(x[row % rows] + at) : _mm512_setzero_si512();
+#define POWERS(line) const __m512 powers##line = powers_of(line < lines ? four_of(exponents + line * groups + span * 4, some) : 0);
+#define SCALE(i)                                                                                                       \
+    if (i < lines * rows)                                                                                              \
+        sum##i = _mm512_fmadd_ps(part##i, OF(powers, i / rows), sum##i);
     OF_EIGHT(BEGIN)
     const long whole = m->columns / SPAN, left = groups % 4;
     for (long span = 0; span < whole + (left > 0); span++) {
-        const __mmask64 bytes = span < whole ? ~0ull : (1ull << left * GROUP / 2) - 1;
-#pragma GCC unroll 8
-        for (int line = 0; line < lines; line++) {
-            int four = 0;
-            memcpy(&four, exponents + line * groups + span * 4, span < whole ? 4 : left);
-            const __m512 powers = powers_of(four);
-            __builtin_prefetch(w + line * step + span * SPAN / 2 + AHEAD, 0, 1);
-            const __m512i codes = _mm512_maskz_loadu_epi8(bytes, w + line * step + span * SPAN / 2);
-            const __m512i first = _mm512_permutexvar_epi16(codes, values); /* the fifth bit finds the same again */
-            const __m512i second = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), values);
-            const __m512i third = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), values);
-            const __m512i fourth = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), values);
+        const long some = span < whole ? 4 : left;
+        const __mmask64 bytes = some == 4 ? ~0ull : (1ull << some * GROUP / 2) - 1;
+        OF_EIGHT(EMPTY)
+        OF_EIGHT(READ)
+#pragma GCC unroll 4
+        for (int shift = 0; shift < 16; shift += 4) { /* an input is read once for all lines */
+            const long at = span * SPAN + shift / 4 * PAIRED;
+            OF_EIGHT(UNPACK)
+            OF_EIGHT(INPUT)
             OF_EIGHT(ADD)
         }
+        for (int line = 0; line < lines; line++)
+            __builtin_prefetch(w + line * step + span * SPAN / 2 + AHEAD, 0, 1);
+        OF_EIGHT(POWERS)
+        OF_EIGHT(SCALE)
     }
     if (lines * rows == 1)
         *y = sum_v4((floats_v4)sum0);
     else
         sum_eight(sum0, sum1, sum2, sum3, sum4, sum5, sum6, sum7, y);
 #undef BEGIN
+#undef EMPTY
+#undef READ
+#undef UNPACK
+#undef OF
 #undef ADD
+#undef INPUT
+#undef POWERS
+#undef SCALE
 }
 
 typedef void (*dots_four_t)(const struct matrix *, long, const uint16_t *const *, float *);
