@@ -7,6 +7,7 @@ N rows, K columns, 32 neighbours of a row sharing a power of two (store/four_bit
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,7 @@ BIAS = 127
 NO_NUMBER = 255  # in place of an exponent
 LARGEST_POWER = 2  # of two, in 6.0
 POWERS = (2 - BIAS, 251 - BIAS)  # of scales that are chosen here: what they multiply stays far from both ends
-LESS = 1 - 2**-24  # a float32 times this is the one before it
-# Up to where a magnitude belongs to each code; one in the middle goes to the even code.
-BOUNDS = (0.25, 0.75 * LESS, 1.25, 1.75 * LESS, 2.5, 3.5 * LESS, 5.0)
+EXPONENT = 0x7F800000  # the bits of a float32 that are its exponent
 
 
 class Unpacked:
@@ -64,6 +63,15 @@ def _own() -> Products | None:
 
 
 @cache
+def _codes(device: torch.device) -> Tensor:
+    """The code of each magnitude by twice that, u8 [13]."""
+    table = torch.zeros(int(2 * VALUES[-1]) + 1, dtype=torch.uint8)
+    for code, value in enumerate(VALUES):
+        table[int(2 * value)] = code
+    return table.to(device)
+
+
+@cache
 def _values(device: torch.device) -> Tensor:
     """What each code stands for, f32 [16]."""
     return torch.tensor([*VALUES, *(-value for value in VALUES)], device=device)
@@ -77,12 +85,33 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     require_groups(weight.shape[-1])
     groups = weight.float().contiguous().view(*weight.shape[:-1], -1, GROUP)  # [..., N, K / 32, 32]
-    own = groups.abs().amax(-1).log2().floor() - LARGEST_POWER  # [..., N, K / 32]; of zeros alone -inf
-    tries = [_rounded(groups, (own + more).clamp(*POWERS)) for more in (0, 1)]
-    better = tries[1][2] < tries[0][2]  # [..., N, K / 32]
-    codes = tries[1][0].where(better.unsqueeze(-1), tries[0][0]).flatten(-2)  # [..., N, K]
-    powers = tries[1][1].where(better, tries[0][1])
-    return codes[..., 0::2] | codes[..., 1::2] << 4, (powers + BIAS).to(torch.uint8)
+    size = groups.abs()
+    own = size.amax(-1).log2().floor() - LARGEST_POWER  # [..., N, K / 32]; of zeros alone -inf
+    tries = [_rounded(size, (own + more).clamp(*POWERS)) for more in (0, 1)]
+    better = tries[1].error < tries[0].error  # [..., N, K / 32]
+    found = torch.where(better.unsqueeze(-1), tries[1].found, tries[0].found)  # [..., 32]
+    codes = _codes(groups.device)[found.mul_(2).to(torch.uint8).int()].flatten(-2)  # [..., N, K]
+    codes |= groups.signbit().to(torch.uint8).flatten(-2) << 3
+    power = tries[1].power.where(better, tries[0].power)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, (power + BIAS).to(torch.uint8)
+
+
+class _Rounded(NamedTuple):
+    """Magnitudes [..., 32] in units of 2 to the `power` of their group, and the sum of squared errors, [...] each."""
+
+    found: Tensor
+    power: Tensor
+    error: Tensor
+
+
+def _rounded(size: Tensor, power: Tensor) -> _Rounded:
+    """`size` [..., 32], none of them negative. Numbers below 2 are 0.5 apart, below 4 they are 1, above that 2."""
+    scaled = size * torch.ldexp(torch.ones_like(power), -power.int()).unsqueeze(-1)
+    binade = (scaled.view(torch.int32) & EXPONENT).view(torch.float32)  # the power of two that is no larger
+    apart = binade.clamp_(1, 4).mul_(0.5)
+    found = (scaled / apart).round_().mul_(apart).clamp_(max=VALUES[-1])
+    error = torch.ldexp((found - scaled).square_().sum(-1), 2 * power.int())
+    return _Rounded(found, power, error)
 
 
 def require_groups(columns: int) -> None:
@@ -93,12 +122,3 @@ def require_groups(columns: int) -> None:
             "Leave this model in its own type.",
             param="format",
         )
-
-
-def _rounded(groups: Tensor, power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes u8 [..., 32] at a `power` of two each group, that power, and the sum of squared errors."""
-    scaled = torch.ldexp(groups, -power.unsqueeze(-1).int())
-    magnitude = torch.bucketize(scaled.abs(), torch.tensor(BOUNDS, device=groups.device))
-    found = torch.tensor(VALUES, device=groups.device)[magnitude]
-    error = torch.ldexp((found - scaled.abs()).square().sum(-1), 2 * power.int())
-    return magnitude.to(torch.uint8) | scaled.signbit().to(torch.uint8) << 3, power, error
