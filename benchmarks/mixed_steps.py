@@ -96,7 +96,7 @@ class Touched:
 
 @dataclass(frozen=True, slots=True)
 class StepWeights:
-    """Bytes of weights in the serving dtype: of one expert, and of everything dense that any step reads."""
+    """Bytes of weights as they are served: of one expert, and of everything dense that any step reads."""
 
     expert: int
     dense: int
@@ -105,4 +105,5 @@ class StepWeights:
     def of(cls, engine: Engine) -> StepWeights:
         geometry = engine.card.geometry
         item = ITEMSIZE[engine.plan.dtype]
-        return cls(sum(geometry.expert) * item, dense_bytes(engine.checkpoint) * item // ITEMSIZE[geometry.dtype])
+        expert = sum(geometry.expert) * item + sum(geometry.packed)
+        return cls(expert, dense_bytes(engine.checkpoint) * item // ITEMSIZE[geometry.dtype])

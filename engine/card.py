@@ -16,7 +16,7 @@ from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap, Part
 from store.fingerprint import Fingerprint
-from store.four_bits import BYTES, blocks_suffix, matrix_shape, scales_suffix
+from store.four_bits import BYTES, blocks_suffix, is_packed, matrix_shape
 from store.records import ExpertKey
 from store.shard import TensorSpan
 
@@ -133,8 +133,8 @@ def _layer_kinds(config: Mapping[str, Any]) -> set[str]:
 
 def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: ExpertMap) -> Geometry:
     every = [part for part in experts.span(ExpertKey(0, 0)).parts if not is_scale(part.projection)]
-    packed = [part for part in every if is_packed(part)]
-    parts = [part for part in every if not is_packed(part)]
+    packed = [part for part in every if is_packed(part.projection, part.dtype)]
+    parts = [part for part in every if not is_packed(part.projection, part.dtype)]
     matrices = [*parts, *(_unpacked(part) for part in packed if blocks_suffix(part.projection, part.dtype))]
     itemsize = {name: ITEMSIZE[dtype] for name, dtype in NAMES.items()} | {FP8: 1}
     dense = [_unpacked_span(checkpoint.tensors[name]) for name in experts.dense]
@@ -170,13 +170,8 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
 def _stored(experts: ExpertMap) -> str:
     """How every expert's values lie in the files; "mixed" where they differ, "" where the engine can't use them."""
     parts = [part for layer in experts.spans for part in layer[0].parts if not is_scale(part.projection)]
-    kinds = {part.dtype for part in parts if not is_packed(part)}
+    kinds = {part.dtype for part in parts if not is_packed(part.projection, part.dtype)}
     return "mixed" if len(kinds) > 1 else NAMES.get(kinds.pop(), "") if kinds else ""
-
-
-def is_packed(part: Part) -> bool:
-    """Whether a part of an expert is one of the two tensors of a matrix in four bits."""
-    return bool(blocks_suffix(part.projection, part.dtype) or scales_suffix(part.projection, part.dtype))
 
 
 def _unpacked(part: Part) -> Part:

@@ -26,7 +26,7 @@ from store.block_scales import FP8, is_scale, scale_name
 from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
 from store.experts import ExpertMap, ExpertSpan, Part
-from store.four_bits import BYTES, GROUP, blocks_suffix, matrix_shape, scales_suffix, weight_name
+from store.four_bits import BYTES, GROUP, blocks_suffix, is_packed, matrix_shape, scales_suffix, weight_name
 from store.records import ExpertKey
 
 ALIGN = 64  # a parameter starts on a cache line
@@ -228,7 +228,7 @@ def _sources(renaming: Renaming, checkpoint: CheckpointMap, experts: ExpertMap, 
     for part in experts.span(ExpertKey(layer, 0)).parts:
         if is_scale(part.projection):
             continue  # it comes with its weight
-        if part.dtype not in DTYPES or (part.dtype in BYTES and not _is_packed(part)):
+        if part.dtype not in DTYPES or (part.dtype in BYTES and not is_packed(part.projection, part.dtype)):
             raise UnsupportedFamily(
                 f"{experts.modules[layer]} stores {part.projection} as {part.dtype}; experts in "
                 f"{', '.join(sorted(DTYPES.keys() - BYTES))} and MXFP4 can be served."
@@ -292,10 +292,6 @@ def _packed_fields(name: str, shape: tuple[int, ...], offset: int, *, turned: bo
 
 def _aligned(offset: int) -> int:
     return -(-offset // ALIGN) * ALIGN
-
-
-def _is_packed(part: Part) -> bool:
-    return bool(blocks_suffix(part.projection, part.dtype) or scales_suffix(part.projection, part.dtype))
 
 
 def _landings(

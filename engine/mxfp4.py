@@ -19,6 +19,7 @@ from store.four_bits import GROUP
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; the fourth bit is the sign
 BIAS = 127
 NO_NUMBER = 255  # in place of an exponent
+STRIP = 1 << 18  # numbers that are unpacked together where that takes memory of its own
 LARGEST_POWER = 2  # of two, in 6.0
 POWERS = (2 - BIAS, 251 - BIAS)  # of scales that are chosen here: what they multiply stays far from both ends
 EXPONENT = 0x7F800000  # the bits of a float32 that are its exponent
@@ -47,13 +48,20 @@ def unpack(blocks: Tensor, scales: Tensor, target: Tensor) -> None:
 
 
 def unpack_plainly(blocks: Tensor, scales: Tensor, target: Tensor) -> None:
-    """The same in torch's operations, on any device."""
+    """The same in torch's operations, on any device, a few rows at a time: some twelve bytes a number of STRIP."""
     rows, columns = target.shape
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).int().view(rows, columns // GROUP, GROUP)
-    powers = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - BIAS)  # f32 [N, K / 32]
+    step = max(1, STRIP // columns)
+    for first in range(0, rows, step):
+        strip = slice(first, first + step)
+        _unpack_strip(blocks[strip], scales[strip], target[strip])
+
+
+def _unpack_strip(blocks: Tensor, scales: Tensor, target: Tensor) -> None:
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).int().view(*scales.shape, GROUP)  # [n, K / 32, 32]
+    powers = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - BIAS)  # f32 [n, K / 32]
     powers = powers.masked_fill(scales == NO_NUMBER, torch.nan)
-    values = _values(blocks.device)[codes] * powers.unsqueeze(-1)  # [N, K / 32, 32]
-    target.copy_(values.view(rows, columns))
+    values = _values(blocks.device)[codes] * powers.unsqueeze(-1)  # [n, K / 32, 32]
+    target.copy_(values.view(target.shape))
 
 
 @cache

@@ -43,6 +43,11 @@ def scales_suffix(name: str, dtype: str) -> str | None:
     return next((suffix for suffix in SUFFIXES.values() if name.endswith(suffix)), None) if dtype in BYTES else None
 
 
+def is_packed(name: str, dtype: str) -> bool:
+    """Whether a tensor, or an expert's part, is one of the two of a matrix in four bits."""
+    return bool(blocks_suffix(name, dtype) or scales_suffix(name, dtype))
+
+
 def weight_name(name: str, dtype: str) -> str:
     """What the matrix is called, of which `name` is one of the two tensors; any other name as it is."""
     return name.removesuffix(blocks_suffix(name, dtype) or scales_suffix(name, dtype) or "")
