@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, a file at a time: half of the time is spent waiting for processes that start or are killed.
+WORKERS ?= 2
 READY := $(VENV)/.ready
 # OpenMP threads that spin make two busy cores 20 times slower; see docs/performance.md.
 export OMP_WAIT_POLICY := PASSIVE
@@ -34,7 +36,7 @@ imports: setup
 	$(BIN)/lint-imports
 
 unit: setup
-	$(BIN)/pytest --durations=10
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --durations=10
 
 # Of the pins in constraints.txt, in an environment of its own: what audits is no dependency.
 audit:

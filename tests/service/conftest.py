@@ -253,9 +253,9 @@ def worker() -> ScriptedWorker:
 
 
 @pytest.fixture
-def scripted_app(parts: Parts, worker: ScriptedWorker) -> FastAPI:
-    """The application with its real parts, but for the worker. A request's time is short."""
-    settings = parts.settings.model_copy(update={"request_timeout": 1.0})
+def scripted_app(parts: Parts, worker: ScriptedWorker, request: pytest.FixtureRequest) -> FastAPI:
+    """The application with its real parts, but for the worker. A request's time is short, unless a test gives it."""
+    settings = parts.settings.model_copy(update={"request_timeout": getattr(request, "param", 1.0)})
     return create_app(lambda: nullcontext(replace(parts, worker=worker, settings=settings)))  # type: ignore[arg-type]
 
 

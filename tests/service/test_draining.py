@@ -111,6 +111,7 @@ def test_a_second_signal_ends_a_service_at_once(model_folder: Path, store_url: s
         assert asked.failure  # it was cut off
 
 
+@pytest.mark.parametrize("scripted_app", [60.0], indirect=True)
 def test_a_drained_service_finishes_its_answers_takes_no_new_ones_and_comes_back(
     scripted_app: Any, worker: Any, live: Callable[[Any], Any]
 ) -> None:
