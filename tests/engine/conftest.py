@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.products import Products, instruction_sets
 from engine.requests import Event, FinishedEvent, GenerationRequest, Sampling
 from engine.tiny import FAMILIES, write_tiny
 from store.records import Selection
@@ -49,6 +50,20 @@ def open_engine() -> Iterator[Open]:
         engine.bank.residency.check()
         assert engine.bank.residency.leased == 0
         engine.close()
+
+
+@pytest.fixture(params=list(instruction_sets()))
+def own(request: pytest.FixtureRequest) -> Products:
+    """For every set of instructions that this processor has."""
+    return Products(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many torch and our products take, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,18 +23,6 @@ pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the products wer
 
 OSS, HALVES = Gate(CLAMPED, True, 1.702, 7.0), Gate(CLAMPED, False, 1.702, 7.0)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(params=list(instruction_sets()))
-def own(request: pytest.FixtureRequest) -> Products:
-    return Products(request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,6 @@ def own(request: pytest.FixtureRequest) -> Iterator[Products]:
         yield Products(next(iter(instruction_sets())))
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def _close(ours: Tensor, truth: Tensor) -> None:
     assert ours.shape == truth.shape
     error = (ours.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,18 +20,6 @@ pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the products wer
 
 GATES = [Gate(0), Gate(1), Gate(CLAMPED, True, 1.702, 7.0), Gate(CLAMPED, False, 1.702, 7.0)]
 Views = list[list[Tensor]]
-
-
-@pytest.fixture(params=list(instruction_sets()))
-def own(request: pytest.FixtureRequest) -> Products:
-    return Products(request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 class Banks:

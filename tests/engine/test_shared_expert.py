@@ -16,11 +16,6 @@ pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the products wer
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest number
 
 
-@pytest.fixture(params=list(instruction_sets()))
-def own(request: pytest.FixtureRequest) -> Products:
-    return Products(request.param)
-
-
 class _Expert(nn.Module):
     def __init__(self, hidden: int, inner: int, bias: bool = False, act: nn.Module | None = None) -> None:
         super().__init__()
