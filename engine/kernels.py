@@ -83,6 +83,8 @@ class Kernels:
         if self.own is None or self.own.instruction_set not in WIDE or shape.across:
             return False
         tiles = shape.dtype == torch.bfloat16 and products.bfloat16_in_tiles()
+        if shape.packed and shape.dtype == torch.bfloat16 and self.own.instruction_set == PAIRS and not tiles:
+            return True  # for torch each expert is unpacked first: slower at any size, measured up to gpt-oss's
         return shape.weights <= (SMALL_BESIDE_TILES if tiles else SMALL[shape.dtype])
 
     def adopt(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,8 @@ def test_who_asks_for_them_where_they_can_not_be_is_told_why(monkeypatch: pytest
 
 
 def test_large_experts_of_many_tokens_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 those of olmoe-mini only where the processor multiplies it in tiles."""
+    """In bfloat16 those of olmoe-mini only where the processor multiplies it in tiles; in four bits none where it
+    multiplies bfloat16 itself."""
     kernels = Kernels.choose("own", torch.bfloat16, torch.device("cpu"))
     small, mini, huge = (
         ExpertShape((1, 1, hidden, inner, 0, 0, -1, 0, -1), torch.bfloat16, Gate(0))
@@ -306,6 +308,10 @@ def test_large_experts_of_many_tokens_go_to_torch(monkeypatch: pytest.MonkeyPatc
     assert [kernels.takes_many(shape) for shape in (small, mini, huge)] == [wide, wide, False]
     monkeypatch.setattr(products.compiled, "tiles", lambda: True)
     assert [kernels.takes_many(shape) for shape in (small, mini, huge)] == [wide, False, False]
+    four = replace(huge, scales=(64, 128))
+    for tiles in (False, True):
+        monkeypatch.setattr(products.compiled, "tiles", lambda there=tiles: there)
+        assert kernels.takes_many(four) == (not tiles and kernels.own.instruction_set == PAIRS)
     assert not Kernels(None, "torch").takes_many(small)
 
 
