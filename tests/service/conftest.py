@@ -168,8 +168,9 @@ def app(parts: Parts) -> FastAPI:
 
 
 @pytest.fixture(scope="session")
-def client(app: FastAPI) -> Iterator[TestClient]:
-    with TestClient(app) as opened:
+def client(parts: Parts) -> Iterator[TestClient]:
+    """Of an application of its own: `app` is served anew by many tests, and what it watches ends with each."""
+    with TestClient(create_app(lambda: nullcontext(parts))) as opened:
         while opened.get("/readyz").status_code == 503:
             pass
         yield opened
