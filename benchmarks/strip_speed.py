@@ -37,7 +37,7 @@ from store.errors import InvalidInput
 from store.records import F64, Selection
 
 WHOLE, SPREAD = "whole", "spread"
-WIDE, FOUR = 16, 4
+WIDE, FOUR = 16, 4  # bits of an expert's weight
 PROMPT = 16  # tokens
 ROWS = 8
 MOST = 1 / 3  # of the experts: spread strips are drawn from those that the other selection leaves

@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.quality_grid import Grid
 from benchmarks.quality_runs import Runs
+from benchmarks.strip_speed import FOUR, WIDE
 from demo.prepare import DTYPE, THREADS, corpus, pooled_corpus
 from engine.card import ModelCard
 from engine.config import EngineConfig
@@ -52,7 +53,6 @@ ALLOCATORS = ("coverage", "global")
 AUTOMATIC, ALONE = "automatic", ("camera", "global")  # the search's choice, and one way for all, chosen by nothing
 KEEPS = (0.25, 0.125, 0.0625, 0.03125)
 ROWS, CONTEXT = 50, 256
-WIDE, FOUR = 16, 4  # bits of an expert's weight
 ALL = "all"  # the name that the packs' text has, of all tasks together
 ITEMS = 96  # a task in it
 

@@ -16,7 +16,7 @@ from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap, Part
 from store.fingerprint import Fingerprint
-from store.four_bits import BYTES, blocks_suffix, is_packed, matrix_shape
+from store.four_bits import BYTES, blocks_suffix, is_packed, matrix_shape, weight_name
 from store.records import ExpertKey
 from store.shard import TensorSpan
 
@@ -176,20 +176,18 @@ def _stored(experts: ExpertMap) -> str:
 
 def _unpacked(part: Part) -> Part:
     """An expert's part in four bits as a header would have it in bfloat16; any other as it is."""
-    suffix = blocks_suffix(part.projection, part.dtype)
-    if suffix is None:
+    if not is_packed(part.projection, part.dtype):
         return part
-    shape = matrix_shape(suffix, part.shape)
+    shape = matrix_shape(part.projection, part.dtype, part.shape)
     return replace(part, dtype="BF16", shape=shape, nbytes=2 * prod(shape))
 
 
 def _unpacked_span(span: TensorSpan) -> TensorSpan:
     """The same of a dense tensor, and its name."""
-    suffix = blocks_suffix(span.name, span.dtype)
-    if suffix is None:
+    if not is_packed(span.name, span.dtype):
         return span
-    shape = matrix_shape(suffix, span.shape)
-    return replace(span, name=span.name.removesuffix(suffix), dtype="BF16", shape=shape, nbytes=2 * prod(shape))
+    shape = matrix_shape(span.name, span.dtype, span.shape)
+    return replace(span, name=weight_name(span.name, span.dtype), dtype="BF16", shape=shape, nbytes=2 * prod(shape))
 
 
 def _scratch(parts: Sequence[Part], experts: ExpertMap) -> int:

@@ -21,7 +21,7 @@ from engine.transfer import Extent
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap
-from store.four_bits import blocks_suffix, matrix_shape, weight_name
+from store.four_bits import matrix_shape, weight_name
 from store.shard import TensorSpan
 
 
@@ -127,8 +127,7 @@ def _check_complete(wanted: Mapping[str, Tensor], sources: Mapping[str, TensorSp
             f"The checkpoint has no tensor for {lacking[0]} ({len(lacking)} are missing). Download the weights again."
         )
     for name, span in sources.items():
-        suffix = blocks_suffix(span.name, span.dtype)
-        shape = matrix_shape(suffix, span.shape) if suffix else span.shape
+        shape = matrix_shape(span.name, span.dtype, span.shape)
         if tuple(wanted[name].shape) != shape:
             raise CheckpointError(
                 f"{span.name} has shape {list(shape)}, config.json wants {list(wanted[name].shape)}. "

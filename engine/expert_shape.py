@@ -105,7 +105,7 @@ class ExpertShape:
     dtype: torch.dtype
     gate: Gate
     across: bool = False
-    scales: tuple[int, int] = (-1, -1)
+    scales: tuple[int, int] = PLAIN
     fields: tuple[int, int, int, int, int, int, int, int, int, int, int, int, float, float, int, int] = field(
         init=False
     )

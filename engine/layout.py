@@ -312,7 +312,8 @@ def _landings(
                 start += part.shape[dim]
             field += 1
         shape = parameter.shape[::-1] if turned and parameter.packed else parameter.shape
-        _check_filled(parameter.name, shape, [_shape_of(part) for *_, part in kinds[0]], dim)
+        shapes = [matrix_shape(part.projection, part.dtype, part.shape) for *_, part in kinds[0]]
+        _check_filled(parameter.name, shape, shapes, dim)
     return landings
 
 
@@ -321,12 +322,6 @@ _Named = tuple[int, str, "WeightConverter | None", Part]
 
 def _of_kind(own: Sequence[_Named], suffix: Callable[[str, str], str | None]) -> list[_Named]:
     return [entry for entry in own if suffix(entry[3].projection, entry[3].dtype)]
-
-
-def _shape_of(part: Part) -> tuple[int, ...]:
-    """Of the numbers that it holds."""
-    suffix = blocks_suffix(part.projection, part.dtype)
-    return matrix_shape(suffix, part.shape) if suffix else part.shape
 
 
 def _concatenated_along(converter: WeightConverter | None, name: str) -> int:

@@ -104,6 +104,14 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes[..., 0::2] | codes[..., 1::2] << 4, (power + BIAS).to(torch.uint8)
 
 
+def as_stored(name: str, blocks: Tensor, scales: Tensor, *, published: bool) -> dict[str, Tensor]:
+    """What `quantise` gives of the matrix `name`, under the names and in the shapes that it is stored in: gpt-oss's
+    where `published`, else compressed-tensors'."""
+    if published:
+        return {f"{name}_blocks": blocks.reshape(*scales.shape, GROUP // 2), f"{name}_scales": scales}
+    return {f"{name}_packed": blocks, f"{name}_scale": scales}
+
+
 class _Rounded(NamedTuple):
     """Magnitudes [..., 32] in units of 2 to the `power` of their group, and the sum of squared errors, [...] each."""
 

@@ -15,7 +15,7 @@
 /* One row [columns] -> [SPANS][4][PAIRED], zeros behind its end. */
 static void in_fours(const uint16_t *x, long columns, uint16_t *to)
 {
-    for (long k = 0; k < columns; k += PAIRED, to += k % SPAN ? PAIRED / 4 : SPAN - 3 * PAIRED / 4) {
+    for (long k = 0; k < SPANS(columns) * SPAN; k += PAIRED, to += k % SPAN ? PAIRED / 4 : SPAN - 3 * PAIRED / 4) {
         const __m512i here = _mm512_maskz_loadu_epi16(left_of(columns - k), x + k);
         _mm_storeu_si128((__m128i *)to, _mm512_cvtepi64_epi16(here));
         _mm_storeu_si128((__m128i *)(to + PAIRED), _mm512_cvtepi64_epi16(_mm512_srli_epi64(here, 16)));
@@ -145,7 +145,6 @@ static void multiply_pairs_four(const struct matrix *m, const uint16_t *const *x
     char room[FOUR_ROWS * WIDEST + LINE];
     const long width = SPANS(m->columns) * SPAN, panel = FOUR_PANEL / m->columns * 2 / 8 * 8 + 8;
     uint16_t *laid_out = (uint16_t *)aligned((float *)room);
-    memset(laid_out, 0, FOUR_ROWS * width * 2);
     for (long begin = first; first < last; first += panel)
         for (long row = 0; row < rows; row += FOUR_ROWS) {
             const long some = rows - row < FOUR_ROWS ? rows - row : FOUR_ROWS;

@@ -9,8 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.mxfp4 import quantise
-from store.four_bits import GROUP
+from engine.mxfp4 import as_stored, quantise
 from store.quantisation import PUBLISHED, in_mxfp4
 
 
@@ -19,17 +18,14 @@ def write_mxfp4(folder: Path, wanted: Callable[[str], bool] | None = None) -> Pa
     compressed-tensors has them. `wanted` chooses tensors by name instead."""
     chosen = wanted or _is_expert
     config = json.loads((folder / "config.json").read_text())
+    published = config["model_type"] == PUBLISHED
     for file in sorted(folder.glob("*.safetensors")):
         held: dict[str, Tensor] = {}
         for name, tensor in load_file(file).items():
             if not chosen(name) or tensor.dim() < 2 or name.endswith("_bias"):
                 held[name] = tensor
-            elif config["model_type"] == PUBLISHED:
-                blocks, scales = quantise(tensor.transpose(1, 2))
-                held[f"{name}_blocks"] = blocks.view(*blocks.shape[:-1], -1, GROUP // 2)
-                held[f"{name}_scales"] = scales.contiguous()
             else:
-                held[f"{name}_packed"], held[f"{name}_scale"] = quantise(tensor)
+                held |= as_stored(name, *quantise(tensor.mT if published else tensor), published=published)
         save_file(held, file, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(in_mxfp4(config), indent=2))
     return folder

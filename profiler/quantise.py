@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from engine.card import ModelCard
-from engine.mxfp4 import quantise, unpack
+from engine.mxfp4 import as_stored, quantise, unpack
 from engine.skeleton import build_skeleton
 from profiler.pack_folder import CARD, Shards, dense_tensors, refuse_existing, slices_of, tensor_of, written_whole
 from profiler.progress import Progress, Report
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap
-from store.four_bits import GROUP
 from store.quantisation import MXFP4, PUBLISHED, in_mxfp4, way_of
 from store.records import ExpertKey
 
@@ -119,9 +118,7 @@ class _Writer:
             each = (matrix.T if self._transposed else matrix for matrix in slices_of(self._source, name))
             made = zip(*(self._one(name, matrix, loss) for matrix in each), strict=True)
             blocks, scales = (torch.stack(parts) for parts in made)  # [E, N, K / 2], [E, N, K / 32]
-        if self._published:
-            return {f"{name}_blocks": blocks.view(*scales.shape, GROUP // 2), f"{name}_scales": scales}
-        return {f"{name}_packed": blocks, f"{name}_scale": scales}
+        return as_stored(name, blocks, scales, published=self._published)
 
     def _one(self, name: str, matrix: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         wide = matrix.float().contiguous()

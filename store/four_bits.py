@@ -53,8 +53,11 @@ def weight_name(name: str, dtype: str) -> str:
     return name.removesuffix(blocks_suffix(name, dtype) or scales_suffix(name, dtype) or "")
 
 
-def matrix_shape(suffix: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[..., N, K] of the numbers in blocks of `shape`, whose name ends in `suffix`."""
+def matrix_shape(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[..., N, K] of the numbers in blocks of `shape`; of any other tensor its own."""
+    suffix = blocks_suffix(name, dtype)
+    if suffix is None:
+        return shape
     return (*shape[:-2], shape[-2] * shape[-1] * 2) if suffix == "_blocks" else (*shape[:-1], shape[-1] * 2)
 
 
@@ -91,7 +94,7 @@ def _scales_of(blocks: TensorSpan, tensors: Mapping[str, TensorSpan]) -> TensorS
     scales = tensors.get(name)
     if scales is None:
         raise CheckpointError(f"{blocks.name} is MXFP4, and its scales {name} are missing. Download the weights again.")
-    wanted = matrix_shape(suffix, blocks.shape)
+    wanted = matrix_shape(blocks.name, blocks.dtype, blocks.shape)
     groups = (*wanted[:-1], wanted[-1] // GROUP)
     whole = len(blocks.shape) > 1 and wanted[-1] % GROUP == 0 and (suffix != "_blocks" or blocks.shape[-1] * 2 == GROUP)
     if not whole or scales.shape != groups or scales.dtype not in BYTES:

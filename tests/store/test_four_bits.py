@@ -26,8 +26,9 @@ def test_both_layouts_have_scales_for_each_matrix() -> None:
     found = read_four_bits(MXFP4, tensors)
     assert found == FourBits({"a_blocks": "a_scales", "b_packed": "b_scale"})
     assert found.names == {"a_scales", "b_scale"}
-    assert matrix_shape("_blocks", (8, 64, 3, 16)) == (8, 64, 96)
-    assert matrix_shape("_packed", (64, 48)) == (64, 96)
+    assert matrix_shape("a_blocks", "U8", (8, 64, 3, 16)) == (8, 64, 96)
+    assert matrix_shape("b_packed", "U8", (64, 48)) == (64, 96)
+    assert matrix_shape("b_packed", "BF16", (64, 48)) == (64, 48)
 
 
 def test_a_tensor_is_called_what_its_matrix_is() -> None:
