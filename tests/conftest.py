@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ class Postgres:
             os.kill(server, signal.SIGSTOP)  # so that it begins no others meanwhile
         for file in Path(f"/proc/{server}/task").glob("*/children"):
             for child in file.read_text().split():
-                os.kill(int(child), number)
+                with suppress(ProcessLookupError):  # one that ended by itself since it was listed
+                    os.kill(int(child), number)
         os.kill(server, number)
 
     def remove(self) -> None:
