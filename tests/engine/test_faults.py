@@ -89,6 +89,12 @@ def _overwrite(shard: Path) -> None:
         file.write(bytes(shard.stat().st_size - size))
 
 
+def _at_rest(engine: Engine) -> None:
+    """Until no thread of the reader is at a read, and so at its fault."""
+    while engine._reader.meter._working:
+        time.sleep(0.001)
+
+
 def _leased(engine: Engine) -> int:
     return engine.residency().leased
 
@@ -152,8 +158,7 @@ def test_a_shard_that_shrinks_in_mid_swap_is_named_resident_tasks_go_on_and_once
     monkeypatch.undo()
     assert answer(EARLY) == right[EARLY]
     assert on_thread(_leased) == 0
-    while engine._reader.meter._working:  # a thread may still be at it, and truncate them once more
-        time.sleep(0.001)
+    _at_rest(engine)  # or shards are truncated once more
     for shard, content in shards.items():
         with shard.open("r+b") as file:
             file.write(content)
@@ -182,6 +187,7 @@ def test_a_shard_that_is_overwritten_at_equal_size_in_mid_swap_is_served_no_more
         answer(selection)
     assert answer(EARLY) == right[EARLY]  # of the old bytes, every one
     assert on_thread(_leased) == 0
+    _at_rest(engine)  # or shards are overwritten once more
     fresh = open_engine(folder, dtype=engine.plan.dtype)
     *_, end = fresh.generate([ask(PROMPT, selection, max_tokens=4, ignore_eos=True)])
     assert isinstance(end, FinishedEvent)
