@@ -105,5 +105,4 @@ class StepWeights:
     def of(cls, engine: Engine) -> StepWeights:
         geometry = engine.card.geometry
         item = ITEMSIZE[engine.plan.dtype]
-        expert = sum(geometry.expert) * item + sum(geometry.packed)
-        return cls(expert, dense_bytes(engine.checkpoint) * item // ITEMSIZE[geometry.dtype])
+        return cls(engine.bank.slot_bytes, dense_bytes(engine.checkpoint) * item // ITEMSIZE[geometry.dtype])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from benchmarks.shown import AsJson, answer, table
+from store.quantisation import Way
 
 if TYPE_CHECKING:
     from benchmarks.strip_speed import SpeedRow
@@ -68,9 +69,10 @@ def strip_speed_command(
     quantised: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, help="Repeatable: numbers of strips that are timed in MXFP4, too, such as 1; none if none."
+            min=1, help="Repeatable: numbers of strips that are timed quantised, too, such as 1; none if none."
         ),
     ] = None,
+    way: Annotated[list[Way] | None, typer.Option(help="Repeatable: how those are quantised; mxfp4 if none.")] = None,
     keep: Annotated[float, typer.Option(help="Share of the experts in a selection, at most a third.")] = 0.25,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 32,
     threads: Annotated[int, typer.Option(min=1)] = 1,
@@ -78,12 +80,22 @@ def strip_speed_command(
     packs: Annotated[Path | None, typer.Option(help="A folder that keeps the packs; each takes what M takes.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Decoding and cold paging of experts in strips, and in four bits, beside whole ones. Random weights will do."""
+    """Decoding and cold paging of experts in strips, and quantised, beside whole ones. Random weights will do."""
     from benchmarks.strip_speed import Terms, bench_strip_speed
 
     counts = (1, *dict.fromkeys(strips or (() if quantised else (2, 4, 8))))
     rows, load = bench_strip_speed(
-        Terms(model, counts, keep, tokens, rounds, threads, tuple(dict.fromkeys(quantised or ()))), packs
+        Terms(
+            model,
+            counts,
+            keep,
+            tokens,
+            rounds,
+            threads,
+            tuple(dict.fromkeys(quantised or ())),
+            tuple(each.value for each in dict.fromkeys(way or (Way.MXFP4,))),
+        ),
+        packs,
     )
     for clock, ending in (("the clock", ""), ("the processor's time", "_cpu")):
         names = [f"one_row{ending}", f"eight_rows{ending}", f"paging{ending}_s"]

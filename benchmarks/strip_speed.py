@@ -1,4 +1,4 @@
-"""What strips and four bits cost in time: decoding one row and eight, and cold paging, beside whole experts.
+"""What strips and quantised weights cost in time: decoding one row and eight, and cold paging, beside whole experts.
 
 Packs of one model, of random weights as a rule, in several numbers of strips at equal bytes, and copies of some of them
 in MXFP4: as many experts, in a quarter of the bytes. Two disjoint selections of each take
@@ -34,10 +34,11 @@ from profiler.pack_recipes import InStrips
 from profiler.progress import ignore
 from profiler.quantise import quantise_model
 from store.errors import InvalidInput
+from store.quantisation import MXFP4
 from store.records import F64, Selection
 
 WHOLE, SPREAD = "whole", "spread"
-WIDE, FOUR = 16, 4  # bits of an expert's weight
+WIDE = "wide"  # experts as the model has them
 PROMPT = 16  # tokens
 ROWS = 8
 MOST = 1 / 3  # of the experts: spread strips are drawn from those that the other selection leaves
@@ -46,15 +47,15 @@ CHUNK = ROWS * PROMPT  # named, for with a budget it would be another, and the b
 
 
 class Kind(NamedTuple):
-    """A pack: into how many strips each expert is cut, and how many bits a weight has; WIDE, those of the model."""
+    """A pack: into how many strips each expert is cut, and in which way weights are quantised, or WIDE."""
 
     strips: int
-    bits: int
+    way: str
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """`strips` begins with 1: what the others are compared with. `quantised`: those that are measured in four bits,
+    """`strips` begins with 1: what the others are compared with. `quantised`: those that are measured in `ways`,
     too."""
 
     model: Path
@@ -64,11 +65,15 @@ class Terms:
     rounds: int = 7
     threads: int = 1
     quantised: tuple[int, ...] = ()
+    ways: tuple[str, ...] = (MXFP4,)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The one that others are compared with first."""
-        return (*(Kind(count, WIDE) for count in self.strips), *(Kind(count, FOUR) for count in self.quantised))
+        return (
+            *(Kind(count, WIDE) for count in self.strips),
+            *(Kind(count, way) for count in self.quantised for way in self.ways),
+        )
 
     def __post_init__(self) -> None:
         if self.strips[:1] != (1,):
@@ -93,7 +98,7 @@ class SpeedRow:
     same by the processor's time, which other work on the machine changes less."""
 
     strips: int
-    bits: int
+    way: str
     layout: str
     slot_bytes: int
     bytes: int
@@ -160,12 +165,12 @@ def _model(terms: Terms, kind: Kind, folder: Path) -> Path:
     """The pack, its channels in the order that they have: for speed one is as good as another."""
     if kind == (1, WIDE):
         return terms.model
-    made = folder / f"{terms.model.name}-{kind.strips}{'-four-bits' if kind.bits == FOUR else ''}"
+    made = folder / f"{terms.model.name}-{kind.strips}{'' if kind.way == WIDE else f'-{kind.way}'}"
     if made.exists():
         return made
     folder.mkdir(parents=True, exist_ok=True)
-    if kind.bits == FOUR:
-        quantise_model(_model(terms, Kind(kind.strips, WIDE), folder), made, lambda _: {}, ignore)
+    if kind.way != WIDE:
+        quantise_model(_model(terms, Kind(kind.strips, WIDE), folder), made, kind.way, lambda _: {}, ignore)
         return made
     with _open(terms.model, terms) as engine:
         scores = np.zeros((engine.card.layers, engine.card.experts, engine.layers.channels.width))

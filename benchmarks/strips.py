@@ -20,7 +20,6 @@ import numpy as np
 
 from benchmarks.quality_grid import Grid
 from benchmarks.quality_runs import Runs
-from benchmarks.strip_speed import FOUR, WIDE
 from demo.prepare import DTYPE, THREADS, corpus, pooled_corpus
 from engine.card import ModelCard
 from engine.config import EngineConfig
@@ -43,10 +42,11 @@ from profiler.scorers.registry import choose
 from profiler.statistics import Statistics
 from store.database import Store, open_store
 from store.errors import InvalidInput
-from store.four_bits import GROUP
 from store.home import bundled_model
+from store.quantisation import GROUP, MXFP4
 from store.records import Profile, Selection, TaskRecord
 
+WIDE, FOUR = 16, 4  # bits of an expert's weight
 ORDER = "camera"  # of the channels in the packs
 SCORERS = ("camera", "easy_ep", "easy_ep_answers", "gate_answers", "peu")
 ALLOCATORS = ("coverage", "global")
@@ -169,7 +169,7 @@ def _model(store: Store, results: Path, strips: int, report: Report) -> Path:
 
 def _quantised(model: Path, folder: Path, report: Report) -> Path:
     if not folder.exists():
-        quantise_model(model, folder, lambda _: {}, report)
+        quantise_model(model, folder, MXFP4, lambda _: {}, report)
     return folder
 
 

@@ -1,8 +1,9 @@
-Layout = tuple[int, int, int, int, int, int, int, int, int, int, int, int, float, float, int, int]
+Layout = tuple[int | float, ...]  # in the order of LAYOUT in products.c
 Cache = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 def sets() -> dict[str, int]: ...
 def tiles() -> bool: ...
+def ways() -> int: ...
 def product(
     chosen: int,
     dtype: int,
@@ -63,7 +64,17 @@ def convert(
     /,
 ) -> None: ...
 def unpack(
-    chosen: int, dtype: int, blocks: int, scales: int, to: int, rows: int, columns: int, threads: int, /
+    chosen: int,
+    dtype: int,
+    numbers: int,
+    scales: int,
+    coding: tuple[int, int, int, int],
+    part: int,
+    to: int,
+    rows: int,
+    columns: int,
+    threads: int,
+    /,
 ) -> None: ...
 def norm(dtype: int, x: int, weights: int, out: int, rows: int, columns: int, eps: float, /) -> None: ...
 def attend(

@@ -18,9 +18,9 @@ from engine.arrivals import Arrivals, Interrupted
 from engine.delivery import Delivery
 from engine.guesses import Guesses
 from engine.layout import SlotLayout
-from engine.mxfp4 import Unpacked
 from engine.reader import Reader
 from engine.residency import ABSENT, NOBODY, Load, Residency
+from engine.unpacking import Unpacked
 from store.errors import BudgetError
 from store.experts import ExpertMap
 from store.records import ExpertKey, Selection
@@ -66,7 +66,7 @@ class Bank:
         self.guesses = Guesses(self.residency, read_ahead, self._begin_guess, lambda key, _: self.let_go([key]))
 
     def weights(self, slot: int) -> tuple[Tensor, ...]:
-        """The expert's parameters in the layout's order; those in four bits are good until another slot's are asked."""
+        """The expert's parameters in the layout's order; quantised ones are good until another slot's are asked."""
         views = self._views[slot]
         return self.layout.weights(views, self._unpacked) if self.layout.packed else views
 

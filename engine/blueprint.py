@@ -15,30 +15,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from engine.mxfp4 import require_groups
+from engine.rounding import as_stored
 from store.checkpoint import SINGLE
 from store.errors import InvalidInput, UnsupportedFamily
 from store.expert_names import find_routers, place
-from store.four_bits import GROUP, SUFFIXES
-from store.quantisation import MXFP4, PUBLISHED, in_mxfp4, way_of
+from store.quantisation import FP8, INT4, PUBLISHED, Coding, coding_of, with_experts_in
 from store.shard import TensorSpan
 
-BLOCKS, SINGLES = SUFFIXES.items()  # of both tensors of a matrix: gpt-oss's, everybody else's
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
+DTYPES = {
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8", torch.int32: "I32",
+    torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
 
 
-def write_blueprint(config: Path, folder: Path, *, mxfp4: bool = False) -> Path:
+def write_blueprint(config: Path, folder: Path, *, way: str | None = None) -> Path:
     """Map the model that `config` (a published config.json) describes into the new `folder`, and return that.
 
-    Weights count in the config's own dtype, bfloat16 where it names none, experts in four bits where it says MXFP4 or
-    with `mxfp4`, as `moepager quantise` would write them. Raises InvalidInput for a file that is no config,
+    Weights count in the config's own dtype, bfloat16 where it names none, experts as the config quantises them, or in
+    `way` where it does not, as `moepager quantise` would write them. Raises InvalidInput for a file that is no config,
     UnsupportedFamily for an architecture that transformers does not know as a language model.
     """
     fields = _fields(config)
-    if mxfp4 and way_of(fields) is None:
-        fields = in_mxfp4(fields)
+    if way is not None and coding_of(fields) is None:
+        fields = with_experts_in(way, fields)
     tensors = _tensors(_read(fields))
-    if way_of(fields) == MXFP4:
-        tensors = _in_four_bits(tensors, published=fields["model_type"] == PUBLISHED)
+    if (coding := coding_of(fields)) is not None:
+        tensors = _quantised(coding, tensors, published=fields["model_type"] == PUBLISHED)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     _write_holes(folder / SINGLE, tensors)
@@ -80,7 +82,7 @@ def _tensors(config: PretrainedConfig) -> dict[str, Tensor]:
     return reverted
 
 
-def _in_four_bits(tensors: dict[str, Tensor], *, published: bool) -> dict[str, Tensor]:
+def _quantised(coding: Coding, tensors: dict[str, Tensor], *, published: bool) -> dict[str, Tensor]:
     """The matrices of experts as two tensors each. Raises InvalidInput for rows that are no whole groups."""
     spans = {name: TensorSpan(name, Path(), 0, 0, "", tuple(tensor.shape)) for name, tensor in tensors.items()}
     routers = find_routers(spans.values())
@@ -89,13 +91,27 @@ def _in_four_bits(tensors: dict[str, Tensor], *, published: bool) -> dict[str, T
         if place(spans[name], routers) is None or tensor.dim() < 2 or name.endswith("bias"):
             found[name] = tensor
             continue
-        rows, columns = tensor.shape[-2:][::-1] if published else tensor.shape[-2:]
-        require_groups(columns)
-        blocks = (columns // GROUP, GROUP // 2) if published else (columns // 2,)
-        for suffix, width in zip(BLOCKS if published else SINGLES, (blocks, (columns // GROUP,)), strict=True):
-            shape = (*tensor.shape[:-2], rows, *width)
-            found[name + suffix] = torch.empty(shape, dtype=torch.uint8, device="meta")
+        shape = (*tensor.shape[:-2], *tensor.shape[-2:][::-1]) if published and coding.way != FP8 else tensor.shape
+        made = as_stored(coding.way, name, *_shapes(coding, shape), published=published)
+        found |= {each: held.to("meta") for each, held in made.items()}
     return found
+
+
+def _shapes(coding: Coding, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Numbers and scales of a matrix [..., N, K], without memory."""
+    *before, rows, columns = shape
+    tall, wide = coding.block[0], coding.block[1] or columns
+    if coding.way != FP8:
+        require_groups(columns)
+    scales = (*before, -(-rows // tall), -(-columns // wide))
+    numbers, width, kind = {
+        FP8: (torch.float8_e4m3fn, columns, torch.float32),
+        INT4: (torch.int32, columns // 8, torch.bfloat16),
+    }.get(coding.way, (torch.uint8, columns // 2, torch.uint8))
+    return (
+        torch.empty(*before, rows, width, dtype=numbers, device="meta"),
+        torch.empty(scales, dtype=kind, device="meta"),
+    )
 
 
 def _write_holes(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -11,12 +11,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from store.block_scales import FP8, is_scale, scratch_bytes
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
-from store.experts import ExpertMap, Part
+from store.experts import ExpertMap, Kind
 from store.fingerprint import Fingerprint
-from store.four_bits import BYTES, blocks_suffix, is_packed, matrix_shape, weight_name
+from store.quantised import Quantised, scratch_bytes
 from store.records import ExpertKey
 from store.shard import TensorSpan
 
@@ -34,11 +33,13 @@ class Geometry:
     """The shapes that a memory plan is made of; counts are elements, not bytes."""
 
     dtype: str  # the checkpoint's own
-    stored: str  # of the experts' bytes but for MXFP4, "mixed" where parts differ, "" where nothing is left
+    stored: str  # of experts' plain parts, "mixed" where parts or layers differ, "" where all are quantised
+    way: str  # in which weights are quantised, "" for none
+    alike: bool  # whether the experts of all layers are stored in the same way
     dense: int  # in tensors that every token needs
-    expert: tuple[int, ...]  # of each part of one expert that is not MXFP4
-    packed: tuple[int, ...]  # bytes of each that is, blocks and scales: they stay as they are stored
-    unpacked: int  # numbers in an expert's MXFP4 parts
+    expert: tuple[int, ...]  # of each plain part of one expert
+    packed: tuple[int, ...]  # bytes of each part of its quantised matrices: of numbers, of scales
+    unpacked: tuple[int, ...]  # numbers in each of these
     staged: int  # bytes that an expert takes in a buffer as it is stored
     scratch: int  # bytes that turning FP8 into the serving dtype needs besides, 0 where nothing is FP8
     expert_width: int  # columns of the widest activation inside an expert
@@ -132,12 +133,12 @@ def _layer_kinds(config: Mapping[str, Any]) -> set[str]:
 
 
 def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: ExpertMap) -> Geometry:
-    every = [part for part in experts.span(ExpertKey(0, 0)).parts if not is_scale(part.projection)]
-    packed = [part for part in every if is_packed(part.projection, part.dtype)]
-    parts = [part for part in every if not is_packed(part.projection, part.dtype)]
-    matrices = [*parts, *(_unpacked(part) for part in packed if blocks_suffix(part.projection, part.dtype))]
-    itemsize = {name: ITEMSIZE[dtype] for name, dtype in NAMES.items()} | {FP8: 1}
-    dense = [_unpacked_span(checkpoint.tensors[name]) for name in experts.dense]
+    every = experts.span(ExpertKey(0, 0)).parts
+    plain = [part for part in every if part.kind is Kind.PLAIN]
+    packed = [part for part in every if part.kind is Kind.NUMBERS]
+    shapes = [part.matrix[1] for part in (*plain, *packed)]
+    itemsize = {name: ITEMSIZE[dtype] for name, dtype in NAMES.items()}
+    dense = [_as_plain(checkpoint.tensors[name], experts.quantised) for name in experts.dense]
     if strange := sorted({span.dtype for span in dense} - itemsize.keys()):
         raise UnsupportedFamily(
             f"Dense weights are stored as {', '.join(strange)}; use a bfloat16 or float32 checkpoint."
@@ -145,17 +146,18 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
     heads = _number(config, "num_attention_heads")
     layers = _number(config, "num_hidden_layers")
     cached, width = _attention_shape(config, heads, layers, dense)
-    shapes = [span.shape for span in dense] + [part.shape for part in matrices]
     return Geometry(
-        dtype=_dtype(config, every[0].dtype),
+        dtype=_dtype(config, "" if packed else every[0].dtype),
         stored=_stored(experts),
+        way="" if experts.quantised is None else experts.quantised.coding.way,
+        alike=experts.alike,
         dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
-        expert=tuple(part.nbytes // itemsize.get(part.dtype, 1) for part in parts),
-        packed=tuple(part.nbytes for part in packed),
-        unpacked=sum(prod(part.shape) for part in matrices) - sum(prod(part.shape) for part in parts),
+        expert=tuple(prod(part.shape) for part in plain),
+        packed=tuple(part.nbytes for part in every if part.kind is not Kind.PLAIN),
+        unpacked=tuple(prod(part.matrix[1]) for part in packed),
         staged=experts.staged_bytes,
-        scratch=_scratch(parts, experts),
-        expert_width=max(length for part in matrices for length in part.shape),
+        scratch=_scratch(experts),
+        expert_width=max(length for shape in shapes for length in shape),
         kv_per_token=cached,
         decoder_layers=layers,
         attention_width=width,
@@ -169,30 +171,25 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
 
 def _stored(experts: ExpertMap) -> str:
     """How every expert's values lie in the files; "mixed" where they differ, "" where the engine can't use them."""
-    parts = [part for layer in experts.spans for part in layer[0].parts if not is_scale(part.projection)]
-    kinds = {part.dtype for part in parts if not is_packed(part.projection, part.dtype)}
-    return "mixed" if len(kinds) > 1 else NAMES.get(kinds.pop(), "") if kinds else ""
+    parts = [part for layer in experts.spans for part in layer[0].parts]
+    kinds = {part.dtype for part in parts if part.kind is Kind.PLAIN}
+    return "mixed" if len(kinds) > 1 or not experts.alike else NAMES.get(kinds.pop(), "") if kinds else ""
 
 
-def _unpacked(part: Part) -> Part:
-    """An expert's part in four bits as a header would have it in bfloat16; any other as it is."""
-    if not is_packed(part.projection, part.dtype):
-        return part
-    shape = matrix_shape(part.projection, part.dtype, part.shape)
-    return replace(part, dtype="BF16", shape=shape, nbytes=2 * prod(shape))
-
-
-def _unpacked_span(span: TensorSpan) -> TensorSpan:
-    """The same of a dense tensor, and its name."""
-    if not is_packed(span.name, span.dtype):
+def _as_plain(span: TensorSpan, quantised: Quantised | None) -> TensorSpan:
+    """A dense tensor of quantised numbers as a header would have its matrix in bfloat16; any other as it is."""
+    if quantised is None or span.name not in quantised.matrices:
         return span
-    shape = matrix_shape(span.name, span.dtype, span.shape)
-    return replace(span, name=weight_name(span.name, span.dtype), dtype="BF16", shape=shape, nbytes=2 * prod(shape))
+    matrix = quantised.matrices[span.name]
+    return replace(span, name=matrix.name, dtype="BF16", shape=matrix.shape, nbytes=2 * prod(matrix.shape))
 
 
-def _scratch(parts: Sequence[Part], experts: ExpertMap) -> int:
+def _scratch(experts: ExpertMap) -> int:
     """What turning one FP8 part of an expert into the serving dtype needs besides both."""
-    return 0 if experts.scales is None else scratch_bytes([part.shape for part in parts], experts.scales.block)
+    if experts.quantised is None:
+        return 0
+    parts = [part for layer in experts.spans for part in layer[0].parts if part.kind is Kind.NUMBERS]
+    return scratch_bytes([part.shape for part in parts], experts.quantised.coding) if parts else 0
 
 
 def _attention_shape(
@@ -220,7 +217,7 @@ def _rows(dense: Sequence[TensorSpan], ending: str) -> dict[str, int]:
 
 def _dtype(config: Mapping[str, Any], stored: str) -> str:
     named = str(config.get("dtype") or config.get("torch_dtype") or NAMES.get(stored, "")).removeprefix("torch.")
-    if not named and stored in (FP8, *BYTES):
+    if not named and not stored:  # quantised
         return "bfloat16"
     if named not in ITEMSIZE:
         raise UnsupportedFamily(f"Weights of type {stored} can't be served; use a bfloat16 or float32 checkpoint.")

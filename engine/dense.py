@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.conversion import convert, convert_fp8
+from engine.conversion import convert
 from engine.layout import DTYPES, Renaming
-from engine.mxfp4 import unpack
 from engine.reader import Reader
 from engine.transfer import Extent
+from engine.unpacking import unpack
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap
-from store.four_bits import matrix_shape, weight_name
+from store.quantised import Matrix, Quantised
 from store.shard import TensorSpan
 
 
@@ -39,7 +39,8 @@ def load_dense(
     sources: dict[str, TensorSpan] = {}
     for hub_name in experts.dense:
         span = checkpoint.tensors[hub_name]
-        target, converter, _ = renaming.target(weight_name(hub_name, span.dtype))
+        matrix = _matrix(hub_name, experts)
+        target, converter, _ = renaming.target(hub_name if matrix is None else matrix.name)
         if target not in wanted:
             continue  # left over from training, or of an auxiliary head: transformers ignores it too
         if converter is not None:
@@ -47,7 +48,7 @@ def load_dense(
                 f"transformers rearranges {hub_name} when it loads it; moepager reads dense weights as they are."
             )
         sources[target] = span
-    _check_complete(wanted, sources)
+    _check_complete(wanted, sources, experts)
     _fill(sources, wanted, checkpoint, experts, reader)
     model.eval().requires_grad_(False)
 
@@ -64,10 +65,11 @@ def _fill(
         span, target = sources[name], wanted[name]
         if target.device.type == "cpu" and target.dtype == DTYPES[span.dtype]:
             straight.append(_extent(span, target))
-        elif experts.four_bits is not None and span.name in experts.four_bits.pairs:
-            _unpack(span, checkpoint.tensors[experts.four_bits.pairs[span.name]], target, reader)
+        elif (matrix := _matrix(span.name, experts)) is None:
+            convert(_on_host(span, reader), target)
         else:
-            _convert(span, _scales_of(span, checkpoint, experts, reader), target, reader)
+            assert experts.quantised is not None, span.name
+            _unpack(experts.quantised, span, checkpoint.tensors[matrix.scales], target, reader)
     reader.read(straight)
 
 
@@ -120,14 +122,15 @@ def _kept_in_float32(model: Any) -> re.Pattern[str]:
     return re.compile("|".join(rf"(^|\.){name.replace('*', '.*')}($|\.)" for name in names) or r"(?!)")
 
 
-def _check_complete(wanted: Mapping[str, Tensor], sources: Mapping[str, TensorSpan]) -> None:
+def _check_complete(wanted: Mapping[str, Tensor], sources: Mapping[str, TensorSpan], experts: ExpertMap) -> None:
     filled = {id(wanted[name]) for name in sources}
     if lacking := sorted(name for name, tensor in wanted.items() if id(tensor) not in filled):
         raise CheckpointError(
             f"The checkpoint has no tensor for {lacking[0]} ({len(lacking)} are missing). Download the weights again."
         )
     for name, span in sources.items():
-        shape = matrix_shape(span.name, span.dtype, span.shape)
+        matrix = _matrix(span.name, experts)
+        shape = span.shape if matrix is None else matrix.shape
         if tuple(wanted[name].shape) != shape:
             raise CheckpointError(
                 f"{span.name} has shape {list(shape)}, config.json wants {list(wanted[name].shape)}. "
@@ -135,27 +138,15 @@ def _check_complete(wanted: Mapping[str, Tensor], sources: Mapping[str, TensorSp
             )
 
 
-Scales = tuple[Tensor, tuple[int, int]]  # of an FP8 weight, with the block that each is for
+def _matrix(name: str, experts: ExpertMap) -> Matrix | None:
+    """The quantised one whose numbers a tensor holds."""
+    return None if experts.quantised is None else experts.quantised.matrices.get(name)
 
 
-def _scales_of(span: TensorSpan, checkpoint: CheckpointMap, experts: ExpertMap, reader: Reader) -> Scales | None:
-    if experts.scales is None or span.name not in experts.scales.pairs:
-        return None
-    return _on_host(checkpoint.tensors[experts.scales.pairs[span.name]], reader), experts.scales.block
-
-
-def _convert(span: TensorSpan, scales: Scales | None, target: Tensor, reader: Reader) -> None:
-    host = _on_host(span, reader)
-    if scales is None:
-        convert(host, target)
-    else:
-        convert_fp8(host, *scales, target)
-
-
-def _unpack(span: TensorSpan, scales: TensorSpan, target: Tensor, reader: Reader) -> None:
-    """A matrix in four bits."""
+def _unpack(quantised: Quantised, span: TensorSpan, scales: TensorSpan, target: Tensor, reader: Reader) -> None:
     on_host = torch.empty(target.shape, dtype=target.dtype)
-    unpack(_on_host(span, reader).flatten(1), _on_host(scales, reader), on_host)
+    numbers = _on_host(span, reader).view(torch.uint8).flatten(1)
+    unpack(quantised.coding, numbers, _on_host(scales, reader), on_host)
     target.copy_(on_host)
 
 

@@ -91,7 +91,7 @@ class Engine:
             torch.set_num_threads(config.threads)
         device = open_device(config.device)
         tokenizer = Tokenizer(config.model)
-        skeleton, renaming = build_skeleton(checkpoint, experts, plan.dtype)
+        skeleton, renaming = build_skeleton(checkpoint, experts, plan.dtype, plan.quantised)
         checkpoint.papers.check()  # tokenizer and config were read by their paths, after the fingerprint's were
         kernels = Kernels.choose(config.kernel, skeleton.layout.dtype, device)
         assert skeleton.layout.slot_bytes <= plan.slot_bytes, (skeleton.layout.slot_bytes, plan.slot_bytes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.products import DTYPES
+from engine.products import DTYPES, coding_fields
 
 if TYPE_CHECKING:
     from engine.layout import SlotLayout
@@ -29,8 +29,7 @@ ACTIVATIONS: Mapping[str, int] = {  # by the name of the module's class in torch
 }
 CLAMPED = 4
 SIZES = (0.1, 1.0, 30.0)  # of the inputs of a trial: what is clamped shows itself
-PLAIN = (-1, -1)  # in place of scales
-WIDEST = 1 << 16  # bytes of a row, as products_four.h has it
+WIDEST = 1 << 16  # bytes of a row, as products_coded.h has it
 TRIALS = 64  # numbers of each size
 
 
@@ -96,29 +95,41 @@ def _numbers(module: Any, end: str) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True)
+class Scales:
+    """Where those of both quantised matrices begin in a slot, how products.c reads them (its `struct coding`), and how
+    many rows of the first were quantised by themselves. -1 for matrices that are as they are served."""
+
+    up: int = -1
+    down: int = -1
+    coding: tuple[int, int, int, int] = (0, 0, 1, 0)
+    part: int = 1
+
+
+PLAIN = Scales()
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertShape:
     """How products.c finds its way in a slot: `places` are the first fields of its `struct layout`; `across`, both
-    matrices are transposed, [H, 2F] and [F, H]; `scales` are those of matrices in four bits, -1 where these are of
-    `dtype`."""
+    matrices are transposed, [H, 2F] and [F, H]."""
 
     places: tuple[int, int, int, int, int, int, int, int, int]
     dtype: torch.dtype
     gate: Gate
     across: bool = False
-    scales: tuple[int, int] = PLAIN
-    fields: tuple[int, int, int, int, int, int, int, int, int, int, int, int, float, float, int, int] = field(
-        init=False
-    )
+    scales: Scales = PLAIN
+    fields: tuple[int | float, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         gate = self.gate
-        rest = (int(self.across), int(gate.interleaved), gate.alpha, gate.limit, *self.scales)
+        scales = (self.scales.up, self.scales.down, *self.scales.coding, self.scales.part)
+        rest = (int(self.across), int(gate.interleaved), gate.alpha, gate.limit, *scales)
         object.__setattr__(self, "fields", (self.places[0], gate.activation, *self.places[1:], *rest))
 
     @property
     def packed(self) -> bool:
-        """Whether its matrices lie in four bits."""
-        return min(self.scales) >= 0
+        """Whether its matrices lie quantised."""
+        return self.scales != PLAIN
 
     @property
     def hidden(self) -> int:
@@ -147,19 +158,20 @@ class ExpertShape:
         return cls(_places(module, layout), layout.dtype, gate, across, scales)
 
 
-def _scales(module: Any, layout: SlotLayout) -> tuple[int, int] | str:
-    """Where those of both matrices begin in a slot."""
+def _scales(module: Any, layout: SlotLayout) -> Scales | str:
     up, down = _up(module), "down_proj"
     matrices = {parameter.name: parameter for parameter in layout.parameters if parameter.name in (up, down)}
-    found = [matrices[name].packed for name in (up, down)]
-    if found == [None, None]:
+    first, second = (matrices[name].packed for name in (up, down))
+    if first is None and second is None:
         return PLAIN
-    if None in found:
-        return "one of an expert's matrices in four bits and the other not"
+    if first is None or second is None or first.scales_dtype != second.scales_dtype:
+        return "an expert's matrices that are quantised in unlike ways"
+    if bool(module.is_transposed) != first.turned:
+        return "quantised matrices that lie transposed"
     widest = max(max(parameter.shape) for parameter in matrices.values()) * layout.dtype.itemsize
     if widest > WIDEST:
-        return f"rows of {widest} bytes, unpacked from four bits"
-    return found[0].scales, found[1].scales  # type: ignore[union-attr]  # both are there
+        return f"rows of {widest} bytes, unpacked"
+    return Scales(first.scales, second.scales, coding_fields(first.coding, first.scales_dtype), first.part)
 
 
 def _up(module: Any) -> str:

@@ -1,4 +1,4 @@
-"""FP8 weights become the serving dtype: value x the scale of its block. Knows no files and no slots.
+"""FP8 weights become the serving dtype, value x the scale of its block, and back. Knows no files and no slots.
 
 N rows, K columns, in blocks of n x k that share a scale; m rows at a time.
 """
@@ -11,7 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from store.block_scales import STRIP
+from store.quantised import STRIP
+
+LARGEST = 448.0  # of float8_e4m3fn
 
 
 class Scratch:
@@ -48,7 +50,7 @@ def dequantise(
 ) -> None:
     """`stored` FP8 [N, K] x `scales` [ceil(N / n), ceil(K / k)] -> `target` [N, K], rounded once.
 
-    A few rows at a time, in float32, which needs what store.block_scales.scratch_bytes says: in `scratch`, which is
+    A few rows at a time, in float32, which needs what store.quantised.scratch_bytes says: in `scratch`, which is
     made here where it is not given. Leading dimensions are taken one by one.
     """
     scratch = scratch or Scratch([tuple(stored.shape)], stored.device)
@@ -77,3 +79,17 @@ def _strips(start: int, end: int) -> Iterator[slice]:
 def _meanings(device: torch.device) -> Tensor:
     """What each byte stands for, f32 [256]: looking it up takes a quarter of the time of torch's own cast on a CPU."""
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+
+
+def quantise(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`weight` [N, K] -> FP8 [N, K] and f32 scales [ceil(N / n), ceil(K / k)], so that a block's largest is 448."""
+    rows, columns = (-(-length // size) for length, size in zip(weight.shape, block, strict=True))
+    stored = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty(rows, columns, device=weight.device)
+    for i in range(rows):
+        for j in range(columns):
+            part = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
+            values = weight[part].float()  # [n, k]
+            scales[i, j] = values.abs().max().clamp(min=1e-12) / LARGEST
+            stored[part] = (values / scales[i, j]).to(torch.float8_e4m3fn)
+    return stored, scales

@@ -3,13 +3,13 @@ conversion mapping.
 
 The mapping says how hub tensors become the experts module's parameters: an expert's part is a whole parameter
 (MergeModulelist), or some of its rows (MergeModulelist, then Concatenate), or, already fused, a slice of the file's
-own tensor. A parameter lies in a slot as one field, or, where the checkpoint has it in MXFP4, as two: the four-bit
-numbers of its matrix [N, K] and their scales, as they are stored.
+own tensor. A parameter lies in a slot as one field, or, where the checkpoint has it quantised, as two: the numbers of
+its matrix [N, K] and their scales, as they are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,12 +21,12 @@ from transformers.core_model_loading import rename_source_key as rename
 
 from engine.conversion import convert, convert_fp8
 from engine.fp8 import Scratch
-from engine.mxfp4 import Unpacked, unpack
-from store.block_scales import FP8, is_scale, scale_name
+from engine.unpacking import Unpacked, unpack
 from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
-from store.experts import ExpertMap, ExpertSpan, Part
-from store.four_bits import BYTES, GROUP, blocks_suffix, is_packed, matrix_shape, scales_suffix, weight_name
+from store.experts import ExpertMap, ExpertSpan, Kind, Part
+from store.quantisation import FP8, Coding
+from store.quantised import BYTES, EIGHT_BITS
 from store.records import ExpertKey
 
 ALIGN = 64  # a parameter starts on a cache line
@@ -36,16 +36,22 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    FP8: torch.float8_e4m3fn,
+    EIGHT_BITS: torch.float8_e4m3fn,
     **dict.fromkeys(BYTES, torch.uint8),  # of MXFP4
+    "I32": torch.int32,  # eight integers of four bits
 }
+SERVED = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Of a parameter in four bits: its scales' first byte in the slot; `turned`, the module has the transpose."""
+    """Of a quantised parameter: its scales' first byte in the slot and their dtype, how many rows were quantised by
+    themselves, and, `turned`, that the module has the transpose."""
 
+    coding: Coding
     scales: int
+    scales_dtype: torch.dtype
+    part: int
     turned: bool
 
 
@@ -61,7 +67,8 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """What lies in one piece in a slot: a parameter, or the four-bit numbers [N, K / 2] of one, or their scales."""
+    """What lies in one piece in a slot: a parameter, or the numbers of a quantised one, u8 [N, bytes of a row], or
+    their scales."""
 
     shape: tuple[int, ...]
     offset: int
@@ -95,11 +102,11 @@ class SlotLayout:
     landings: Mapping[str, Landing]  # by the part's projection
     slot_bytes: int
     direct: bool
-    block: tuple[int, int] | None = None  # of FP8 parts: rows and columns that share a scale
+    block: tuple[int, int] | None = None  # of FP8 parts that become the dtype: rows and columns that share a scale
 
     @property
     def packed(self) -> bool:
-        """Whether any parameter lies in four bits."""
+        """Whether any parameter lies quantised in a slot."""
         return len(self.fields) > len(self.parameters)
 
     def views(self, slots: Tensor) -> list[tuple[Tensor, ...]]:
@@ -118,9 +125,11 @@ class SlotLayout:
         for number, parameter in enumerate(self.parameters):
             field = next(fields)
             if parameter.packed is not None:
-                matrix = into.matrix(number, (field.shape[0], field.shape[1] * 2), self.dtype, field.device)  # [N, K]
-                unpack(field, next(fields), matrix)
-                field = matrix.T if parameter.packed.turned else matrix
+                packed = parameter.packed
+                shape = parameter.shape[::-1] if packed.turned else parameter.shape
+                matrix = into.matrix(number, shape, self.dtype, field.device)  # [N, K]
+                unpack(packed.coding, field, next(fields), matrix, packed.part)
+                field = matrix.T if packed.turned else matrix
             found.append(field)
         return tuple(found)
 
@@ -130,17 +139,20 @@ class SlotLayout:
         FP8 parts are worked on in `scratch` where they need one, which is made anew where it is not given.
         """
         held = {
-            part.projection: stored[start:end].view(DTYPES[part.dtype]).view(part.shape)
+            part.projection: (part, stored[start:end].view(DTYPES[part.dtype]).view(part.shape))
             for part, start, end in span.places()
         }
+        scales = {part.matrix[0]: tensor for part, tensor in held.values() if part.kind is Kind.SCALES}
         for projection in self.landings:
+            part, tensor = held[projection]
             target = self.target(projection, views)
-            if held[projection].dtype == DTYPES[FP8] and self.block is not None:
-                convert_fp8(held[projection], held[scale_name(projection)], self.block, target, scratch)
-            elif held[projection].dtype == torch.uint8:
-                target.copy_(held[projection].view(target.shape))
+            if part.kind is Kind.PLAIN:
+                convert(tensor, target)
+            elif self.block is None:
+                target.copy_(tensor.view(target.dtype).view(target.shape))
             else:
-                convert(held[projection], target)
+                block = self.block[0], self.block[1] or tensor.shape[-1]
+                convert_fp8(tensor, scales[part.matrix[0]], block, target, scratch)
 
     def target(self, projection: str, views: Sequence[Tensor]) -> Tensor:
         """The part's place inside one expert's fields."""
@@ -191,12 +203,23 @@ def derive_layout(
     experts: ExpertMap,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
+    *,
+    quantised: bool,
 ) -> tuple[SlotLayout, tuple[str, ...]]:
     """The layout, and the full name of each MoE layer's experts module.
 
-    `shapes` are the model's parameters by full name.
+    `shapes` are the model's parameters by full name; `quantised`, slots hold quantised experts as they are stored.
+    Raises UnsupportedFamily where layers differ in that.
     """
-    sources = [_sources(renaming, checkpoint, experts, layer) for layer in range(len(experts.layers))]
+    quantised = quantised and experts.quantised is not None
+    if quantised and not experts.alike:
+        raise UnsupportedFamily(
+            "Some layers' experts are quantised otherwise than others', or not at all; of all layers they share slots, "
+            "so they must be alike. Of FP8 alone layers may differ."
+        )
+    sources = [
+        _sources(renaming, checkpoint, experts, layer, quantised=quantised) for layer in range(len(experts.layers))
+    ]
     owners = tuple(_owner(each) for each in sources)
     names = sorted({_parameter(target) for target, *_ in sources[0].values()}, key=_parameter_order)
     wanted = [_slices(owner, shapes, experts.experts) for owner in owners]
@@ -209,34 +232,45 @@ def derive_layout(
         raise UnsupportedFamily(
             f"No tensor of the checkpoint fills {owners[0]}.{lacking[0]}, so its experts can't be paged."
         )
-    packed = {_parameter(target) for target, *_, part in sources[0].values() if part.dtype in BYTES}
-    turned = bool(packed) and renaming.is_transposed(owners[0])
-    parameters, fields, slot_bytes = _place(names, wanted[0], dtype, packed, turned=turned)
+    coded = _coded(sources[0], experts) if quantised else {}
+    turned = any(coding.way != FP8 for coding in coded.values()) and renaming.is_transposed(owners[0])
+    parameters, fields, slot_bytes = _place(names, wanted[0], dtype, coded, sources[0], turned=turned)
     landings = _landings(sources[0], parameters, turned=turned)
-    stored = {DTYPES.get(part.dtype) for layer in sources for *_, part in layer.values()} - {torch.uint8}
+    plain = {DTYPES.get(part.dtype) for layer in sources for *_, part in layer.values() if part.kind is Kind.PLAIN}
     rows = all(landing.dim == 0 for landing in landings.values())
-    block = None if experts.scales is None else experts.scales.block
-    return SlotLayout(dtype, parameters, fields, landings, slot_bytes, rows and stored <= {dtype}, block), owners
+    block = None if experts.quantised is None or quantised else experts.quantised.coding.block
+    direct = rows and plain <= {dtype} and block is None
+    return SlotLayout(dtype, parameters, fields, landings, slot_bytes, direct, block), owners
 
 
 _Source = tuple[str, "WeightConverter | None", int, Part]
 
 
-def _sources(renaming: Renaming, checkpoint: CheckpointMap, experts: ExpertMap, layer: int) -> dict[str, _Source]:
+def _sources(
+    renaming: Renaming, checkpoint: CheckpointMap, experts: ExpertMap, layer: int, *, quantised: bool
+) -> dict[str, _Source]:  # fmt: skip
     """For expert 0 of a layer, by projection: the parameter it becomes, by which converter, at which place."""
     found: dict[str, _Source] = {}
     for part in experts.span(ExpertKey(layer, 0)).parts:
-        if is_scale(part.projection):
+        if part.kind is Kind.SCALES and not quantised:
             continue  # it comes with its weight
-        if part.dtype not in DTYPES or (part.dtype in BYTES and not is_packed(part.projection, part.dtype)):
+        if part.kind is Kind.PLAIN and part.dtype not in SERVED:
             raise UnsupportedFamily(
                 f"{experts.modules[layer]} stores {part.projection} as {part.dtype}; experts in "
-                f"{', '.join(sorted(DTYPES.keys() - BYTES))} and MXFP4 can be served."
+                f"{', '.join(sorted(SERVED))}, FP8, INT4 and MXFP4 can be served."
             )
         single = f"{experts.modules[layer]}.0.{part.projection}"
+        end = part.projection.removeprefix(part.matrix[0])
         name = single if single in checkpoint.tensors else f"{experts.modules[layer]}.{part.projection}"
-        found[part.projection] = (*renaming.target(weight_name(name, part.dtype)), part)
+        found[part.projection] = (*renaming.target(name.removesuffix(end)), part)
     return found
+
+
+def _coded(sources: Mapping[str, _Source], experts: ExpertMap) -> dict[str, Coding]:
+    """Of each parameter that is quantised, how."""
+    assert experts.quantised is not None, experts.layers
+    coding = experts.quantised.coding
+    return {_parameter(target): coding for target, *_, part in sources.values() if part.kind is Kind.NUMBERS}
 
 
 def _parameter(target: str) -> str:
@@ -269,25 +303,37 @@ def _parameter_order(name: str) -> tuple[bool, bool, str]:
 
 
 def _place(
-    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, packed: Set[str], *, turned: bool
-) -> tuple[tuple[Parameter, ...], tuple[Field, ...], int]:
+    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, coded: Mapping[str, Coding],
+    sources: Mapping[str, _Source], *, turned: bool,
+) -> tuple[tuple[Parameter, ...], tuple[Field, ...], int]:  # fmt: skip
     parameters, fields, offset = [], list[Field](), 0
     for name in names:
-        own = _packed_fields(name, shapes[name], offset, turned=turned) if name in packed else []
-        scales = Packed(own[1].offset, turned) if own else None
-        parameters.append(Parameter(name, shapes[name], offset, scales))
-        fields += own or [Field(shapes[name], offset, dtype)]
+        packed = None
+        if name in coded:
+            parts = [part for target, *_, part in sources.values() if _parameter(target) == name]
+            numbers, scales, rows = _packed_fields(parts, offset)
+            packed = Packed(coded[name], scales.offset, scales.dtype, rows, turned)
+            fields += [numbers, scales]
+        else:
+            fields.append(Field(shapes[name], offset, dtype))
+        parameters.append(Parameter(name, shapes[name], offset, packed))
         offset = _aligned(fields[-1].offset + fields[-1].nbytes)
     return tuple(parameters), tuple(fields), offset
 
 
-def _packed_fields(name: str, shape: tuple[int, ...], offset: int, *, turned: bool) -> list[Field]:
-    """The four-bit numbers of the parameter, two a byte, and their scales."""
-    rows, columns = shape[::-1] if turned else shape
-    if columns % GROUP:
-        raise UnsupportedFamily(f"{name} has rows of {columns}; MXFP4 shares an exponent among {GROUP}.")
-    blocks = Field((rows, columns // 2), offset, torch.uint8)
-    return [blocks, Field((rows, columns // GROUP), _aligned(offset + blocks.nbytes), torch.uint8)]
+def _packed_fields(parts: Sequence[Part], offset: int) -> tuple[Field, Field, int]:
+    """The numbers of a parameter's parts below one another, their scales, and the rows of each part."""
+    numbers, scales = ([part for part in parts if part.kind is kind] for kind in (Kind.NUMBERS, Kind.SCALES))
+    rows = {part.matrix[1][0] for part in numbers}
+    shaped = {(part.dtype, part.shape[1:]) for part in scales}
+    if len(rows) != 1 or len(shaped) != 1 or len({part.matrix[1] for part in numbers}) != 1:
+        raise UnsupportedFamily(
+            f"The parts of one parameter are quantised in unlike pieces: {[list(part.matrix[1]) for part in numbers]}."
+        )
+    every, (dtype, columns) = rows.pop() * len(numbers), shaped.pop()
+    first = Field((every, sum(part.nbytes for part in numbers) // every), offset, torch.uint8)
+    wide = (sum(part.shape[0] for part in scales), *columns)
+    return first, Field(wide, _aligned(offset + first.nbytes), DTYPES[dtype]), every // len(numbers)
 
 
 def _aligned(offset: int) -> int:
@@ -303,16 +349,18 @@ def _landings(
         own = [(place, projection, converter, part) for projection, (target, converter, place, part) in sources.items()
                if _parameter(target) == parameter.name]  # fmt: skip
         own.sort(key=lambda entry: entry[0])
-        kinds = [own] if parameter.packed is None else [_of_kind(own, blocks_suffix), _of_kind(own, scales_suffix)]
+        kinds = [own] if parameter.packed is None else [_of(Kind.NUMBERS, own), _of(Kind.SCALES, own)]
         for kind in kinds:
             start = 0
             for _, projection, converter, part in kind:
                 dim = _concatenated_along(converter, parameter.name)
+                if dim and parameter.packed:
+                    raise UnsupportedFamily(f"{parameter.name} is put together of quantised columns; rows are read.")
                 landings[projection] = Landing(field, dim, start, part.shape[dim])
                 start += part.shape[dim]
             field += 1
         shape = parameter.shape[::-1] if turned and parameter.packed else parameter.shape
-        shapes = [matrix_shape(part.projection, part.dtype, part.shape) for *_, part in kinds[0]]
+        shapes = [part.matrix[1] for *_, part in kinds[0]]
         _check_filled(parameter.name, shape, shapes, dim)
     return landings
 
@@ -320,8 +368,8 @@ def _landings(
 _Named = tuple[int, str, "WeightConverter | None", Part]
 
 
-def _of_kind(own: Sequence[_Named], suffix: Callable[[str, str], str | None]) -> list[_Named]:
-    return [entry for entry in own if suffix(entry[3].projection, entry[3].dtype)]
+def _of(kind: Kind, own: Sequence[_Named]) -> list[_Named]:
+    return [entry for entry in own if entry[3].kind is kind]
 
 
 def _concatenated_along(converter: WeightConverter | None, name: str) -> int:

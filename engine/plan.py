@@ -6,18 +6,20 @@ staging    the reader's aligned buffers, and a ring of more (RingShape) where by
 stand-ins  one vector of H float32 for each expert, as many sets as the config allows at once
 routers    sliced copies of the routers, for at most max_batch different selections at once
 workspace  activations of chunk_tokens tokens, see `_workspace`, the states of a context's tokens between two layers,
-           and one expert unpacked where experts are MXFP4
+           and one expert unpacked where slots hold quantised weights
 slots      the rest of the budget, at most one slot for each expert
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from engine.card import ITEMSIZE, ModelCard
 from engine.config import EngineConfig
 from store.errors import BudgetError
+from store.quantisation import FP8
 from store.records import Selection
 from store.sizes import show_bytes
 
@@ -29,6 +31,8 @@ BUFFER_BYTES = 2 * MIB  # of small experts of a layer that are staged together
 RING_BYTES = 64 * MIB  # of staged experts on their way, unless two of them are more
 BUFFERS = 5  # one is emptied while every thread fills another
 PAGE = 4096
+COMPILED = find_spec("engine._products") is not None
+MULTIPLIED = frozenset({"float32", "bfloat16"})  # by our own products
 
 
 class RingShape(NamedTuple):
@@ -66,8 +70,14 @@ class MemoryPlan:
     max_batch: int
     chunk_tokens: int
     dtype: str
+    slots_in: str  # what experts' matrices are in their slots: the dtype, or the way in which they are quantised
     stand_ins: int
     carried_tokens: int = 0  # whose hidden states the workspace holds beside half a chunk: a whole context's at least
+
+    @property
+    def quantised(self) -> bool:
+        """Whether experts lie in a slot as in the file, quantised."""
+        return self.slots_in != self.dtype
 
     @property
     def fixed_bytes(self) -> int:
@@ -139,8 +149,11 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
     size = ITEMSIZE[dtype]
     context = min(card.max_context, config.max_context or DEFAULT_CONTEXT)
     chunk = config.chunk_tokens or (4096 if config.memory is None else 512)
-    parts = [*(count * size for count in card.geometry.expert), *card.geometry.packed]
+    kept = keeps_quantised(card, config)
+    counts = card.geometry.expert if kept else (*card.geometry.expert, *card.geometry.unpacked)
+    parts = [*(count * size for count in counts), *(card.geometry.packed if kept else ())]
     slot = sum(-(-part // SLOT_ALIGN) * SLOT_ALIGN for part in parts)
+    unpacked = sum(card.geometry.unpacked) if kept else 0
     plan = MemoryPlan(
         budget=config.memory,
         dense_bytes=card.geometry.dense * size,
@@ -150,7 +163,7 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
         stand_in_bytes=config.stand_ins * card.layers * card.experts * card.hidden * 4,
         kernel_bytes=_kernels(card, chunk) if config.device == "cpu" and size == 2 else 0,
         workspace_bytes=_workspace(card, chunk, context, config.max_batch, size)
-        + (_carried(card, chunk, context) + card.geometry.unpacked) * size,
+        + (_carried(card, chunk, context) + unpacked) * size,
         slot_bytes=slot,
         slots=card.layers * card.experts,
         layers=card.layers,
@@ -161,6 +174,7 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
         max_batch=config.max_batch,
         chunk_tokens=chunk,
         dtype=dtype,
+        slots_in=card.geometry.way if kept else dtype,
         stand_ins=config.stand_ins,
         carried_tokens=max(context, _carried_free(card, chunk)),
     )
@@ -174,8 +188,23 @@ def reader_bytes(card: ModelCard) -> int:
 
 def needs_staging(card: ModelCard, config: EngineConfig, dtype: str) -> bool:
     """Whether an expert's bytes change on their way: another dtype than the file's, or another device than the host."""
-    changes = dtype != card.geometry.stored and bool(card.geometry.expert)  # what is MXFP4 stays that
-    return changes or config.device != "cpu"
+    geometry = card.geometry
+    converted = bool(geometry.way) and not keeps_quantised(card, config) and geometry.way == FP8
+    changes = dtype != geometry.stored and bool(geometry.expert)
+    return converted or changes or config.device != "cpu"
+
+
+def keeps_quantised(card: ModelCard, config: EngineConfig) -> bool:
+    """Whether experts lie in a slot as in the file, quantised. Four bits always do.
+
+    FP8 becomes the serving dtype on its way in where layers differ, which share slots, and where every use would pass
+    through torch: on other devices, and without our own products.
+    """
+    if card.geometry.way != FP8:
+        return bool(card.geometry.packed)
+    dtype = card.geometry.dtype if config.dtype == "auto" else config.dtype
+    own = config.device == "cpu" and config.kernel != "torch" and COMPILED and dtype in MULTIPLIED
+    return own and card.geometry.alike and bool(card.geometry.packed)
 
 
 def _staging(card: ModelCard, config: EngineConfig, dtype: str) -> int:

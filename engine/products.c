@@ -14,7 +14,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 
-enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT8 }; /* the last two are only read: products_convert.h */
+enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT8, EXPONENTS }; /* the last three are only read: products_convert.h, products_coded.h */
 enum { SILU, GELU, GELU_TANH, RELU, CLAMPED };
 
 #define LINE 64                 /* bytes of a cache line */
@@ -23,12 +23,23 @@ enum { SILU, GELU, GELU_TANH, RELU, CLAMPED };
 
 typedef float four __attribute__((vector_size(16)));
 
+enum { AS_SERVED, MXFP4, INT4, FP8 };
+
+/* How the numbers of a quantised matrix are stored, and what their scales are: one for each block of `rows` x `columns`, 0
+ * columns being a whole row. */
+struct coding {
+    int way, dtype;
+    long rows, columns;
+};
+
 struct matrix {
     const char *weights; /* [rows, columns], rows `stride` entries apart; across: [columns, rows], columns that far apart */
     const char *bias;    /* [rows] or NULL */
     long rows, columns, stride;
     int across;
-    const char *scales; /* of weights in four bits (products_four.h): a power of two for each group; NULL for all others */
+    const char *scales; /* of quantised weights (products_coded.h); NULL for all others */
+    struct coding coding;
+    long part; /* rows of each matrix that was quantised by itself: this one is several of them, one below the other */
 };
 
 /* Keys and values of one attention layer. `room` is `columns` up to a whole vector. */
@@ -97,7 +108,8 @@ static INLINE float activated(float x, const int activation)
 
 /* How an expert lies in a slot: offsets in bytes, -1 where there is no bias; `across`: both matrices are transposed. Its
  * gate: in halves [gate, up], or `interleaved` one by one. CLAMPED is gate x sigmoid(alpha x gate) x (up + 1), gate at most
- * and up within `limit`. Scales are those of weights in four bits, at -1 where these are of the dtype.
+ * and up within `limit`. Scales are those of quantised weights, at -1 where these are of the dtype; `part` is the first
+ * matrix's.
  */
 struct layout {
     int dtype, activation, gated;
@@ -105,13 +117,16 @@ struct layout {
     int across, interleaved;
     float alpha, limit;
     long up_scales, down_scales;
+    struct coding coding;
+    long part;
 };
 
 /* As Python keeps it. */
-#define LAYOUT "(iiillllllliiffll)"
+#define LAYOUT "(iiillllllliifflliilll)"
 #define FIELDS(l)                                                                                                      \
     &(l).dtype, &(l).activation, &(l).gated, &(l).hidden, &(l).inner, &(l).slot_bytes, &(l).up, &(l).up_bias, &(l).down, \
-        &(l).down_bias, &(l).across, &(l).interleaved, &(l).alpha, &(l).limit, &(l).up_scales, &(l).down_scales
+        &(l).down_bias, &(l).across, &(l).interleaved, &(l).alpha, &(l).limit, &(l).up_scales, &(l).down_scales, \
+        &(l).coding.way, &(l).coding.dtype, &(l).coding.rows, &(l).coding.columns, &(l).part
 
 /* Where channel i of [gate, up] has its two numbers. */
 static INLINE long gate_row(const struct layout *l, long i)
@@ -128,18 +143,34 @@ static struct matrix up_of(const struct layout *l, const char *slot)
 {
     const long rows = l->inner * (1 + l->gated);
     return (struct matrix){slot + l->up, l->up_bias < 0 ? NULL : slot + l->up_bias, rows, l->hidden,
-                           l->across ? rows : l->hidden, l->across, l->up_scales < 0 ? NULL : slot + l->up_scales};
+                           l->across ? rows : l->hidden, l->across, l->up_scales < 0 ? NULL : slot + l->up_scales, l->coding, l->part};
 }
 
 static struct matrix down_of(const struct layout *l, const char *slot)
 {
     return (struct matrix){slot + l->down, l->down_bias < 0 ? NULL : slot + l->down_bias, l->hidden, l->inner,
-                           l->across ? l->hidden : l->inner, l->across, l->down_scales < 0 ? NULL : slot + l->down_scales};
+                           l->across ? l->hidden : l->inner, l->across, l->down_scales < 0 ? NULL : slot + l->down_scales, l->coding, l->hidden};
 }
 
 static INLINE long size_of(const int dtype)
 {
-    return dtype == FLOAT8 ? 1 : dtype == FLOAT32 ? 4 : 2;
+    return dtype == FLOAT8 || dtype == EXPONENTS ? 1 : dtype == FLOAT32 ? 4 : 2;
+}
+
+static INLINE float half_number(const char *from)
+{
+    uint16_t half;
+    memcpy(&half, from, 2);
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                      : exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+    return half & 0x8000 ? -size : size;
+}
+
+/* Of what scales of integers and of eight-bit floats are stored as. */
+static INLINE float stored_scale(const char *from, const int dtype)
+{
+    return dtype == FLOAT16 ? half_number(from) : number(from, dtype);
 }
 
 /* A matrix [rows, columns], stored in one piece, and where it goes: `to_row` and `to_column` are strides there, in entries.
@@ -170,7 +201,7 @@ static INLINE float *aligned(float *room)
     return (float *)(((uintptr_t)room + LINE - 1) / LINE * LINE);
 }
 
-#include "products_four.h"
+#include "products_coded.h"
 
 #define PASTE(a, b) a##_##b
 #define EXPAND(a, b) PASTE(a, b)
@@ -184,10 +215,10 @@ static INLINE float *aligned(float *room)
 #define LANES 16
 #define BLOCK 4
 #define VECTORS 2
-#include "products_four_variant.h"
 #include "products_variant.h"
 #include "products_many_variant.h"
 #include "products_convert_variant.h"
+#include "products_coded_variant.h"
 #undef NAME
 #undef LANES
 #undef BLOCK
@@ -203,10 +234,10 @@ static INLINE float *aligned(float *room)
 #define LANES 8
 #define BLOCK 2
 #define VECTORS 2
-#include "products_four_variant.h"
 #include "products_variant.h"
 #include "products_many_variant.h"
 #include "products_convert_variant.h"
+#include "products_coded_variant.h"
 #undef NAME
 #undef LANES
 #undef BLOCK
@@ -225,10 +256,10 @@ static INLINE float *aligned(float *room)
 #define BLOCK 2
 #define VECTORS 2
 #endif
-#include "products_four_variant.h"
 #include "products_variant.h"
 #include "products_many_variant.h"
 #include "products_convert_variant.h"
+#include "products_coded_variant.h"
 
 typedef void (*attend_t)(const struct cache *, const struct seen *, int, const float *const *, float *, float *const *);
 typedef void (*activate_t)(const struct layout *, float *);
@@ -247,7 +278,7 @@ static const struct {
     int pairs; /* 1: inputs for bfloat16 weights are bfloat16, too; 0: they are floats */
 } sets[SETS] = {
 #if SETS == 4
-    {"AVX-512 BF16", multiply_pairs, attend_pairs, activate_pairs, expert_spread, convert_v4, unpack_v4, 32, 1},
+    {"AVX-512 BF16", multiply_pairs, attend_pairs, activate_pairs, expert_spread, convert_v4, unpack_pairs, 32, 1},
     {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, convert_v4, unpack_v4, 32, 0},
     {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, convert_v3, unpack_v3, 16, 0},
     {"SSE2", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, 8, 0},
@@ -382,6 +413,12 @@ static PyObject *py_sets(PyObject *self, PyObject *ignored)
     return names;
 }
 
+/* Of quantised weights, so that Python knows an extension of older sources. */
+static PyObject *py_ways(PyObject *self, PyObject *ignored)
+{
+    return PyLong_FromLong(FP8);
+}
+
 static PyObject *py_tiles(PyObject *self, PyObject *ignored)
 {
 #if SETS == 4
@@ -438,6 +475,7 @@ static PyObject *py_norm(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
+    {"ways", py_ways, METH_NOARGS, "how many ways of quantising are known"},
     {"tiles", py_tiles, METH_NOARGS, "Whether the processor multiplies tiles of bfloat16, which torch uses and we do not."},
     {"product", py_product, METH_VARARGS, "(set, dtype, x, weights, bias, y, rows, outputs, columns, stride, threads)"},
     {"experts", py_experts, METH_VARARGS, "(set, layout, bank, x, tokens, top_k, slots, y, threads)"},
@@ -463,7 +501,9 @@ static PyMethodDef methods[] = {
     {"convert", py_convert, METH_VARARGS,
      "(set, kind, stored, dtype of scales, scales, dtype, to, rows, columns, strides of rows and columns there, rows and columns "
      "of a block, threads)"},
-    {"unpack", py_unpack, METH_VARARGS, "(set, dtype, blocks, scales, to, rows, columns, threads): weights in four bits"},
+    {"unpack", py_unpack, METH_VARARGS,
+     "(set, dtype, numbers, scales, (way, dtype of scales, rows and columns that share one), rows of a part, to, rows, columns, "
+     "threads): quantised weights"},
     {"norm", py_norm, METH_VARARGS, "(dtype, x, weights, out, rows, columns, eps)"},
     {NULL, NULL, 0, NULL},
 };

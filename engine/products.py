@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from store.quantisation import FP8, INT4, MXFP4, Coding
+
 if TYPE_CHECKING:
     from engine.expert_shape import ExpertShape
     from engine.kvcache import PooledLayer
@@ -29,7 +31,7 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "unpack") else "built from older sources"
+    missing = "" if hasattr(compiled, "ways") else "built from older sources"
 
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
 STORED: Mapping[torch.dtype, int] = {**DTYPES, torch.float16: 2, torch.float8_e4m3fn: 3}  # the last two are only read
@@ -39,6 +41,15 @@ CONVERTED = frozenset({  # what is stored, and what is served; halves to float32
     (torch.float32, torch.bfloat16),
     (torch.float16, torch.bfloat16),
 })  # fmt: skip
+
+
+WAYS: Mapping[str, int] = {MXFP4: 1, INT4: 2, FP8: 3}
+EXPONENTS = 4  # what the scales of MXFP4 are
+
+
+def coding_fields(coding: Coding, scales: torch.dtype) -> tuple[int, int, int, int]:
+    """Those of `struct coding`."""
+    return WAYS[coding.way], EXPONENTS if coding.way == MXFP4 else STORED[scales], *coding.block
 
 
 def instruction_sets() -> Mapping[str, int]:
@@ -325,14 +336,14 @@ class Products:
             torch.get_num_threads(),
         )  # fmt: skip
 
-    def unpack(self, blocks: Tensor, scales: Tensor, target: Tensor) -> None:
-        """Weights in four bits (store/four_bits.py), `blocks` u8 [N, K / 2] and `scales` u8 [N, K / 32], into `target`
-        [N, K]: exactly."""
-        assert all(tensor.is_contiguous() for tensor in (blocks, scales, target)), blocks.stride()
+    def unpack(self, coding: Coding, numbers: Tensor, scales: Tensor, target: Tensor, part: int) -> None:
+        """Quantised weights (store/quantised.py), `numbers` u8 [N, bytes of a row] and their `scales`, into `target`
+        [N, K]; every `part` rows were quantised by themselves."""
+        assert all(tensor.is_contiguous() for tensor in (numbers, scales, target)), numbers.stride()
         rows, columns = target.shape
         compiled.unpack(
-            self._set, DTYPES[target.dtype], blocks.data_ptr(), scales.data_ptr(), target.data_ptr(), rows, columns,
-            torch.get_num_threads(),
+            self._set, DTYPES[target.dtype], numbers.data_ptr(), scales.data_ptr(), coding_fields(coding, scales.dtype),
+            part, target.data_ptr(), rows, columns, torch.get_num_threads(),
         )  # fmt: skip
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -28,17 +28,17 @@ static PyObject *py_convert(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* blocks [rows, columns / 2] and exponents [rows, columns / GROUP] of weights in four bits -> to [rows, columns]. */
+/* numbers and scales of a quantised matrix -> to [rows, columns]. */
 static PyObject *py_unpack(PyObject *self, PyObject *args)
 {
     int set, dtype, threads;
-    unsigned long long blocks, scales, to;
+    unsigned long long numbers, scales, to;
     struct matrix m = {0};
-    if (!PyArg_ParseTuple(args, "iiKKKlli", &set, &dtype, &blocks, &scales, &to, &m.rows, &m.columns, &threads) ||
-        !check_set(set))
+    if (!PyArg_ParseTuple(args, "iiKK(iill)lKlli", &set, &dtype, &numbers, &scales, &m.coding.way, &m.coding.dtype,
+                          &m.coding.rows, &m.coding.columns, &m.part, &to, &m.rows, &m.columns, &threads) || !check_set(set))
         return NULL;
-    m.weights = (const char *)blocks, m.scales = (const char *)scales;
-    threads = threads_for(m.rows * m.columns / 2, threads);
+    m.weights = (const char *)numbers, m.scales = (const char *)scales;
+    threads = threads_for(m.rows * coded_row(&m), threads);
     Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

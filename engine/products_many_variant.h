@@ -42,9 +42,9 @@ static INLINE void NAME(through)(const struct matrix *m, const int dtype, const 
         const int rows = m->rows - n < 4 ? (int)(m->rows - n) : 4;
         const char *from = m->weights + n * m->columns * size;
         const float *w = room;
-        if (m->scales)
-            NAME(unpack)(m, FLOAT32, n, rows, (char *)room);
-        else if (dtype == FLOAT32)
+        if (m->scales) /* into the upper half of the room, where widening does not overtake itself */
+            from = (char *)room + (4 - size) * rows * m->columns, NAME(unpack)(m, dtype, n, rows, (char *)from);
+        if (dtype == FLOAT32)
             w = (const float *)from;
         else
             NAME(widen)(from, dtype, rows * m->columns, room);

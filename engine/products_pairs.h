@@ -134,7 +134,7 @@ static INLINE void panel_pairs(const struct matrix *m, long first, long last, co
         lines_pairs(m, n, 1, x, rows, y);
 }
 
-#include "products_pairs_four.h"
+#include "products_pairs_coded.h"
 
 static void multiply_pairs(const struct matrix *m, int dtype, const float *const *x, long rows, float *const *y, long first,
                            long last)
@@ -144,7 +144,7 @@ static void multiply_pairs(const struct matrix *m, int dtype, const float *const
         return;
     }
     if (m->scales) {
-        multiply_pairs_four(m, (const uint16_t *const *)x, rows, y, first, last);
+        multiply_pairs_coded(m, (const uint16_t *const *)x, rows, y, first, last);
         return;
     }
     if (m->across) { /* bound by memory: widened, as elsewhere */

@@ -1,16 +1,13 @@
-/* Products of weights in four bits with few rows of bfloat16, where the processor multiplies pairs of it itself; included
- * after products_pairs.h. Sixty-four bytes are four times thirty-two codes, each found by shifting the words: a vector of
+/* Dot products of weights in four bits with few rows of bfloat16; included by products_pairs_coded.h. Sixty-four bytes are four times thirty-two codes, each found by shifting the words: a vector of
  * the numbers 4 j + v of SPAN for each v. Inputs are laid out so once, then nothing is moved. What four groups make is
- * multiplied with their powers of two, four lanes each, and added up.
+ * multiplied with their scales, four lanes each, and added up.
  *
  * A dot product is summed in one order, however many rows and weights are computed beside it: a row never depends on its
  * batch.
  */
 
-#define SPAN 128             /* numbers of a row that are computed together: four groups */
+#define SPAN 128 /* numbers of a row that are computed together: four groups */
 #define SPANS(columns) (((columns) + SPAN - 1) / SPAN)
-#define FOUR_ROWS 4          /* of inputs that share what is unpacked */
-#define FOUR_PANEL (1 << 16) /* bytes of weights that stay in the second cache while all rows pass */
 
 /* One row [columns] -> [SPANS][4][PAIRED], zeros behind its end. */
 static void in_fours(const uint16_t *x, long columns, uint16_t *to)
@@ -40,15 +37,43 @@ static INLINE int four_of(const uint8_t *exponents, long some)
     return four;
 }
 
-/* `lines` rows of weights from `w` and `exponents` on times `rows` rows of x, laid out by `in_fours` -> y[line * rows + row]. */
-static INLINE void dots_four(const struct matrix *m, long n, const int lines, const uint16_t *const *x, const int rows,
-                             float *y)
+/* Which of the words of eight bytes become floats of four lanes each, where a scale is for so many columns. */
+static INLINE __m512i places_of(long shared)
 {
-    const long step = m->columns / 2, groups = m->columns / GROUP;
-    const char *w = m->weights + n * step;
-    const uint8_t *exponents = (const uint8_t *)m->scales + n * groups;
-    const __m256i table = _mm256_loadu_si256((const __m256i *)FOURS);
-    const __m512i values = _mm512_inserti64x4(_mm512_castsi256_si512(table), table, 1);
+    const int apart = shared == GROUP ? 2 : 0, behind = shared == GROUP ? 4 : shared < SPAN ? 2 : 0; /* bytes to the next and the third word */
+    const int word[4] = {0, apart, behind, apart + behind};
+    __m512i places = _mm512_setzero_si512();
+    for (int four = 0; four < 4; four++) {
+        const int place = (word[four] + 1) << 24 | word[four] << 16 | 0x8080;
+        places = _mm512_mask_set1_epi32(places, 0xf << 4 * four, place);
+    }
+    return places;
+}
+
+/* The scales, in bfloat16, of the `some` groups that begin at column `first`. */
+static INLINE __m512 scales_of_span(const char *scales, long first, long shared, long some, __m512i places)
+{
+    uint64_t held = 0;
+    if (shared >= SPAN)
+        memcpy(&held, scales + (shared == SPAN ? first / SPAN : first / shared) * 2, 2);
+    else if (shared == GROUP && some == 4)
+        memcpy(&held, scales + first / GROUP * 2, 8);
+    else if (shared == GROUP)
+        memcpy(&held, scales + first / GROUP * 2, 2 * some);
+    else
+        memcpy(&held, scales + first / (2 * GROUP) * 2, some > 2 ? 4 : 2);
+    return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_set1_epi64((long long)held), places));
+}
+
+/* `lines` rows of weights from row n on times `rows` rows of x, laid out by `in_fours` -> y[line * rows + row]. */
+static INLINE void dots_four(const struct matrix *m, long n, const int lines, const uint16_t *const *x, const int rows,
+                             const int way, float *y)
+{
+    const long step = m->columns / 2, groups = m->columns / GROUP, shared = shared_columns(m);
+    const char *w = m->weights + n * step, *scales = row_scales(m, n);
+    const long scales_step = m->columns / shared * (way == INT4 ? 2 : 1);
+    const __m512i places = way == INT4 ? places_of(shared) : _mm512_setzero_si512();
+    const __m512i values = table_v4(way == INT4 ? INTEGERS : FOURS);
 #define BEGIN(i) __m512 sum##i = _mm512_setzero_ps();
 #define EMPTY(i) __m512 part##i = _mm512_setzero_ps();
 #define READ(line)                                                                                                     \
@@ -69,7 +94,11 @@ static INLINE void dots_four(const struct matrix *m, long n, const int lines, co
     if (i < lines * rows)                                                                                              \
         part##i = _mm512_dpbf16_ps(part##i, (__m512bh)OF(weights, i / rows), (__m512bh)OF(inputs, i % rows));
 #define INPUT(row) const __m512i inputs##row = row < rows ? _mm512_loadu_si512(x[row % rows] + at) : _mm512_setzero_si512();
-#define POWERS(line) const __m512 powers##line = powers_of(line < lines ? four_of(exponents + line * groups + span * 4, some) : 0);
+#define POWERS(line)                                                                                                   \
+    const __m512 powers##line =                                                                                        \
+        line >= lines ? _mm512_setzero_ps()                                                                            \
+        : way == INT4 ? scales_of_span(scales + line * scales_step, span * SPAN, shared, some, places)                 \
+                      : powers_of(four_of((const uint8_t *)scales + line * scales_step + span * 4, some));
 #define SCALE(i)                                                                                                       \
     if (i < lines * rows)                                                                                              \
         sum##i = _mm512_fmadd_ps(part##i, OF(powers, i / rows), sum##i);
@@ -107,53 +136,3 @@ static INLINE void dots_four(const struct matrix *m, long n, const int lines, co
 #undef SCALE
 }
 
-typedef void (*dots_four_t)(const struct matrix *, long, const uint16_t *const *, float *);
-
-#define DOTS(lines, rows)                                                                                              \
-    static __attribute__((noinline)) void four_##lines##_##rows(const struct matrix *m, long n, const uint16_t *const *x, \
-                                                                float *y)                                              \
-    {                                                                                                                  \
-        dots_four(m, n, lines, x, rows, y);                                                                            \
-    }
-DOTS(1, 1) DOTS(1, 2) DOTS(1, 3) DOTS(1, 4) DOTS(4, 1) DOTS(8, 1) DOTS(4, 2) DOTS(2, 3) DOTS(2, 4)
-#undef DOTS
-
-/* Rows `first` to `last` of the weights times at most FOUR_ROWS rows of x, laid out by `in_fours`. */
-static void lines_four(const struct matrix *m, const uint16_t *const *x, long rows, float *const *y, long first, long last)
-{
-    static const dots_four_t alone[FOUR_ROWS] = {four_1_1, four_1_2, four_1_3, four_1_4};
-    static const dots_four_t beside[FOUR_ROWS] = {four_4_1, four_4_2, four_2_3, four_2_4};
-    const int many = rows == 1 && m->columns <= SHORT; /* of short lines the most takes what is done once for each */
-    const long most = many ? 8 : rows <= 2 ? 4 : 2;
-    for (long lines; first < last; first += lines) {
-        float found[2 * TOGETHER];
-        lines = last - first < most ? 1 : most;
-        for (long line = 0; line < lines; line += 2)
-            __builtin_prefetch(m->scales + (first + line) * (m->columns / GROUP) + AHEAD / 16, 0, 1);
-        (lines == 1 ? alone[rows - 1] : many ? four_8_1 : beside[rows - 1])(m, first, x, found);
-        for (long line = 0; line < lines; line++) {
-            const float bias = m->bias ? number(m->bias + (first + line) * 2, BFLOAT16) : 0;
-            for (long row = 0; row < rows; row++)
-                y[row][first + line] = m->bias ? found[line * rows + row] + bias : found[line * rows + row];
-        }
-    }
-}
-
-static void multiply_pairs_four(const struct matrix *m, const uint16_t *const *x, long rows, float *const *y, long first,
-                                long last)
-{
-    char room[FOUR_ROWS * WIDEST + LINE];
-    const long width = SPANS(m->columns) * SPAN, panel = FOUR_PANEL / m->columns * 2 / 8 * 8 + 8;
-    uint16_t *laid_out = (uint16_t *)aligned((float *)room);
-    for (long begin = first; first < last; first += panel)
-        for (long row = 0; row < rows; row += FOUR_ROWS) {
-            const long some = rows - row < FOUR_ROWS ? rows - row : FOUR_ROWS;
-            const uint16_t *inputs[FOUR_ROWS];
-            for (long r = 0; r < some; r++) {
-                inputs[r] = laid_out + r * width;
-                if (first == begin || rows > FOUR_ROWS) /* else they are there */
-                    in_fours(x[row + r], m->columns, laid_out + r * width);
-            }
-            lines_four(m, inputs, some, y + row, first, first + panel < last ? first + panel : last);
-        }
-}

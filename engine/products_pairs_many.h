@@ -45,12 +45,12 @@ static INLINE void spread_pairs(const char *w, const int rows, long step, const 
             _mm512_storeu_ps(y + (row * vectors + v) * PAIR_LANES, sums[row][v]);
 }
 
-/* Some rows of weights in bfloat16; those in four bits are unpacked into `room`. */
+/* Some rows of weights in bfloat16; those that are quantised are unpacked into `room`. */
 static INLINE const char *rows_of(const struct matrix *m, long n, long count, char *room)
 {
     if (!m->scales)
         return m->weights + n * m->columns * 2;
-    unpack_v4(m, BFLOAT16, n, count, room);
+    unpack_pairs(m, BFLOAT16, n, count, room);
     return room;
 }
 

@@ -154,11 +154,13 @@ static INLINE void NAME(across)(const struct matrix *m, const int dtype, const i
         }
 }
 
+static void NAME(unpack)(const struct matrix *, int, long, long, char *); /* products_coded_variant.h */
+
 static void NAME(multiply)(const struct matrix *m, int dtype, const float *const *x, long rows, float *const *y,
                            long first, long last)
 {
     if (m->scales) {
-        multiply_four(NAME(unpack), NAME(multiply), m, dtype, x, rows, y, first, last);
+        multiply_coded(NAME(unpack), NAME(multiply), m, dtype, x, rows, y, first, last);
         return;
     }
     if (m->across) {

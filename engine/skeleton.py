@@ -46,13 +46,18 @@ class Skeleton:
     kv_shapes: tuple[tuple[Shape, Shape], ...]
 
 
-def build_skeleton(checkpoint: CheckpointMap, experts: ExpertMap, dtype: str) -> tuple[Skeleton, Renaming]:
-    """The model on the meta device. Raises UnsupportedFamily naming what does not meet the contract."""
+def build_skeleton(
+    checkpoint: CheckpointMap, experts: ExpertMap, dtype: str, quantised: bool = True
+) -> tuple[Skeleton, Renaming]:  # fmt: skip
+    """The model on the meta device; `quantised`, its slots hold quantised experts as they are stored.
+
+    Raises UnsupportedFamily naming what does not meet the contract.
+    """
     dispatch.register()
     model = _on_meta(Path(checkpoint.folder), getattr(torch, dtype))
     renaming = Renaming(model, get_model_conversion_mapping(model))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    layout, owners = derive_layout(renaming, checkpoint, experts, shapes, getattr(torch, dtype))
+    layout, owners = derive_layout(renaming, checkpoint, experts, shapes, getattr(torch, dtype), quantised=quantised)
     blocks = [_block(model, owner, experts.experts) for owner in owners]
     seen = run_trial(model, blocks)
     joints = tuple(

@@ -16,8 +16,8 @@ from engine.fp8 import Scratch
 from engine.layout import SlotLayout
 from engine.plan import RingShape
 from engine.transfer import Bytes, Extent
-from store.block_scales import FP8
 from store.experts import ALIGN, ExpertMap, ExpertSpan
+from store.quantised import EIGHT_BITS
 from store.records import ExpertKey
 
 
@@ -36,7 +36,8 @@ class Staging:
     def __init__(self, layout: SlotLayout, experts: ExpertMap, shape: RingShape, device: torch.device) -> None:
         self._layout, self._nbytes = layout, shape.nbytes
         self.buffers = [Buffer(shape.nbytes, pinned=device.type == "cuda") for _ in range(shape.buffers)]
-        self._scratch = _scratch(experts, device) if needs_scratch(layout.dtype, on_host=device.type == "cpu") else None
+        converts = layout.block is not None and needs_scratch(layout.dtype, on_host=device.type == "cpu")
+        self._scratch = _scratch(experts, device) if converts else None
         self._device = None if device.type == "cpu" else _DeviceCopy(shape.nbytes, device)
 
     @property
@@ -110,7 +111,7 @@ class _DeviceCopy:
 def _scratch(experts: ExpertMap, device: torch.device) -> Scratch | None:
     """For the largest FP8 part of any expert; None where there is none."""
     spans = [experts.span(ExpertKey(layer, 0)) for layer in range(len(experts.layers))]
-    shapes = {part.shape for span in spans for part in span.parts if part.dtype == FP8}
+    shapes = {part.shape for span in spans for part in span.parts if part.dtype == EIGHT_BITS}
     return Scratch(shapes, device) if shapes else None
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from profiler.command_options import Context, Memory, Model, StoreUrl, Threads
+from store.quantisation import Way
 
 app = typer.Typer()
 
@@ -87,13 +88,17 @@ def quantise(
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="JSONL, as for `moepager profile`: the card says what both do on it.")
     ] = None,
+    way: Annotated[
+        Way, typer.Option(help="mxfp4: 4.25 bits a weight; int4: 4.5, nearer to the model; fp8: 8, nearer still.")
+    ] = Way.MXFP4,
     model: Model = None,
     max_context: Context = None,
     batch: Annotated[int, typer.Option(min=1, help="Items that run at once.")] = 16,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")] = False,
 ) -> None:
-    """Write a copy of a model with its experts in four bits (MXFP4): a quarter of the bytes on disk and in memory."""
+    """Write a copy of a model with its experts in four or eight bits: a quarter or half of the bytes on disk and in
+    memory."""
     from engine.config import EngineConfig
     from profiler.bar import bar
     from profiler.corpus import read_corpus
@@ -106,7 +111,7 @@ def quantise(
     )
     text = None if evaluation is None else read_corpus(evaluation)
     with bar() as report:
-        card = quantise_and_measure(config, text, out, batch, report)
+        card = quantise_and_measure(config, text, out, way.value, batch, report)
     worst = max(card["relative_error"])
     typer.echo(f"Rounding changed weights by {worst:.1%} of their size (root mean square, worst layer).")
     _say(out, card, as_json=as_json)

@@ -58,9 +58,9 @@ def pack_task(
 
 
 def quantise_and_measure(
-    config: EngineConfig, held_out: Corpus | None, folder: Path, rows: int, report: Report
+    config: EngineConfig, held_out: Corpus | None, folder: Path, way: str, rows: int, report: Report
 ) -> dict[str, Any]:
-    """The card of a copy of the model in MXFP4; with evaluation text it says what both do on it."""
+    """The card of a copy of the model in FP8, INT4 or MXFP4; with evaluation text it says what both do on it."""
     whole = None
     refuse_existing(folder)
     if held_out is not None:
@@ -71,7 +71,7 @@ def quantise_and_measure(
     def finish(made: Path) -> dict[str, Any]:
         return {"evaluation": _evaluation(config, made, held_out, whole, rows)}
 
-    return quantise_model(config.model, folder, finish, report)
+    return quantise_model(config.model, folder, way, finish, report)
 
 
 def _evaluation(

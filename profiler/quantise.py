@@ -1,8 +1,8 @@
-"""A copy of a model whose experts lie in MXFP4: four bits a weight and a power of two for 32, rounded to the nearest.
+"""A copy of a model whose experts lie in FP8, INT4 or MXFP4, rounded to the nearest.
 
-No text is needed, and nothing but the experts changes. gpt-oss gets the layout that it is published in, every other
-family that of compressed-tensors (mxfp4-pack-quantized). One expert is in memory at a time, and what one layer
-has become. E experts, N rows, K columns.
+No text is needed, and nothing but the experts changes. Layouts are those that such models are published in: gpt-oss's
+for it in MXFP4, DeepSeek-V3's for FP8, compressed-tensors' for all else. One expert is in memory at a time, and what
+one layer has become. E experts, N rows, K columns.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from engine.card import ModelCard
-from engine.mxfp4 import as_stored, quantise, unpack
+from engine.rounding import as_stored, rounded
 from engine.skeleton import build_skeleton
+from engine.unpacking import unpack
 from profiler.pack_folder import CARD, Shards, dense_tensors, refuse_existing, slices_of, tensor_of, written_whole
 from profiler.progress import Progress, Report
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap
-from store.quantisation import MXFP4, PUBLISHED, in_mxfp4, way_of
+from store.quantisation import FP8, PUBLISHED, coding_of, with_experts_in
 from store.records import ExpertKey
 
 Finish = Callable[[Path], dict[str, Any]]  # the finished folder, still unnamed -> what its card says besides
@@ -44,26 +45,32 @@ class Loss:
         return sqrt(self.error / self.weight) if self.weight else 0.0
 
 
-def quantise_model(source: Path, folder: Path, finish: Finish, report: Report) -> dict[str, Any]:
+def quantise_model(source: Path, folder: Path, way: str, finish: Finish, report: Report) -> dict[str, Any]:
     """Writes the copy and gives its card. Raises Conflict where `folder` exists, UnsupportedFamily for a model that is
-    quantised already, InvalidInput for rows that are no whole groups, CheckpointError for NaN; nothing is left then."""
+    quantised already or whose experts lie transposed (FP8), InvalidInput for rows that are no whole groups,
+    CheckpointError for NaN; nothing is left then."""
     refuse_existing(folder)
     checkpoint = CheckpointMap.open(source)
-    if way_of(checkpoint.config) is not None:
+    if coding_of(checkpoint.config) is not None:
         raise UnsupportedFamily(f"{source} is quantised already. Quantise the model's own bfloat16 or float32 version.")
     experts = ExpertMap.build(checkpoint)
     card = ModelCard.describe(checkpoint, experts)
     skeleton, _ = build_skeleton(checkpoint, experts, card.geometry.dtype)
     transposed = bool(skeleton.joints[0].experts.is_transposed)
-    writer = _Writer(checkpoint, experts, published=card.family == PUBLISHED, transposed=transposed)
-    with written_whole(folder, checkpoint, in_mxfp4(checkpoint.config)) as made:
+    if transposed and way == FP8:
+        raise UnsupportedFamily(
+            f"{card.family} keeps its experts' matrices transposed, and of FP8 those can't be multiplied as they lie. "
+            "Quantise it to INT4 or MXFP4."
+        )
+    writer = _Writer(checkpoint, experts, way, published=card.family == PUBLISHED, transposed=transposed)
+    with written_whole(folder, checkpoint, with_experts_in(way, checkpoint.config)) as made:
         losses = writer.write(made, report)
         checkpoint.check()
         after = ExpertMap.build(CheckpointMap.open(made))
         told = {
             "packed_from": card.fingerprint,
             "family": card.family,
-            "format": MXFP4,
+            "format": way,
             "expert_bytes": [experts.total_bytes, after.total_bytes],
             "relative_error": [round(loss.relative, 5) for loss in losses],
             **finish(made),
@@ -75,9 +82,12 @@ def quantise_model(source: Path, folder: Path, finish: Finish, report: Report) -
 class _Writer:
     """One checkpoint's tensors, layer by layer."""
 
-    def __init__(self, source: CheckpointMap, experts: ExpertMap, *, published: bool, transposed: bool) -> None:
+    def __init__(
+        self, source: CheckpointMap, experts: ExpertMap, way: str, *, published: bool, transposed: bool
+    ) -> None:  # fmt: skip
         """`published`: with gpt-oss's names and shapes. `transposed`: tensors of all experts are [E, K, N]."""
         self._source, self._experts = source, experts
+        self._way, self._coding = way, coding_of(with_experts_in(way, source.config))
         self._published, self._transposed = published, transposed
 
     def write(self, folder: Path, report: Report) -> list[Loss]:
@@ -113,20 +123,21 @@ class _Writer:
         if name.endswith("bias") or len(shape) < 2:
             return {name: tensor_of(self._source, name)}
         if len(shape) == 2:
-            blocks, scales = self._one(name, tensor_of(self._source, name), loss)
+            numbers, scales = self._one(name, tensor_of(self._source, name), loss)
         else:
             each = (matrix.T if self._transposed else matrix for matrix in slices_of(self._source, name))
             made = zip(*(self._one(name, matrix, loss) for matrix in each), strict=True)
-            blocks, scales = (torch.stack(parts) for parts in made)  # [E, N, K / 2], [E, N, K / 32]
-        return as_stored(name, blocks, scales, published=self._published)
+            numbers, scales = (torch.stack(parts) for parts in made)  # [E, N, ...] each
+        return as_stored(self._way, name, numbers, scales, published=self._published)
 
     def _one(self, name: str, matrix: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         wide = matrix.float().contiguous()
         if not bool(torch.isfinite(wide).all()):
             raise CheckpointError(f"{name} has NaN or infinity. Download the checkpoint again.")
-        blocks, scales = quantise(wide)
+        numbers, scales = rounded(self._way, wide)
         found = torch.empty_like(wide)
-        unpack(blocks, scales, found)
+        assert self._coding is not None, self._way
+        unpack(self._coding, numbers.view(torch.uint8), scales, found)
         loss.error += float((found - wide).square().sum(dtype=torch.float64))
         loss.weight += float(wide.square().sum(dtype=torch.float64))
-        return blocks, scales
+        return numbers, scales

@@ -11,6 +11,7 @@ import typer
 from service.backup_commands import app as backup_commands
 from service.key_commands import app as key_commands
 from service.settings import Settings, load_settings
+from store.quantisation import Way
 
 app = typer.Typer()
 app.add_typer(key_commands, name="keys")
@@ -155,9 +156,9 @@ def recipes_command(
     memory: Annotated[
         list[str] | None, typer.Option(help="Repeatable. Default: 8, 16 and 24 GiB less a tenth.")
     ] = None,
-    mxfp4: Annotated[
-        bool, typer.Option("--mxfp4", help="Show each model's copy by `moepager quantise` beside it, too.")
-    ] = False,
+    quantised: Annotated[
+        list[Way] | None, typer.Option(help="Repeatable: show each model's copy by `moepager quantise`, too.")
+    ] = None,
     max_context: Context = None,
     max_batch: Batch = None,
     device: Device = None,
@@ -173,8 +174,8 @@ def recipes_command(
     found = [
         recipe
         for config in configs
-        for copy in ([False, True] if mxfp4 else [False])
-        for recipe in recipes(config, memories, context=context, batch=batch, device=settings.device, mxfp4=copy)
+        for copy in (None, *(way.value for way in quantised or ()))
+        for recipe in recipes(config, memories, context=context, batch=batch, device=settings.device, way=copy)
     ]
     _print(show_recipes(found), {"rows": [recipe.json() for recipe in found]}, as_json)
 

@@ -140,15 +140,15 @@ def show_memory(card: ModelCard, plan: MemoryPlan) -> str:
         ("staging", f"{show_bytes(plan.staging_bytes)}, router copies {show_bytes(plan.router_bytes)}"),
         ("kernels", f"{show_bytes(plan.kernel_bytes)} of compiled code for {plan.dtype}"),
         ("workspace", f"{show_bytes(plan.workspace_bytes)}: {plan.chunk_tokens} tokens at once"),
-        ("expert slots", f"{plan.slots} x {show_bytes(plan.slot_bytes)} = {_slots(card, plan)}"),
+        ("expert slots", f"{plan.slots} x {show_bytes(plan.slot_bytes)} = {_slots(plan)}"),
         ("", f"{plan.slots_per_layer} of {plan.experts} experts a layer ({plan.keep:.0%})"),
     ]
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
 
 
-def _slots(card: ModelCard, plan: MemoryPlan) -> str:
+def _slots(plan: MemoryPlan) -> str:
     """Their bytes, and what an expert's matrices are in them."""
-    return f"{show_bytes(plan.slots * plan.slot_bytes)} in {'MXFP4' if card.geometry.packed else plan.dtype}"
+    return f"{show_bytes(plan.slots * plan.slot_bytes)} in {plan.slots_in.upper() if plan.quantised else plan.dtype}"
 
 
 def _strips(card: ModelCard) -> str:

@@ -39,21 +39,21 @@ class Recipe:
 
 
 def recipes(
-    config: Path, memories: Sequence[int], *, context: int | None, batch: int, device: str, mxfp4: bool = False
+    config: Path, memories: Sequence[int], *, context: int | None, batch: int, device: str, way: str | None = None
 ) -> Sequence[Recipe]:
-    """What `plan` says of the model that `config` describes, or of its copy in MXFP4, for every budget of `memories`
+    """What `plan` says of the model that `config` describes, or of its copy in `way`, for every budget of `memories`
     (bytes).
 
     No weights are needed. Raises InvalidInput for a file that is no config, UnsupportedFamily for one that can't be
     served.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_blueprint(config, Path(scratch) / "model", mxfp4=mxfp4)
+        folder = write_blueprint(config, Path(scratch) / "model", way=way)
         weight_bytes = CheckpointMap.open(folder).weight_bytes
         card = ModelCard.read(folder)
     settings = EngineConfig(folder, None, device=device, max_context=context, max_batch=batch, chunk_tokens=512)
     whole = plan_memory(card, settings)
-    name = f"{config.stem}, MXFP4" if mxfp4 else config.stem
+    name = config.stem if way is None else f"{config.stem}, {way.upper()}"
     return [_recipe(name, weight_bytes, whole, memory, card, settings) for memory in memories]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from store.block_scales import BlockScales, is_scale, read_block_scales
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, MismatchError, UnsupportedFamily
 from store.expert_names import Place, find_routers, place
-from store.four_bits import FourBits, read_four_bits
+from store.quantised import Matrix, Quantised, read_quantised
 from store.records import ExpertKey, Selection
 from store.shard import TensorSpan
 
@@ -27,9 +27,18 @@ FIX = "Download the checkpoint again."
 Placed = tuple[Place, TensorSpan]
 
 
+class Kind(Enum):
+    PLAIN = "plain"
+    NUMBERS = "numbers"  # of a quantised matrix
+    SCALES = "scales"
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of one expert. `projection` is the hub's name after the expert: w1.weight, gate_up_proj."""
+    """One tensor of one expert. `projection` is the hub's name after the expert: w1.weight, gate_up_proj.
+
+    `matrix` is the name and the shape of what it is, or of the quantised matrix that it is a part of.
+    """
 
     projection: str
     file: Path
@@ -37,6 +46,8 @@ class Part:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    kind: Kind
+    matrix: tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,32 +83,31 @@ class ExpertMap:
     dense: tuple[str, ...]
     surplus: tuple[str, ...]
     spans: tuple[tuple[ExpertSpan, ...], ...]  # [L][E]
-    scales: BlockScales | None = (
-        None  # of FP8 weights; an expert's are parts of it, a dense weight's are not in `dense`
-    )
-    four_bits: FourBits | None = None  # of MXFP4 weights; the same of their scales
+    quantised: Quantised | None = None  # an expert's scales are parts of it, a dense weight's are not in `dense`
 
     @classmethod
     def build(cls, checkpoint: CheckpointMap) -> ExpertMap:
         """Raises CheckpointError for holes and unlike experts, UnsupportedFamily where none can be told apart."""
         _refuse_experts_without_weights(checkpoint.config)
-        placed = _place_all(checkpoint.tensors.values())
+        quantised = read_quantised(checkpoint.config, checkpoint.tensors)
+        told = frozenset() if quantised is None else quantised.surplus
+        tensors = {name: span for name, span in checkpoint.tensors.items() if name not in told}
+        placed = _place_all(tensors.values())
         if not placed:
             raise UnsupportedFamily(
                 f"{checkpoint.folder} has no routed experts: no tensor is named like `layers.3.mlp.experts.5.…`. "
                 "moepager serves Mixture-of-Experts models; run a dense model with plain transformers."
             )
-        scales = read_block_scales(checkpoint.config, checkpoint.tensors)
-        four_bits = read_four_bits(checkpoint.config, checkpoint.tensors)
-        surplus = _surplus(checkpoint.tensors, _only_stack(placed), _setting(checkpoint.config, ("num_hidden_layers",)))
-        kept = [span for name, span in checkpoint.tensors.items() if name not in surplus]
+        surplus = _surplus(tensors, _only_stack(placed), _setting(checkpoint.config, ("num_hidden_layers",)))
+        kept = [span for name, span in tensors.items() if name not in surplus]
         count = _setting(checkpoint.config, COUNTS)
         members = _by_layer([(where, span) for where, span in placed if span.name not in surplus])
-        layers = [_Layer.gather(group, count) for group in members]
+        matrices = {} if quantised is None else quantised.matrices
+        layers = [_Layer.gather(group, count, matrices) for group in members]
         _check_alike(layers)
         _check_routers(layers, kept)
         taken = {span.name for layer in layers for _, span in layer.members}
-        taken |= {name for kind in (scales, four_bits) if kind for name in kind.names}
+        taken |= set() if quantised is None else quantised.scales
         return cls(
             layers=tuple(layer.number for layer in layers),
             modules=tuple(layer.owner for layer in layers),
@@ -106,9 +116,14 @@ class ExpertMap:
             dense=tuple(span.name for span in kept if span.name not in taken),
             surplus=tuple(sorted(surplus)),
             spans=tuple(layer.spans(ordinal) for ordinal, layer in enumerate(layers)),
-            scales=scales,
-            four_bits=four_bits,
+            quantised=quantised,
         )
+
+    @property
+    def alike(self) -> bool:
+        """Whether the experts of all layers are stored in the same way."""
+        stored = {tuple((part.projection, part.dtype, part.shape) for part in layer[0].parts) for layer in self.spans}
+        return len(stored) == 1
 
     def span(self, key: ExpertKey) -> ExpertSpan:
         """Raises MismatchError for an expert that the model does not have."""
@@ -159,7 +174,7 @@ class _Layer:
     parts: list[dict[str, Part]]
 
     @classmethod
-    def gather(cls, members: list[Placed], count: int | None) -> _Layer:
+    def gather(cls, members: list[Placed], count: int | None, matrices: Mapping[str, Matrix]) -> _Layer:
         first = members[0][0]
         owners = sorted({where.owner for where, _ in members})
         if len(owners) > 1:
@@ -167,12 +182,16 @@ class _Layer:
         experts = _count(first.owner, members, count)
         parts: list[dict[str, Part]] = [{} for _ in range(experts)]
         for where, span in members:
-            for expert, part in _cut(where, span, experts):
+            for expert, part in _cut(where, span, experts, matrices.get(span.name)):
                 parts[expert][where.projection] = part
         return cls(first.owner, first.layer, members, experts, parts)
 
     def projections(self) -> set[str]:
         return {projection for parts in self.parts for projection in parts}
+
+    def matrices(self) -> set[str]:
+        """What the experts' parts make up, by name."""
+        return {part.matrix[0] for parts in self.parts for part in parts.values()}
 
     def spans(self, ordinal: int) -> tuple[ExpertSpan, ...]:
         return tuple(
@@ -248,10 +267,18 @@ def _count(owner: str, members: list[Placed], wanted: int | None) -> int:
     return found
 
 
-def _cut(where: Place, span: TensorSpan, experts: int) -> Iterable[tuple[int, Part]]:
+def _cut(where: Place, span: TensorSpan, experts: int, matrix: Matrix | None) -> Iterable[tuple[int, Part]]:
     """The part of each expert that `span` holds: itself, or contiguous slices of the leading dimension."""
+    kind, name = Kind.PLAIN, where.projection
+    shape = span.shape if matrix is None else matrix.shape
+    if matrix is not None:
+        kind = Kind.NUMBERS if span.name == matrix.numbers else Kind.SCALES
+        name = name.removesuffix(span.name.removeprefix(matrix.name))
     if where.expert is not None:
-        yield where.expert, Part(where.projection, span.file, span.offset, span.nbytes, span.dtype, span.shape)
+        yield (
+            where.expert,
+            Part(where.projection, span.file, span.offset, span.nbytes, span.dtype, span.shape, kind, (name, shape)),
+        )
         return
     if span.shape[0] != experts or span.nbytes % experts:
         raise UnsupportedFamily(
@@ -260,21 +287,23 @@ def _cut(where: Place, span: TensorSpan, experts: int) -> Iterable[tuple[int, Pa
     size = span.nbytes // experts
     for expert in range(experts):
         offset = span.offset + expert * size
-        yield expert, Part(where.projection, span.file, offset, size, span.dtype, span.shape[1:])
+        own = name, shape[1:]
+        yield expert, Part(where.projection, span.file, offset, size, span.dtype, span.shape[1:], kind, own)
 
 
 def _check_alike(layers: list[_Layer]) -> None:
     """Every layer has as many experts, every expert every projection, and within a layer in the same shape."""
-    weights = {name for layer in layers for name in layer.projections() if not is_scale(name)}
+    weights = {name for layer in layers for name in layer.matrices()}
     for layer in layers:
         if layer.experts != layers[0].experts:
             raise CheckpointError(
                 f"{layer.owner} has {layer.experts} experts, {layers[0].owner} has {layers[0].experts}. "
                 f"Every layer must have as many. {FIX}"
             )
-        wanted = weights | layer.projections()  # one layer may be quantised and the next not
+        wanted = layer.projections()  # one layer may be quantised and the next not
         for expert, parts in enumerate(layer.parts):
-            if lacking := sorted(wanted - parts.keys()):
+            missing = weights - {part.matrix[0] for part in parts.values()}
+            if lacking := sorted((wanted - parts.keys()) or missing):
                 raise CheckpointError(f"Expert {expert} of {layer.owner} lacks {', '.join(lacking)}. {FIX}")
             _check_shapes(layer, expert, parts)
 

@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.commands import app
-from benchmarks.strip_speed import SPREAD, WHOLE, Terms, _Sample, bench_strip_speed, selections
+from benchmarks.strip_speed import SPREAD, WHOLE, WIDE, Terms, _Sample, bench_strip_speed, selections
 from engine.card import ModelCard
 from engine.tiny import write_tiny
 from store.errors import InvalidInput
+from store.quantisation import FP8, MXFP4
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,13 @@ def test_every_pack_serves_as_many_bytes_and_is_made_once(model: Path, tmp_path:
     assert {folder.name: folder.stat().st_mtime_ns for folder in tmp_path.iterdir()} == made
 
 
-def test_a_copy_in_four_bits_serves_as_many_experts_in_fewer_bytes(model: Path, tmp_path: Path) -> None:
-    rows, _ = bench_strip_speed(Terms(model, (1,), tokens=2, rounds=1, quantised=(1,)), tmp_path)
-    assert [(row.strips, row.bits, row.layout) for row in rows] == [
-        (1, bits, at) for bits in (16, 4) for at in (WHOLE, SPREAD)
+def test_quantised_copies_serve_as_many_experts_in_fewer_bytes(model: Path, tmp_path: Path) -> None:
+    rows, _ = bench_strip_speed(Terms(model, (1,), tokens=2, rounds=1, quantised=(1,), ways=(MXFP4, FP8)), tmp_path)
+    assert [(row.strips, row.way, row.layout) for row in rows] == [
+        (1, way, at) for way in (WIDE, MXFP4, FP8) for at in (WHOLE, SPREAD)
     ]
     assert rows[2].bytes < rows[0].bytes * 0.2  # of float32
-    assert {folder.name for folder in tmp_path.iterdir()} == {f"{model.name}-1-four-bits"}
+    assert {folder.name for folder in tmp_path.iterdir()} == {f"{model.name}-1-{way}" for way in (MXFP4, FP8)}
 
 
 def test_the_two_selections_share_nothing_and_serve_one_token(model: Path, tmp_path: Path) -> None:

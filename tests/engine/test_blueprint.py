@@ -8,7 +8,7 @@ import pytest
 from engine.blueprint import write_blueprint
 from engine.card import ModelCard
 from engine.tiny import FAMILIES, write_tiny
-from engine.tiny_mxfp4 import write_mxfp4
+from engine.tiny_quantised import write_mxfp4
 from store.checkpoint import CheckpointMap
 from store.errors import InvalidInput, UnsupportedFamily
 
@@ -36,7 +36,7 @@ def test_a_blueprint_in_four_bits_has_the_tensors_of_a_quantised_copy(family: st
     """Asked for, or because the config says so."""
     real = write_tiny(family, tmp_path / "real", dtype="bfloat16", **FIELDS[family])
     plain = real / "config.json"
-    asked = write_blueprint(plain, tmp_path / "asked", mxfp4=True)
+    asked = write_blueprint(plain, tmp_path / "asked", way="mxfp4")
     write_mxfp4(real)
     said = write_blueprint(plain, tmp_path / "said")
     assert shapes(asked) == shapes(said) == shapes(real)

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 from engine.config import EngineConfig
 from engine.conversion import needs_scratch
 from engine.engine import Engine
-from engine.fp8 import Scratch, dequantise
+from engine.fp8 import Scratch, dequantise, quantise
 from engine.plan import READER_THREADS, plan_memory, reader_bytes
 from engine.ring import Ring
 from engine.tiny import write_tiny
-from engine.tiny_fp8 import quantise, write_fp8
-from store.block_scales import scale_name
+from engine.tiny_quantised import write_fp8
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
 from store.experts import ExpertMap
+from store.quantised import INVERSE
 from store.records import ExpertKey, Selection
 
 Open = Callable[..., Engine]
@@ -81,8 +81,8 @@ def pair(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         quantised = write_fp8(write_tiny(family, tmp_path / "fp8", dtype="float32", **fields), BLOCK)
         meant = write_tiny(family, tmp_path / "wide", dtype="float32", **fields)
         held = load_file(quantised / "model.safetensors")
-        scales = {name for name in held if scale_name(name) in held}
-        wide = {name: _slowly(tensor, held[scale_name(name)], BLOCK) if name in scales else tensor
+        scales = {name for name in held if name + INVERSE in held}
+        wide = {name: _slowly(tensor, held[name + INVERSE], BLOCK) if name in scales else tensor
                 for name, tensor in held.items() if not name.endswith("_scale_inv")}  # fmt: skip
         save_file(wide, meant / "model.safetensors", metadata={"format": "pt"})
         return quantised, meant
@@ -111,7 +111,7 @@ def test_a_whole_model_is_transformers_with_the_dequantised_weights(
     torch.testing.assert_close(engine.forward(ids, mask, [part, part]), same, atol=1e-4, rtol=1e-4)
 
 
-def test_the_smallest_budget_pages_bytes_as_stored_and_counts_slots_as_served(
+def test_the_smallest_budget_pages_bytes_as_stored_and_counts_slots_so_too(
     pair: Callable[..., tuple[Path, Path]], open_engine: Open
 ) -> None:
     quantised, meant = pair("qwen3_moe", **FIELDS)
@@ -130,7 +130,24 @@ def test_the_smallest_budget_pages_bytes_as_stored_and_counts_slots_as_served(
     assert engine.card.expert_bytes == sum(tensor.numel() * tensor.element_size() for tensor in expert)
     assert engine.bank.paged.bytes_needed == engine.bank.paged.experts * engine.card.expert_bytes
     assert engine.plan.dense_bytes == wide.plan.dense_bytes
+    assert engine.plan.slots_in == "fp8"
+    assert engine.bank.slot_bytes <= engine.plan.slot_bytes < 0.4 * wide.plan.slot_bytes  # float32: a quarter and more
+    assert engine.bank.layout.direct
+
+
+def test_with_torchs_products_experts_become_the_serving_dtype_on_their_way(
+    pair: Callable[..., tuple[Path, Path]], open_engine: Open
+) -> None:
+    quantised, meant = pair("qwen3_moe", **FIELDS)
+    wide = open_engine(meant, kernel="torch")
+    engine = open_engine(quantised, dtype="float32", kernel="torch")
+    assert engine.plan.slots_in == "float32"
     assert engine.plan.slot_bytes == wide.plan.slot_bytes
+    ids = torch.randint(0, 256, (2, 9))
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(
+        engine.forward(ids, mask, [None, None]), wide.forward(ids, mask, [None, None]), atol=1e-4, rtol=1e-4
+    )
     way = engine.bank.arrivals.way
     assert isinstance(way, Ring)
     planned = engine.plan.staging_bytes - READER_THREADS * reader_bytes(engine.card)
@@ -156,6 +173,7 @@ def test_experts_alone_may_be_fp8(tmp_path: Path, open_engine: Open) -> None:
 def test_layers_may_differ_in_how_their_experts_are_stored(tmp_path: Path, open_engine: Open) -> None:
     folder = write_fp8(write_tiny("qwen3_moe", tmp_path / "m"), BLOCK, lambda name: ".layers.1.mlp.experts." in name)
     engine = open_engine(folder)
+    assert not engine.plan.quantised
     assert engine.plan.staging_bytes > open_engine(write_tiny("qwen3_moe", tmp_path / "n")).plan.staging_bytes
     experts = ExpertMap.build(CheckpointMap.open(folder))
     assert [len(experts.span(ExpertKey(layer, 0)).parts) for layer in range(3)] == [3, 6, 3]
@@ -181,3 +199,29 @@ def test_a_lost_scale_and_a_foreign_form_are_refused_before_any_weight_is_read(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedFamily, match="quantised by awq"):
         open_engine(folder)
+
+
+@pytest.mark.parametrize("kernel", ["own", "torch"])
+def test_a_scale_for_each_row_as_compressed_tensors_stores_them(kernel: str, tmp_path: Path, open_engine: Open) -> None:
+    quantised, meant = (write_tiny("qwen3_moe", tmp_path / name, dtype="float32", **FIELDS) for name in ("q", "w"))
+    held, wide = load_file(quantised / "model.safetensors"), {}
+    for name, tensor in dict(held).items():
+        wide[name] = tensor
+        if name.endswith("_proj.weight"):
+            held[name], scales = quantise(tensor, (1, tensor.shape[1]))
+            held[f"{name}_scale"] = scales.bfloat16()
+            wide[name] = held[name].float() * scales.bfloat16().float()
+    save_file(held, quantised / "model.safetensors", metadata={"format": "pt"})
+    save_file(wide, meant / "model.safetensors", metadata={"format": "pt"})
+    group = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "input_activations": {"dynamic": True}}
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}
+    }  # fmt: skip
+    (quantised / "config.json").write_text(json.dumps(config))
+    ids = torch.randint(0, 256, (2, 9))
+    found, wanted = (
+        open_engine(folder, dtype="float32", kernel=kernel).forward(ids, torch.ones_like(ids), [None, None])
+        for folder in (quantised, meant)
+    )
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

@@ -17,16 +17,19 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.mxfp4 import BIAS, VALUES, quantise, unpack, unpack_plainly
+from engine.mxfp4 import quantise
 from engine.plan import plan_memory
 from engine.products import Products, instruction_sets
 from engine.tiny import write_tiny
-from engine.tiny_mxfp4 import write_mxfp4
+from engine.tiny_quantised import write_mxfp4
+from engine.unpacking import BIAS, VALUES, unpack, unpack_plainly
 from store.errors import CheckpointError, InvalidInput, UnsupportedFamily
-from store.four_bits import GROUP, SUFFIXES
+from store.quantisation import GROUP, MXFP4, Coding
 from store.records import Selection
 
 Open = Callable[..., Engine]
+CODING = Coding(MXFP4, (1, GROUP))
+SUFFIXES = {"_blocks": "_scales", "_packed": "_scale"}
 FIELDS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"hidden_size": 64, "intermediate_size": 32},
     "qwen3_moe": {"hidden_size": 64, "moe_intermediate_size": 32},
@@ -63,11 +66,11 @@ def test_every_instruction_set_unpacks_what_the_format_says(shape: tuple[int, in
     wanted = slowly(blocks, scales).to(dtype)
     for name in instruction_sets():
         found = torch.zeros(shape, dtype=dtype)
-        Products(name).unpack(blocks, scales, found)
+        Products(name).unpack(CODING, blocks, scales, found, rows)
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     for way in (unpack, unpack_plainly):
         found = torch.zeros(shape, dtype=dtype)
-        way(blocks, scales, found)
+        way(CODING, blocks, scales, found)
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
@@ -241,7 +244,7 @@ def test_a_checkpoint_whose_config_and_tensors_disagree_is_refused(
     config = json.loads((quantised / "config.json").read_text())
     del config["quantization_config"]
     (quantised / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedFamily, match="no quantization_config that says MXFP4"):
+    with pytest.raises(UnsupportedFamily, match="no quantization_config"):
         open_engine(quantised)
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (quantised / "config.json").write_text(json.dumps(config))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine import products
 from engine.engine import Engine
-from engine.expert_shape import ExpertShape, Gate
+from engine.expert_shape import ExpertShape, Gate, Scales
 from engine.kernels import FEW, PAIRS, WIDE, Kernels
 from engine.products import Products, instruction_sets
 from engine.requests import GenerationRequest
@@ -308,7 +308,7 @@ def test_large_experts_of_many_tokens_go_to_torch(monkeypatch: pytest.MonkeyPatc
     assert [kernels.takes_many(shape) for shape in (small, mini, huge)] == [wide, wide, False]
     monkeypatch.setattr(products.compiled, "tiles", lambda: True)
     assert [kernels.takes_many(shape) for shape in (small, mini, huge)] == [wide, False, False]
-    four = replace(huge, scales=(64, 128))
+    four = replace(huge, scales=Scales(64, 128, (1, 4, 1, 32), 1024))
     for tiles in (False, True):
         monkeypatch.setattr(products.compiled, "tiles", lambda there=tiles: there)
         assert kernels.takes_many(four) == (not tiles and kernels.own.instruction_set == PAIRS)

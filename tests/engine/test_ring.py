@@ -24,7 +24,7 @@ from engine.ring import Cargo, Ring
 from engine.skeleton import build_skeleton
 from engine.staging import Staging
 from engine.tiny import write_tiny
-from engine.tiny_fp8 import write_fp8
+from engine.tiny_quantised import write_fp8
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError
 from store.experts import ExpertMap
@@ -76,7 +76,7 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         monkeypatch.setattr(plan_module, "BUFFERS", buffers)
         checkpoint = CheckpointMap.open(folder)
         experts = ExpertMap.build(checkpoint)
-        layout = build_skeleton(checkpoint, experts, dtype)[0].layout
+        layout = build_skeleton(checkpoint, experts, dtype, False)[0].layout
         readers.append(Reader(2**16, threads))
         return Bank(layout, experts, LAYERS * EXPERTS, torch.device("cpu"), readers[-1])
 

@@ -32,7 +32,7 @@ from engine.residency import ABSENT
 from engine.ring import Ring
 from engine.skeleton import build_skeleton
 from engine.tiny import write_tiny
-from engine.tiny_fp8 import write_fp8
+from engine.tiny_quantised import write_fp8
 from store.checkpoint import CheckpointMap
 from store.errors import BudgetError, CheckpointError
 from store.experts import ExpertMap
@@ -52,7 +52,7 @@ def _folder(kind: str) -> Path:
 def _checkpoint(dtype: str, kind: str = "plain") -> tuple[SlotLayout, ExpertMap]:
     checkpoint = CheckpointMap.open(_folder(kind))
     experts = ExpertMap.build(checkpoint)
-    return build_skeleton(checkpoint, experts, dtype)[0].layout, experts
+    return build_skeleton(checkpoint, experts, dtype, False)[0].layout, experts
 
 
 @cache

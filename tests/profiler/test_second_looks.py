@@ -16,7 +16,7 @@ from engine.embedder import HashEmbedder
 from engine.engine import Engine
 from engine.plan import plan_memory
 from engine.tiny import write_tiny
-from engine.tiny_fp8 import write_fp8
+from engine.tiny_quantised import write_fp8
 from profiler import relaxation
 from profiler.allocation import select
 from profiler.batches import encode_corpus, pad

@@ -10,7 +10,7 @@ from engine.card import ModelCard
 from engine.config import EngineConfig
 from engine.plan import plan_memory
 from engine.tiny import write_tiny
-from engine.tiny_mxfp4 import write_mxfp4
+from engine.tiny_quantised import write_mxfp4
 from service.planning import show_memory
 
 

@@ -22,7 +22,7 @@ PUBLISHED = {  # billions of parameters, as the models' cards state them
     "gpt-oss-20b": 20.9,
 }
 QUANTISED = ", MXFP4"
-OPTIONS = ["--mxfp4", "--max-context", "4096", "--max-batch", "4", "--device", "cuda"]
+OPTIONS = ["--quantised", "mxfp4", "--max-context", "4096", "--max-batch", "4", "--device", "cuda"]
 
 
 @pytest.fixture(scope="module")

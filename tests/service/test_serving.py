@@ -44,7 +44,7 @@ def plan(slots: int) -> MemoryPlan:
         "chunk_tokens": 64,
         "stand_ins": 1,
     }
-    return MemoryPlan(budget=10_000, slots=slots, dtype="float32", **sizes, **shape)
+    return MemoryPlan(budget=10_000, slots=slots, dtype="float32", slots_in="float32", **sizes, **shape)
 
 
 def candidate(scorer: str, keep: float, accuracy: float | None = 0.9, nll: float = 1.0) -> Candidate:

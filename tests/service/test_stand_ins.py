@@ -21,7 +21,7 @@ HALF = Selection.of([[0, 1], [2, 3]])
 def _plan(stand_ins: int) -> MemoryPlan:
     values = {field.name: 1000 if field.name.endswith("_bytes") else 4 for field in fields(MemoryPlan)}
     shape = {"top_k": 2, "least": 2, "layers": 2, "slots": 8, "stand_ins": stand_ins}
-    return MemoryPlan(**{**values, **shape, "dtype": "float32"})  # type: ignore[arg-type]
+    return MemoryPlan(**{**values, **shape, "dtype": "float32", "slots_in": "float32"})  # type: ignore[arg-type]
 
 
 def test_one_with_stand_ins_serves_where_it_is_better_and_there_is_memory_for_it(tmp_path: Path) -> None:

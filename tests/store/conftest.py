@@ -29,7 +29,7 @@ def raw_shard(header: Header | bytes, data: bytes) -> bytes:
 
 def shard_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
     """What a safetensors file of these arrays holds, in their order."""
-    names = {"float32": "F32", "float16": "F16", "uint8": "U8", "int64": "I64", "uint16": "BF16"}
+    names = {"float32": "F32", "float16": "F16", "uint8": "U8", "int64": "I64", "int32": "I32", "uint16": "BF16"}
     header: Header = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, array in tensors.items():

@@ -10,7 +10,7 @@ import pytest
 
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, MismatchError, UnsupportedFamily
-from store.experts import ExpertMap, Part
+from store.experts import ExpertMap, Kind, Part
 from store.records import ExpertKey, Selection
 
 WriteModel = Callable[..., Path]
@@ -147,19 +147,24 @@ def test_shared_experts_and_router_biases_are_dense(write_model: WriteModel) -> 
 
 
 def test_scales_beside_quantised_weights_are_further_parts(write_model: WriteModel) -> None:
-    tensors = {name: array.astype(np.uint8) for name, array in single(0, 4).items()}
-    scales = {name.replace(".weight", ".weight_scale_inv"): rand(1, 1) for name in tensors if ".experts." in name}
-    experts = mapped(write_model, tensors | scales)
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in single(0, 4).items():
+        if ".experts." not in name:
+            tensors[name] = array
+            continue
+        tensors[f"{name}_packed"] = RNG.integers(0, 2**31, (6, 4)).astype(np.int32)  # [6, 32]
+        tensors[f"{name}_scale"] = rand(6, 1).astype(np.float16)
+        tensors[f"{name}_shape"] = np.array([6, 32])
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32}
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": weights}}}
+    experts = mapped(write_model, tensors, {"quantization_config": settings | {"format": "pack-quantized"}})
     span = experts.span(ExpertKey(0, 2))
-    assert [(part.projection, part.dtype) for part in span.parts] == [
-        ("down_proj.weight", "U8"),
-        ("down_proj.weight_scale_inv", "F32"),
-        ("gate_proj.weight", "U8"),
-        ("gate_proj.weight_scale_inv", "F32"),
-        ("up_proj.weight", "U8"),
-        ("up_proj.weight_scale_inv", "F32"),
+    assert [(part.projection, part.kind, part.matrix) for part in span.parts[:2]] == [
+        ("down_proj.weight_packed", Kind.NUMBERS, ("down_proj.weight", (6, 32))),
+        ("down_proj.weight_scale", Kind.SCALES, ("down_proj.weight", (6, 32))),
     ]
-    assert span.nbytes == 3 * (H * I + 4) == experts.expert_bytes[0]
+    assert span.nbytes == 3 * 6 * (16 + 2) == experts.expert_bytes[0]
+    assert not any("weight_" in name for name in experts.dense)
 
 
 def test_blocks_of_four_bit_weights_are_cut_too(write_model: WriteModel) -> None:
@@ -168,8 +173,8 @@ def test_blocks_of_four_bit_weights_are_cut_too(write_model: WriteModel) -> None
     mlp = "model.layers.0.mlp.experts"
     tensors = {f"{mlp}.gate_up_proj_blocks": blocks, f"{mlp}.gate_up_proj_scales": scales}
     experts = mapped(write_model, tensors, {"quantization_config": {"quant_method": "mxfp4"}})
-    assert experts.four_bits is not None
-    assert experts.four_bits.names == {f"{mlp}.gate_up_proj_scales"}
+    assert experts.quantised is not None
+    assert experts.quantised.scales == {f"{mlp}.gate_up_proj_scales"}
     assert [read(part) for part in experts.span(ExpertKey(0, 1)).parts] == [blocks[1].tobytes(), scales[1].tobytes()]
 
 

@@ -1,4 +1,4 @@
-"""Experts whose matrices lie in four bits: what the same experts give unpacked, and by their formula."""
+"""Experts whose matrices lie quantised: what the same experts give unpacked, and by their formula."""
 
 from __future__ import annotations
 
@@ -10,31 +10,58 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.expert_shape import CLAMPED, ExpertShape, Gate
+from engine.expert_shape import CLAMPED, ExpertShape, Gate, Scales
 from engine.kernels import PAIRS
-from engine.mxfp4 import quantise, unpack_plainly
-from engine.products import DTYPES, Products, instruction_sets
+from engine.products import DTYPES, Products, coding_fields, instruction_sets
 from engine.residency import NOBODY
+from engine.rounding import rounded
+from engine.unpacking import unpack_plainly
+from store.quantisation import FP8, GROUP, INT4, MXFP4, WHOLE_ROW, Coding
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the products were not built: there was no C compiler")
 
 GATES = [Gate(0), Gate(1), Gate(CLAMPED, True, 1.702, 7.0), Gate(CLAMPED, False, 1.702, 7.0)]
+CODINGS = [
+    Coding(MXFP4, (1, GROUP)), Coding(INT4, (1, GROUP)), Coding(INT4, (1, 64)), Coding(INT4, (1, 128)),
+    Coding(INT4, (1, WHOLE_ROW)), Coding(FP8, (128, 128)), Coding(FP8, (64, 64)), Coding(FP8, (7, 24)),
+    Coding(FP8, (1, WHOLE_ROW)),
+]  # fmt: skip
 Views = list[list[Tensor]]
 
 
-class Banks:
-    """The same random experts in four bits and as they mean, each in a bank of its own."""
+def quantised(coding: Coding, weight: Tensor, part: int, scales_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Numbers u8 and scales; of any block. Every `part` rows by themselves."""
+    n, k = weight.shape
+    if coding.way == MXFP4:
+        return rounded(MXFP4, weight)
+    rows, columns = coding.block[0], coding.block[1] or k
+    if coding.way == FP8:
+        made = [rounded(FP8, piece, (rows, columns)) for piece in weight.split(part)]
+        numbers, scales = (torch.cat(each) for each in zip(*made, strict=True))
+        return numbers.view(torch.uint8), scales.to(scales_dtype)
+    groups = weight.view(n, -1, columns)
+    scales = (groups.abs().amax(-1) / 7).to(scales_dtype)
+    codes = ((groups / scales.float().unsqueeze(-1)).round().clamp(-8, 7) + 8).to(torch.uint8).view(n, k)
+    return codes[:, 0::2] | codes[:, 1::2] << 4, scales
 
-    def __init__(self, slots: int, hidden: int, inner: int, gate: Gate, dtype: torch.dtype, *, biased: bool) -> None:
+
+class Banks:
+    """The same random experts quantised and as they mean, each in a bank of its own."""
+
+    def __init__(
+        self, slots: int, hidden: int, inner: int, gate: Gate, dtype: torch.dtype, *, biased: bool,
+        coding: Coding = CODINGS[0], scales_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
         rows = ((2 * inner, hidden), (hidden, inner))
         four: list[list[Tensor]] = []
         wide: list[list[Tensor]] = []
         for _ in range(slots):
             packed, plain = [], []
             for n, k in rows:
-                blocks, scales = quantise(torch.randn(n, k) * (2 / k**0.5))
+                part = inner if n == 2 * inner else n
+                blocks, scales = quantised(coding, torch.randn(n, k) * (2 / k**0.5), part, scales_dtype)
                 matrix, bias = torch.empty(n, k, dtype=dtype), torch.randn(n).to(dtype)
-                unpack_plainly(blocks, scales, matrix)
+                unpack_plainly(coding, blocks, scales, matrix, part)
                 packed += [blocks, scales, bias]
                 plain += [matrix, bias]
             four.append(packed)
@@ -45,9 +72,11 @@ class Banks:
         up, up_scales, up_bias, down, down_scales, down_bias = at
         head = (DTYPES[dtype], 1, hidden, inner)
         biases = (up_bias, down_bias) if biased else (-1, -1)
+        read = coding_fields(coding, four[0][1].dtype)
         self.packed = ExpertShape(
-            (*head, self.four.shape[1], up, biases[0], down, biases[1]), dtype, gate, scales=(up_scales, down_scales)
-        )
+            (*head, self.four.shape[1], up, biases[0], down, biases[1]), dtype, gate,
+            scales=Scales(up_scales, down_scales, read, inner),
+        )  # fmt: skip
         biases = (plain_at[1], plain_at[3]) if biased else (-1, -1)
         self.plain = ExpertShape(
             (*head, self.wide.shape[1], plain_at[0], biases[0], plain_at[2], biases[1]), dtype, gate
@@ -76,7 +105,29 @@ def test_they_give_what_they_give_unpacked(
 ) -> None:
     """To the bit, in any number of threads, few tokens and many; where the processor multiplies bfloat16 itself, in
     another order of sums for few."""
-    banks, rng = Banks(5, hidden, inner, gate, dtype, biased=biased), random.Random(hidden)
+    rng = random.Random(hidden)
+    both_ways(Banks(5, hidden, inner, gate, dtype, biased=biased), hidden, dtype, own, rng, threads)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("coding", CODINGS[1:])
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 256), (384, 128), (640, 640)])
+@pytest.mark.parametrize("scales_dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_so_do_integers_and_eight_bit_floats(
+    scales_dtype: torch.dtype, hidden: int, inner: int, coding: Coding, dtype: torch.dtype, own: Products,
+    threads: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Whatever shares a scale, and whatever scales are stored as."""
+    if coding.way == FP8 and scales_dtype == torch.float16:
+        return  # no layout has them
+    rng = random.Random(hidden)
+    banks = Banks(5, hidden, inner, GATES[0], dtype, biased=True, coding=coding, scales_dtype=scales_dtype)
+    both_ways(banks, hidden, dtype, own, rng, threads)
+
+
+def both_ways(
+    banks: Banks, hidden: int, dtype: torch.dtype, own: Products, rng: random.Random, threads: Callable[[int], None]
+) -> None:  # fmt: skip
     for tokens in (1, 2, 7, 16, 90):
         threads(rng.choice([1, 2]))
         x = torch.randn(tokens, hidden).to(dtype)
@@ -102,12 +153,15 @@ def same(own: Products, dtype: torch.dtype, found: Tensor, wanted: Tensor) -> No
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize(("hidden", "inner"), [(32, 64), (160, 288), (2880, 64)])
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 64), (256, 384), (2688, 64)])
 def test_a_token_gets_to_the_bit_what_it_gets_alone(
-    hidden: int, inner: int, dtype: torch.dtype, own: Products, threads: Callable[[int], None]
+    hidden: int, inner: int, coding: Coding, dtype: torch.dtype, own: Products, threads: Callable[[int], None]
 ) -> None:
     """Whatever other tokens and experts are computed beside it, in any number of threads, and of many by few."""
-    banks = Banks(4, hidden, inner, GATES[2], dtype, biased=True)
+    if coding.block == (1, 128) and inner % 128:
+        return  # rows that are no whole groups
+    banks = Banks(4, hidden, inner, GATES[2], dtype, biased=True, coding=coding)
     x = torch.randn(16, hidden).to(dtype)
     slots = random.choices(range(4), [6, 2, 1, 1], k=16)
     whole, alone, many = torch.zeros(3, 16, hidden)
