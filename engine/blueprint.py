@@ -20,6 +20,7 @@ from store.checkpoint import SINGLE
 from store.errors import InvalidInput, UnsupportedFamily
 from store.expert_names import find_routers, place
 from store.quantisation import FP8, INT4, PUBLISHED, Coding, coding_of, with_experts_in
+from store.quantised import scales_shape
 from store.shard import TensorSpan
 
 DTYPES = {
@@ -100,17 +101,15 @@ def _quantised(coding: Coding, tensors: dict[str, Tensor], *, published: bool) -
 def _shapes(coding: Coding, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Numbers and scales of a matrix [..., N, K], without memory."""
     *before, rows, columns = shape
-    tall, wide = coding.block[0], coding.block[1] or columns
     if coding.way != FP8:
         require_groups(columns)
-    scales = (*before, -(-rows // tall), -(-columns // wide))
     numbers, width, kind = {
         FP8: (torch.float8_e4m3fn, columns, torch.float32),
         INT4: (torch.int32, columns // 8, torch.bfloat16),
     }.get(coding.way, (torch.uint8, columns // 2, torch.uint8))
     return (
         torch.empty(*before, rows, width, dtype=numbers, device="meta"),
-        torch.empty(scales, dtype=kind, device="meta"),
+        torch.empty(scales_shape(coding, shape), dtype=kind, device="meta"),
     )
 
 

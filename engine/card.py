@@ -34,7 +34,7 @@ class Geometry:
 
     dtype: str  # the checkpoint's own
     stored: str  # of experts' plain parts, "mixed" where parts or layers differ, "" where all are quantised
-    way: str  # in which weights are quantised, "" for none
+    way: str  # in which the experts of any layer are quantised, "" for none
     alike: bool  # whether the experts of all layers are stored in the same way
     dense: int  # in tensors that every token needs
     expert: tuple[int, ...]  # of each plain part of one expert
@@ -149,7 +149,7 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
     return Geometry(
         dtype=_dtype(config, "" if packed else every[0].dtype),
         stored=_stored(experts),
-        way="" if experts.quantised is None else experts.quantised.coding.way,
+        way=experts.way,
         alike=experts.alike,
         dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
         expert=tuple(prod(part.shape) for part in plain),

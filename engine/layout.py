@@ -211,7 +211,7 @@ def derive_layout(
     `shapes` are the model's parameters by full name; `quantised`, slots hold quantised experts as they are stored.
     Raises UnsupportedFamily where layers differ in that.
     """
-    quantised = quantised and experts.quantised is not None
+    quantised = quantised and bool(experts.way)
     if quantised and not experts.alike:
         raise UnsupportedFamily(
             "Some layers' experts are quantised otherwise than others', or not at all; of all layers they share slots, "
@@ -238,7 +238,7 @@ def derive_layout(
     landings = _landings(sources[0], parameters, turned=turned)
     plain = {DTYPES.get(part.dtype) for layer in sources for *_, part in layer.values() if part.kind is Kind.PLAIN}
     rows = all(landing.dim == 0 for landing in landings.values())
-    block = None if experts.quantised is None or quantised else experts.quantised.coding.block
+    block = None if experts.quantised is None or not experts.way or quantised else experts.quantised.coding.block
     direct = rows and plain <= {dtype} and block is None
     return SlotLayout(dtype, parameters, fields, landings, slot_bytes, direct, block), owners
 

@@ -189,7 +189,7 @@ def reader_bytes(card: ModelCard) -> int:
 def needs_staging(card: ModelCard, config: EngineConfig, dtype: str) -> bool:
     """Whether an expert's bytes change on their way: another dtype than the file's, or another device than the host."""
     geometry = card.geometry
-    converted = bool(geometry.way) and not keeps_quantised(card, config) and geometry.way == FP8
+    converted = bool(geometry.way) and not keeps_quantised(card, config)
     changes = dtype != geometry.stored and bool(geometry.expert)
     return converted or changes or config.device != "cpu"
 
@@ -201,10 +201,10 @@ def keeps_quantised(card: ModelCard, config: EngineConfig) -> bool:
     through torch: on other devices, and without our own products.
     """
     if card.geometry.way != FP8:
-        return bool(card.geometry.packed)
+        return bool(card.geometry.way)
     dtype = card.geometry.dtype if config.dtype == "auto" else config.dtype
     own = config.device == "cpu" and config.kernel != "torch" and COMPILED and dtype in MULTIPLIED
-    return own and card.geometry.alike and bool(card.geometry.packed)
+    return own and card.geometry.alike
 
 
 def _staging(card: ModelCard, config: EngineConfig, dtype: str) -> int:

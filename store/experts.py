@@ -125,6 +125,13 @@ class ExpertMap:
         stored = {tuple((part.projection, part.dtype, part.shape) for part in layer[0].parts) for layer in self.spans}
         return len(stored) == 1
 
+    @property
+    def way(self) -> str:
+        """In which the experts of any layer are quantised, "" where they are all plain, whatever dense weights are."""
+        parts = (part for layer in self.spans for part in layer[0].parts)
+        held = self.quantised is not None and any(part.kind is Kind.NUMBERS for part in parts)
+        return self.quantised.coding.way if self.quantised is not None and held else ""
+
     def span(self, key: ExpertKey) -> ExpertSpan:
         """Raises MismatchError for an expert that the model does not have."""
         layer, expert = key

@@ -113,7 +113,7 @@ def _matrix(coding: Coding, numbers: TensorSpan, tensors: Mapping[str, TensorSpa
             f"{numbers.name} is {way}, and its scales {name}{ends[0]} are missing. Download the weights again."
         )
     shape = _shape(coding.way, numbers)
-    wanted = _scales_shape(coding, shape)
+    wanted = scales_shape(coding, shape)
     whole = numbers.shape[-1] * 2 == 32 if numbers.name.endswith(BLOCKS) else True
     if not wanted or not whole or scales.shape != wanted or scales.dtype not in SCALES[coding.way]:
         kinds = " or ".join(sorted(SCALES[coding.way] - {EXPONENTS}))
@@ -144,7 +144,7 @@ def _shape(way: str, numbers: TensorSpan) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] * (8 if way == INT4 else 2))
 
 
-def _scales_shape(coding: Coding, shape: tuple[int, ...]) -> tuple[int, ...]:
+def scales_shape(coding: Coding, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of the scales of a matrix [..., N, K]; none where its rows are no whole groups."""
     if len(shape) < 2:
         return ()
@@ -174,5 +174,5 @@ def scratch_bytes(shapes: Iterable[tuple[int, ...]], coding: Coding) -> int:
         return 0
     sizes = [shape[-2:] for shape in shapes]
     strip = max(min(rows, STRIP) * columns for rows, columns in sizes)
-    scales = max(prod(_scales_shape(coding, size)) for size in sizes)
+    scales = max(prod(scales_shape(coding, size)) for size in sizes)
     return 4 * (2 * strip + max(columns for _, columns in sizes) + scales)

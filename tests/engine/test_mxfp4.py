@@ -21,10 +21,10 @@ from engine.mxfp4 import quantise
 from engine.plan import plan_memory
 from engine.products import Products, instruction_sets
 from engine.tiny import write_tiny
-from engine.tiny_quantised import write_mxfp4
+from engine.tiny_quantised import write_mxfp4, write_quantised
 from engine.unpacking import BIAS, VALUES, unpack, unpack_plainly
 from store.errors import CheckpointError, InvalidInput, UnsupportedFamily
-from store.quantisation import GROUP, MXFP4, Coding
+from store.quantisation import FP8, GROUP, INT4, MXFP4, Coding
 from store.records import Selection
 
 Open = Callable[..., Engine]
@@ -256,3 +256,27 @@ def test_a_checkpoint_whose_config_and_tensors_disagree_is_refused(
     save_file({name: held[name] for name in held if name != scales}, quantised / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"scales .*down_proj_scales are missing"):
         open_engine(quantised)
+
+
+@pytest.mark.parametrize("way", [MXFP4, INT4, FP8])
+def test_experts_beside_quantised_attention_are_read_straight_into_their_slots(
+    way: str, tmp_path: Path, open_engine: Open
+) -> None:
+    folder = write_tiny("qwen3_moe", tmp_path / "m", dtype="float32", **FIELDS["qwen3_moe"])
+    engine = open_engine(write_quantised(way, folder, lambda name: ".self_attn." in name and "_proj" in name))
+    assert engine.bank.layout.direct
+    assert not engine.plan.quantised
+    plain = open_engine(write_tiny("qwen3_moe", tmp_path / "n", dtype="float32", **FIELDS["qwen3_moe"]))
+    assert engine.plan.staging_bytes == plain.plan.staging_bytes
+    assert engine.forward(torch.arange(6).view(1, 6), torch.ones(1, 6, dtype=torch.long), [None]).isfinite().all()
+
+
+@pytest.mark.parametrize("way", [MXFP4, INT4])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_of_which_some_lie_in_four_bits_are_refused(
+    layer: int, way: str, tmp_path: Path, open_engine: Open
+) -> None:
+    folder = write_tiny("qwen3_moe", tmp_path / "m", **FIELDS["qwen3_moe"])
+    write_quantised(way, folder, lambda name: f".layers.{layer}.mlp.experts." in name)
+    with pytest.raises(UnsupportedFamily, match="they must be alike"):
+        open_engine(folder)
