@@ -12,6 +12,7 @@ import typer
 from benchmarks.decode_commands import decode_command
 from benchmarks.mixed_commands import mixed_command
 from benchmarks.model_commands import families_command, make_model_command
+from benchmarks.prompt_commands import prompts_command
 from benchmarks.shown import AsJson, answer, table
 from benchmarks.strip_commands import strip_speed_command, strips_command
 
@@ -28,6 +29,7 @@ Model = Annotated[Path | None, typer.Option("--model", help="Model folder; the b
 app.command("make-model")(make_model_command)
 app.command("families")(families_command)
 app.command("decode")(decode_command)
+app.command("prompts")(prompts_command)
 app.command("strips")(strips_command)
 app.command("strip-speed")(strip_speed_command)
 app.command("mixed")(mixed_command)

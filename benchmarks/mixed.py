@@ -179,7 +179,7 @@ def _clients(count: int, rules: Rules | None = None) -> Serve:
                 if request is None:
                     return
                 started = time.perf_counter()
-                [done] = [event for event in worker.submit(request) if isinstance(event, FinishedEvent)]
+                done = worker.submit(request).end()
                 answers.append((time.perf_counter() - started, done))
 
         with EngineWorker(engine, queue_size=count, rules=rules) as worker:

@@ -3,7 +3,6 @@ Cache = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int]
 
 def sets() -> dict[str, int]: ...
 def tiles() -> bool: ...
-def ways() -> int: ...
 def product(
     chosen: int,
     dtype: int,
@@ -30,6 +29,21 @@ def experts(
     threads: int,
     /,
 ) -> None: ...
+def product_many(
+    chosen: int,
+    dtype: int,
+    x: int,
+    weights: int,
+    bias: int,
+    y: int,
+    rows: int,
+    outputs: int,
+    columns: int,
+    room: int,
+    size: int,
+    threads: int,
+    /,
+) -> int: ...
 def many(
     chosen: int,
     layout: Layout,
@@ -40,9 +54,11 @@ def many(
     top_k: int,
     slots: int,
     y: int,
+    room: int,
+    size: int,
     threads: int,
     /,
-) -> None: ...
+) -> int: ...
 def combine(
     y: int, slots: list[int], weights: int, weights_dtype: int, out: int, dtype: int, tokens: int, hidden: int, /
 ) -> None: ...
@@ -132,3 +148,61 @@ def onto(
     /,
 ) -> None: ...
 def shared(chosen: int, fields: tuple[int, ...], x: int, tokens: int, out: int, threads: int, /) -> None: ...
+def wide(
+    x: int,
+    weights: int,
+    bias: int,
+    y: int,
+    rows: int,
+    outputs: int,
+    columns: int,
+    stride: int,
+    room: int,
+    size: int,
+    threads: int,
+    /,
+) -> int: ...
+def clear(mask: int, rows: int, new: int, columns: int, row: int, token: int, /) -> bool: ...
+def attend_many(
+    q: int,
+    keys: int,
+    values: int,
+    mask: int,
+    sinks: int,
+    out: int,
+    scale: float,
+    new: int,
+    token: int,
+    cache: tuple[int, ...],
+    room: int,
+    size: int,
+    threads: int,
+    /,
+) -> int: ...
+def prompt(
+    block: tuple[int | float, ...],
+    layer: tuple[int | float, ...],
+    states: tuple[int, int, int, int, int, int, int, int, int, int],
+    cache: tuple[int, ...],
+    routing: tuple[int, int, int, int, int, int],
+    prompt: tuple[int, int, int, int, int, int, int, int],
+    /,
+) -> int: ...
+def ending(
+    y: int,
+    index: int,
+    nobody: int,
+    weights: int,
+    weights_dtype: int,
+    x: int,
+    shared: tuple[int, ...] | None,
+    middle: int,
+    out: int,
+    tokens: int,
+    top_k: int,
+    hidden: int,
+    room: int,
+    size: int,
+    threads: int,
+    /,
+) -> int: ...

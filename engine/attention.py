@@ -96,6 +96,10 @@ def attend(
     """`query` [B, A, new, D], `key` and `value` [B, N, S, D] -> [B, new, A, D]; transformers calls every kind so."""
     own: Products | None = getattr(module, OWN, None)
     sinks: Tensor | None = getattr(module, SINKS, None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    wide = None if own is None or position_bias is not None or query.shape[2] == 1 else own.wide
+    if wide is not None and getattr(module, "is_causal", True) and wide.attends(query, key, value, attention_mask):
+        return wide.attend(query.transpose(1, 2), key, value, attention_mask, scale, sinks), None
     if own is None or position_bias is not None or not attends(query, key, value, attention_mask):
         if sinks is not None:
             return _eagerly(module, query, key, value, attention_mask, scaling=scaling, **named)
@@ -104,7 +108,6 @@ def attend(
         )
         return found
     mask = None if attention_mask is None else attention_mask[:, 0, 0]  # [B or 1, S]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return own.attend(query[:, :, 0], key, value, mask, scale, sinks).unsqueeze(1), None
 
 

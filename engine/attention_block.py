@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.addresses import DTYPES
 from engine.attention import IMPLEMENTATION, SINKS, close_enough
+from engine.block_shape import HALVES_ONCE, BlockShape, Turn
 from engine.kvcache import KvCache, PooledLayer
-from engine.products import DTYPES, HALVES_ONCE, BlockShape, Products, Turn, shows_columns
+from engine.products import Products, shows_columns
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"))
@@ -162,9 +164,11 @@ def _take_over(module: Any, shape: BlockShape, own: Products, few: int) -> None:
 
 
 def takes(shape: BlockShape, x: Tensor, positions: Any, mask: Tensor | None, cache: Any, layer: int) -> bool:
+    """`x` [B, new, H]; of more than one new token the mask is for who attends to look at."""
     if not isinstance(cache, KvCache) or x.dtype != shape.dtype or positions[0].dtype != shape.positions:
         return False
-    return mask is None or shows_columns(mask, len(x), cache.layers[layer].length + 1)
+    new = x.shape[1]
+    return new > 1 or mask is None or shows_columns(mask, len(x), cache.layers[layer].length + 1)
 
 
 def positions_of(model: Any) -> tuple[Tensor, Tensor] | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.products import DTYPES
+from engine.addresses import DTYPES
 from engine.restriction import Route, call_router, groups_of
 from engine.top_k import can_choose_fewer, choosing
 

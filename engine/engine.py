@@ -36,9 +36,9 @@ from engine.reader import Access, Reader
 from engine.requests import Event, FailedEvent, GenerationRequest, Submission
 from engine.restriction import adopt_linear
 from engine.routing import Routing
-from engine.single_step import SingleStep
 from engine.skeleton import Skeleton, build_skeleton
 from engine.stand_ins import DeviceStandIns
+from engine.step import Step
 from engine.strips import Strips, fold_routers
 from engine.switchboard import Switchboard
 from engine.text import Tokenizer
@@ -72,9 +72,9 @@ class Engine:
             self.board.lookahead = Lookahead(self.board.routes, card.experts, guesses.expect, guesses.drop_all)
         with torch.inference_mode():
             self.board.check(card.hidden)
-            self.kernel, single = _adopt_layers(skeleton, experts, self.board, kernels, plan.max_context)
+            self.kernel, step = _adopt_layers(skeleton, experts, self.board, kernels, plan.max_context)
         self.admission = Admission(card, plan, self.board, bank, reader.meter)
-        self.passes = Passes(skeleton, experts, single)
+        self.passes = Passes(skeleton, experts, step)
         self.layers = Layers(self, skeleton, experts)
         self.head = Head(skeleton.model, max(plan.max_batch, 64 if plan.budget is None else 1))
         _check_cache(skeleton, plan)
@@ -204,16 +204,18 @@ class Engine:
 
 def _adopt_layers(
     skeleton: Skeleton, experts: Sequence[PagedExperts], board: Switchboard, kernels: Kernels, context: int
-) -> tuple[str, SingleStep | None]:
-    """The kernel's name, with how many decoder layers of single tokens are its own, and whole steps where all are."""
+) -> tuple[str, Step | None]:
+    """The kernel's name, with how many decoder layers of single tokens are its own, whether those of prompts are, and
+    whole steps where all are."""
     if kernels.own is None:
         return kernels.name, None
     blocks = adopt_layers(skeleton.model, skeleton.joints, experts, board, kernels.own, kernels.few)
-    single = SingleStep.of(skeleton.model, blocks, context)
-    around = "" if single is None else ", nothing around them"
+    step = Step.of(skeleton.model, blocks, context)
+    around = "" if step is None else ", nothing around them"
+    prompts = ", prompts too" if any(block.wide is not None for block in blocks) else ""
     split = f", experts in {board.strips.count} strips" if board.strips.count > 1 else ""
-    name = f"{kernels.name}, {len(blocks)} of {len(skeleton.kv_shapes)} decoder layers in two calls{around}{split}"
-    return name, single
+    layers = f"{len(blocks)} of {len(skeleton.kv_shapes)} decoder layers in two calls"
+    return f"{kernels.name}, {layers}{around}{prompts}{split}", step
 
 
 def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.products import DTYPES, coding_fields
+from engine.addresses import DTYPES
+from engine.products import coding_fields
 
 if TYPE_CHECKING:
     from engine.layout import SlotLayout

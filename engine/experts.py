@@ -26,6 +26,7 @@ from engine.observer import ChannelObserver, Observer
 from engine.products import Products
 from engine.residency import NOBODY
 from engine.shared_expert import SharedExpert
+from engine.wide import PromptRoom
 from store.errors import UnsupportedFamily
 
 IMPLEMENTATION = "moepager"
@@ -147,13 +148,36 @@ class PagedExperts:
 
     def _together(self, compiled: Compiled, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """As `_few` for more tokens: an expert's sums are the same whoever is computed beside it."""
-        outputs = hidden.new_zeros(index.numel(), hidden.shape[1], dtype=torch.float32)  # [T*k, H]
-        for slots in self._slots(index):
-            compiled.own.many(compiled.shape, self._bank.memory, hidden, slots, outputs)
+        outputs = self._outputs(compiled, hidden, index)  # [T*k, H]
         if self.observer is not None:
             self._show(self.observer, index, weights, outputs)
+        wide = compiled.own.wide if hidden.dtype == torch.bfloat16 else None
+        if wide is not None:
+            return wide.ending(outputs, index, self._experts, weights, hidden)
         outputs = outputs.view(*index.shape, -1)  # [T, k, H]
         return outputs.mul_(weights.unsqueeze(-1)).sum(1).to(hidden.dtype)  # [T, H]
+
+    def ending(self, room: PromptRoom, weights: Tensor, index: Tensor, shared: SharedExpert | None) -> Tensor:
+        """As `onto` for many tokens, `weights` and `index` [T, k]: [T, H]."""
+        assert self.compiled is not None, self.layer
+        assert self.compiled.own.wide is not None, self.compiled.own.instruction_set
+        if self.compiled.takes_many:
+            outputs = self._outputs(self.compiled, room.normed, index)  # [T*k, H]
+        else:  # summed already: each token's only choice, as it is
+            outputs = self._many(room.normed, index, weights).float()  # [T, H]
+            index, weights = torch.zeros(len(outputs), 1, dtype=torch.long), torch.ones(len(outputs), 1)  # [T, 1]
+        ending = self.compiled.own.wide.ending
+        return ending(outputs, index, self._experts, weights, room.normed, shared, room.middle)
+
+    def _outputs(self, compiled: Compiled, hidden: Tensor, index: Tensor) -> Tensor:
+        """What each choice's expert makes of its token, f32 [T*k, H]: 0 where it is nobody's, or anything with the wide
+        products, which leave such a choice out."""
+        outputs = compiled.own.scratch.outputs(index.numel(), hidden.shape[1])  # [T*k, H]
+        if compiled.own.wide is None or hidden.dtype != torch.bfloat16:
+            outputs.zero_()
+        for slots in self._slots(index):
+            compiled.own.many(compiled.shape, self._bank.memory, hidden, slots, outputs)
+        return outputs
 
     def _slots(self, index: Tensor) -> Iterator[Tensor]:
         """The slots of the choices `index` [T, k], all at once where they are at hand, else expert by expert."""

@@ -21,7 +21,7 @@ from engine.attention import adopt_attention
 from engine.attention_block import adopt_blocks
 from engine.expert_shape import ExpertShape
 from engine.norms import adopt_norms
-from engine.products import Products, multiplies
+from engine.products import PAIRS, WIDE, Products, multiplies
 from store.errors import InvalidInput
 
 # What one product more costs beside its rows: to lay out the weights, which takes as long as 17 to 20 rows of
@@ -37,8 +37,6 @@ FEW_WEIGHTS = 1 << 17
 # Weights of an expert that takes many rows; above, torch is little slower in float32, and nothing larger was measured.
 SMALL: Mapping[torch.dtype, int] = {torch.float32: 1 << 20, torch.bfloat16: 1 << 23}
 SMALL_BESIDE_TILES = 1 << 17  # the same for bfloat16 where the processor multiplies tiles of it, by torch alone
-WIDE = frozenset({"AVX-512 BF16", "AVX-512", "AVX2"})  # instruction sets for which that was measured
-PAIRS = "AVX-512 BF16"  # of them, the one that multiplies bfloat16 itself
 FEW_PAIRS = 32  # rows of bfloat16 by it, of a matrix of any size: up to there no slower than torch
 FEW_BESIDE_TILES = 8  # where torch has tiles nobody measured, but eight rows take little longer than their weights
 
@@ -69,6 +67,8 @@ class Kernels:
         """`x` [M, K], `weight` [N, K] -> [M, N]"""
         if self.own is not None and x.shape[0] <= self.few(x.dtype, weight.numel()) and multiplies(x, weight):
             return self.own.linear(x, weight, bias)
+        if self.own is not None and self.own.multiplies_many(x, weight):
+            return self.own.linear_many(x, weight, bias)
         return linear(x, weight, bias)
 
     def few(self, dtype: torch.dtype, weights: int) -> int:
@@ -82,9 +82,9 @@ class Kernels:
         """Whether our own products run experts of this shape for many tokens, too."""
         if self.own is None or self.own.instruction_set not in WIDE or shape.across:
             return False
+        if self.own.wide is not None and shape.dtype == torch.bfloat16:
+            return True  # as fast as torch at any size, which would unpack each quantised expert first: measured
         tiles = shape.dtype == torch.bfloat16 and products.bfloat16_in_tiles()
-        if shape.packed and shape.dtype == torch.bfloat16 and self.own.instruction_set == PAIRS and not tiles:
-            return True  # for torch each expert is unpacked first: slower at any size, measured up to gpt-oss's
         return shape.weights <= (SMALL_BESIDE_TILES if tiles else SMALL[shape.dtype])
 
     def adopt(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

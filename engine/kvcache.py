@@ -51,11 +51,11 @@ class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = slice(self.first, self.first + self.batch_size)
         return self._keys[rows, :, : self.length], self._values[rows, :, : self.length]
 
-    def reserve(self) -> tuple[int, int, tuple[int, ...]]:
-        """One column more, which the caller fills: where the first row's keys and values begin, and rows, heads,
+    def reserve(self, new: int = 1) -> tuple[int, int, tuple[int, ...]]:
+        """`new` columns more, which the caller fills: where the first row's keys and values begin, and rows, heads,
         columns and the strides in bytes of rows, heads and columns, of keys and of values. `extend` without its views.
         """
-        self.length += 1
+        self.length += new
         shape = (self.batch_size, self._keys.shape[1], self.length)
         keys = self._keys.data_ptr() + self.first * self._strides[0]
         return keys, self._values.data_ptr() + self.first * self._strides[3], (*shape, *self._strides)

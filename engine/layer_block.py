@@ -21,15 +21,17 @@ from torch import Tensor
 
 from engine.attention import close_enough
 from engine.attention_block import BLOCK, Trial, positions_of, takes
+from engine.block_shape import BlockShape
 from engine.choice import Choice
 from engine.experts import PagedExperts
 from engine.kvcache import KvCache
 from engine.layer_shape import FREE, LayerShape, Room
 from engine.norms import computes_the_usual
-from engine.products import BlockShape, Products
+from engine.products import Products
 from engine.shared_expert import SharedExpert
 from engine.skeleton import Joint
 from engine.switchboard import Switchboard
+from engine.wide import PromptRoom
 
 BEFORE, AFTER = "input_layernorm", "post_attention_layernorm"
 SIZES = (0.1, 1.0, 100.0)  # of the inputs of a trial: what clips the inside of a shared expert shows it
@@ -81,36 +83,57 @@ class LayerBlock:
         self._theirs = parts.layer.forward
         self._at = int(parts.attention.layer_idx)
         self._paged, self._board, self._own, self.few = paged, board, own, few
+        # For many tokens a row; None where torch does those.
+        self.wide = own.wide if shape.even and shape.block.dtype == torch.bfloat16 else None
         self._rooms: dict[int, Room] = {}  # by rows
 
     def take_over(self) -> None:
         self.layer.forward = self.forward
 
     def forward(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
-        if (
-            rest
-            or hidden_states.shape[1] != 1
-            or hidden_states.shape[0] > self.few
-            or not self._takes(hidden_states, named)
-        ):
-            return self._theirs(hidden_states, *rest, **named)
-        return self.single(hidden_states, **named)
+        if not rest and self._fits(hidden_states, named):
+            rows, new, _ = hidden_states.shape
+            if new == 1 and rows <= self.few and self._steps():
+                return self.single(hidden_states, **named)
+            if new > 1 and self._takes_many(hidden_states, named["attention_mask"], named["past_key_values"]):
+                return self.many(hidden_states, **named)
+        return self._theirs(hidden_states, *rest, **named)
 
-    def takes(self, rows: int, cache: KvCache) -> bool:
-        """Whether a pass of so many single tokens may go to `single` without the module's forward."""
+    def takes(self, cache: KvCache) -> bool:
+        """Whether a pass of `few` single tokens may go to `single` without the module's forward."""
         routing = self._board.routing
-        return rows <= self.few and routing is not None and routing.steps and isinstance(cache, KvCache)
+        return routing is not None and routing.steps and isinstance(cache, KvCache)
 
-    def _takes(self, x: Tensor, named: dict[str, Any]) -> bool:
-        routing = self._board.routing
-        if routing is None or not x.is_contiguous():
-            return False
-        if not (routing.single if self._shape.choice is None else routing.steps):
-            return False
+    def _fits(self, x: Tensor, named: dict[str, Any]) -> bool:
+        """Whether what the layer is handed is what our calls take, of however many tokens."""
         positions, cache = named.get("position_embeddings"), named.get("past_key_values")
+        if self._board.routing is None or not x.is_contiguous():
+            return False
         if not isinstance(positions, tuple) or not all(one.is_contiguous() for one in positions):
             return False
-        return takes(self._shape.block, x, positions, named.get("attention_mask"), cache, self._at)
+        return takes(self._shape.block, x, positions, named.setdefault("attention_mask", None), cache, self._at)
+
+    def _steps(self) -> bool:
+        routing = self._board.routing
+        assert routing is not None
+        return routing.single if self._shape.choice is None else routing.steps
+
+    def takes_many(self, mask: Tensor, cache: KvCache) -> bool:
+        """Whether a pass behind what `mask` i64 [B, C] says may go to `many` without the module's forward."""
+        if not self._unwatched() or self.wide is None or not isinstance(cache, KvCache):
+            return False
+        return self.wide.sees(mask.bool()[:, None, None], len(mask), 1, mask.shape[1])
+
+    def _takes_many(self, x: Tensor, mask: Tensor | None, cache: KvCache) -> bool:
+        if not self._unwatched() or self.wide is None:
+            return False
+        rows, new, _ = x.shape
+        columns = cache.layers[self._at].length + new
+        return columns == new if mask is None else self.wide.sees(mask, rows, new, columns)
+
+    def _unwatched(self) -> bool:
+        routing = self._board.routing
+        return routing is not None and routing.unwatched
 
     def single(
         self,
@@ -139,6 +162,30 @@ class LayerBlock:
             room = room.weighing(self._board.strips.weights(room.weights))
             chosen = routing.strips_of(self._paged.layer, chosen)
         return self._paged.onto(room, chosen, shape.shared)
+
+    def many(
+        self,
+        x: Tensor,
+        past_key_values: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """The same for many tokens: `x` [B, S, H] -> [B, S, H]"""
+        shape, routing, wide = self._shape, self._board.routing, self.wide
+        assert wide is not None, self._own.instruction_set
+        assert routing is not None
+        room, limits = PromptRoom.of(shape, x.shape[0] * x.shape[1]), None
+        if shape.choice is not None and self._paged is not None and routing.chooses:
+            limits = routing.limits(self._paged.layer, shape.choice)
+        cache = past_key_values.layers[self._at]
+        wide.prompt(shape, x, room, attention_mask, position_embeddings, cache, limits, routing.valid)
+        if self._paged is None or self._paged.compiled is None or not shape.summed or routing.replaces:
+            return room.middle.view_as(x) + _output(self._feed_forward(room.normed.view_as(x)))
+        weights, index = room.weights, room.index
+        if limits is None:
+            _, weights, index = self._router(room.normed)
+        return self._paged.ending(room, weights, index, shape.shared).view_as(x)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.addresses import DTYPES
+from engine.block_shape import BlockShape, norm_eps
 from engine.choice import Choice
-from engine.products import DTYPES, BlockShape, norm_eps
 from engine.shared_expert import SharedExpert
 
 
@@ -34,6 +35,12 @@ class LayerShape:
     def weights(self) -> int:
         """Of its attention or of its shared expert, whichever has more."""
         return max(self.block.weights, 0 if self.shared is None else self.shared.weights)
+
+    @property
+    def even(self) -> bool:
+        """Whether what is multiplied with a token comes in pairs of numbers: engine.wide takes no others."""
+        inner = [] if self.shared is None else [self.shared.fields[-1]]
+        return not any(count % 2 for count in (self.block.hidden, self.block.head, *inner))
 
     @classmethod
     def of(

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.products import DTYPES, Products, norm_eps
+from engine.addresses import DTYPES
+from engine.block_shape import norm_eps
+from engine.products import Products
 
 FEW = 1 << 14  # numbers; with more, torch's eight passes over memory are no longer what takes the time
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # of a number: what rounding in another order may cost

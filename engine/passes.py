@@ -17,16 +17,16 @@ from engine.kvcache import KvCache
 from engine.layerwise import Reached, decoder_layers, only, since
 from engine.observer import Observer
 from engine.routing import Routing
-from engine.single_step import SingleStep
 from engine.skeleton import Skeleton
+from engine.step import Step
 from store.errors import UnsupportedFamily
 
 
 class Passes:
     """One after the other: the routing of a pass is the switchboard's while it runs."""
 
-    def __init__(self, skeleton: Skeleton, experts: Sequence[PagedExperts], single: SingleStep | None = None) -> None:
-        self._single = single  # for passes of single tokens, where the model's own forward adds nothing
+    def __init__(self, skeleton: Skeleton, experts: Sequence[PagedExperts], step: Step | None = None) -> None:
+        self._step = step  # where the model's own forward adds nothing
         self._model, self._joints, self._experts = skeleton.model, skeleton.joints, experts
         self.decoders = _decoders(skeleton)  # none where the model can't be run layer by layer
 
@@ -44,17 +44,15 @@ class Passes:
     @torch.inference_mode()
     def step(self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing) -> Tensor:
         """Continue `cache` by `ids` [B, new] under `mask` [B, everything so far]. Logits of the last column, [B, V]."""
-        return self._continue(ids, mask, cache, routing, self._single)
+        return self._continue(ids, mask, cache, routing, self._step)
 
-    def _continue(
-        self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing, single: SingleStep | None
-    ) -> Tensor:
-        """By `single` where it takes the pass."""
+    def _continue(self, ids: Tensor, mask: Tensor, cache: KvCache, routing: Routing, step: Step | None) -> Tensor:
+        """By `step` where it takes the pass."""
         new = ids.shape[1]
         positions = _positions(mask)[:, -new:]  # [B, new]
         with _routed(routing, mask[:, -new:]):
-            if single is not None and single.takes(ids, cache):
-                return single(ids, positions, mask, cache)
+            if step is not None and step.takes(ids, mask, cache):
+                return step(ids, positions, mask, cache)
             return self._theirs(ids, positions, mask, cache)
 
     def _theirs(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: KvCache) -> Tensor:

@@ -7,6 +7,8 @@ stand-ins  one vector of H float32 for each expert, as many sets as the config a
 routers    sliced copies of the routers, for at most max_batch different selections at once
 workspace  activations of chunk_tokens tokens, see `_workspace`, the states of a context's tokens between two layers,
            and one expert unpacked where slots hold quantised weights
+kernels    what torch compiles in 16 bits for every shape of matrix; where our own products take many rows it compiles
+           none, and this is what each thread of theirs keeps: one expert's inputs and inner columns, of 64 tokens
 slots      the rest of the budget, at most one slot for each expert
 """
 

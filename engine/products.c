@@ -61,6 +61,7 @@ struct seen {
 #define LONGEST_VECTOR 16 /* floats */
 #define TALL 8            /* columns of weights that lie across, read beside each other */
 #define MOST_BLOCK 4      /* of the variants */
+#define PANEL_ROWS 64     /* rows of weights whose products with many rows of x stay in the first caches */
 
 static INLINE float number(const char *from, const int dtype)
 {
@@ -225,7 +226,9 @@ static INLINE float *aligned(float *room)
 #undef VECTORS
 #pragma GCC target("avx512bf16")
 #include "products_pairs.h"
+#include "products_pairs_wide.h"
 #include "products_pairs_many.h"
+#include "products_pairs_prompt.h"
 #include "products_pairs_attend.h"
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -264,6 +267,7 @@ static INLINE float *aligned(float *room)
 typedef void (*attend_t)(const struct cache *, const struct seen *, int, const float *const *, float *, float *const *);
 typedef void (*activate_t)(const struct layout *, float *);
 typedef void (*expert_t)(const struct layout *, const char *, const char *, long, const long *, long, float *, float *);
+typedef void (*many_t)(const struct matrix *, int, const char *, long, long, long, char *, float *);
 typedef void (*convert_t)(const struct conversion *, long, long);
 
 static const struct {
@@ -274,18 +278,19 @@ static const struct {
     expert_t expert;
     convert_t convert;
     unpack_t unpack;
-    long rows; /* that `expert` takes at a time */
+    many_t multiply_many;
+    long rows; /* that `expert` and `multiply_many` take at a time */
     int pairs; /* 1: inputs for bfloat16 weights are bfloat16, too; 0: they are floats */
 } sets[SETS] = {
 #if SETS == 4
-    {"AVX-512 BF16", multiply_pairs, attend_pairs, activate_pairs, expert_spread, convert_v4, unpack_pairs, 32, 1},
-    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, convert_v4, unpack_v4, 32, 0},
-    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, convert_v3, unpack_v3, 16, 0},
-    {"SSE2", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, 8, 0},
+    {"AVX-512 BF16", multiply_pairs, attend_pairs, activate_pairs, expert_spread, convert_v4, unpack_pairs, multiply_many_v4, 32, 1},
+    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, convert_v4, unpack_v4, multiply_many_v4, 32, 0},
+    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, convert_v3, unpack_v3, multiply_many_v3, 16, 0},
+    {"SSE2", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, multiply_many_base, 8, 0},
 #elif defined(__aarch64__)
-    {"NEON", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, 16, 0},
+    {"NEON", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, multiply_many_base, 16, 0},
 #else
-    {"portable", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, 8, 0},
+    {"portable", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, multiply_many_base, 8, 0},
 #endif
 };
 
@@ -413,12 +418,6 @@ static PyObject *py_sets(PyObject *self, PyObject *ignored)
     return names;
 }
 
-/* Of quantised weights, so that Python knows an extension of older sources. */
-static PyObject *py_ways(PyObject *self, PyObject *ignored)
-{
-    return PyLong_FromLong(FP8);
-}
-
 static PyObject *py_tiles(PyObject *self, PyObject *ignored)
 {
 #if SETS == 4
@@ -472,14 +471,22 @@ static PyObject *py_norm(PyObject *self, PyObject *args)
 #include "products_block.h"
 #include "products_layer.h"
 #include "products_convert.h"
+#if SETS == 4
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16")
+#include "products_prompt.h"
+#pragma GCC pop_options
+#include "products_wide.h"
+#endif
 
 static PyMethodDef methods[] = {
     {"sets", py_sets, METH_NOARGS, "Instruction sets of this processor that the loops are compiled for, the best first."},
-    {"ways", py_ways, METH_NOARGS, "how many ways of quantising are known"},
     {"tiles", py_tiles, METH_NOARGS, "Whether the processor multiplies tiles of bfloat16, which torch uses and we do not."},
     {"product", py_product, METH_VARARGS, "(set, dtype, x, weights, bias, y, rows, outputs, columns, stride, threads)"},
     {"experts", py_experts, METH_VARARGS, "(set, layout, bank, x, tokens, top_k, slots, y, threads)"},
-    {"many", py_many, METH_VARARGS, "(set, layout, bank, slots of the bank, x, tokens, top_k, slots, y, threads)"},
+    {"product_many", py_product_many, METH_VARARGS,
+     "(set, dtype, x, weights, bias, y, rows, outputs, columns, room, its bytes, threads) -> bytes needed"},
+    {"many", py_many, METH_VARARGS, "(set, layout, bank, slots of the bank, x, tokens, top_k, slots, y, room, its bytes, threads) -> bytes needed"},
     {"combine", py_combine, METH_VARARGS, "(y, slots, weights, weights dtype, out, dtype, tokens, hidden)"},
     {"attend", py_attend, METH_VARARGS,
      "(set, dtype, q, keys, values, mask, out, scale, threads, (rows, heads, groups, columns, key width, value width, and in "
@@ -498,6 +505,19 @@ static PyMethodDef methods[] = {
      "to, out, threads)"},
     {"shared", py_shared, METH_VARARGS,
      "(set, (dtype, activation, weights and bias of gate, up, down and share, hidden, inner), x, tokens, out, threads)"},
+#if SETS == 4
+    {"wide", py_wide, METH_VARARGS, "(x, weights, bias, y, rows, outputs, columns, stride, room, its bytes, threads) -> bytes needed"},
+    {"clear", py_clear, METH_VARARGS, "(mask, rows, new columns, columns, strides of rows and of new columns)"},
+    {"attend_many", py_attend_many, METH_VARARGS,
+     "(q, keys, values, mask, sinks, out, scale, new columns, stride of the mask's columns of them, (cache as `attend` has it), "
+     "room, its bytes, threads) -> bytes needed"},
+    {"prompt", py_prompt, METH_VARARGS,
+     "(block, layer, states, cache and routing as `layer` has them, (new columns, strides of positions and mask from one to the "
+     "next, which tokens count, index, whether they are routed, room, its bytes)) -> bytes needed"},
+    {"ending", py_ending, METH_VARARGS,
+     "(y, index, nobody in it, weights, weights dtype, x, shared as `shared` has it or None, what all is added to or 0, out, tokens, "
+     "top_k, hidden, room, its bytes, threads) -> bytes needed"},
+#endif
     {"convert", py_convert, METH_VARARGS,
      "(set, kind, stored, dtype of scales, scales, dtype, to, rows, columns, strides of rows and columns there, rows and columns "
      "of a block, threads)"},

@@ -10,16 +10,18 @@ columns of the cache, D and V the width of a key and of a value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from engine.addresses import DTYPES, address_of
+from engine.scratch import Scratch
 from store.quantisation import FP8, INT4, MXFP4, Coding
 
 if TYPE_CHECKING:
+    from engine.block_shape import BlockShape
     from engine.expert_shape import ExpertShape
     from engine.kvcache import PooledLayer
     from engine.layer_shape import LayerShape, Limits, Room
@@ -31,9 +33,9 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "ways") else "built from older sources"
+    missing = "" if hasattr(compiled, "product_many") else "built from older sources"
+    from engine.wide import Wide
 
-DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # as products.c counts them
 STORED: Mapping[torch.dtype, int] = {**DTYPES, torch.float16: 2, torch.float8_e4m3fn: 3}  # the last two are only read
 CONVERTED = frozenset({  # what is stored, and what is served; halves to float32 torch makes as fast
     (torch.float8_e4m3fn, torch.bfloat16),
@@ -43,6 +45,8 @@ CONVERTED = frozenset({  # what is stored, and what is served; halves to float32
 })  # fmt: skip
 
 
+PAIRS = "AVX-512 BF16"  # the instruction set that multiplies bfloat16 itself
+WIDE = frozenset({PAIRS, "AVX-512", "AVX2"})  # for which many rows were measured
 WAYS: Mapping[str, int] = {MXFP4: 1, INT4: 2, FP8: 3}
 EXPONENTS = 4  # what the scales of MXFP4 are
 
@@ -62,111 +66,16 @@ def bfloat16_in_tiles() -> bool:
     return not missing and compiled.tiles()
 
 
-HALVES, NEIGHBOURS, NEIGHBOURS_EACH, HALVES_ONCE = range(4)
-
-
-class Turn(NamedTuple):
-    """How heads of queries and keys turn: `rotary` of their numbers, each with the one half of them later or with its
-    neighbour. Cosines and sines are one for each number, or the first half of so many, or half as many (`ONCE`). Norms
-    of queries and keys come before or, `late`, after it."""
-
-    rotary: int
-    positions: torch.dtype
-    turning: int = HALVES
-    late: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class BlockShape:
-    """One layer's attention as products.c takes it: `fields` are those of its `struct block`, addresses of
-    weights among them, which `kept` holds.
-    """
-
-    fields: tuple[int | float, ...]
-    dtype: torch.dtype
-    positions: torch.dtype  # of cosines and sines
-    hidden: int
-    heads: int
-    kv_heads: int
-    head: int
-    kept: tuple[Tensor, ...]
-
-    @property
-    def weights(self) -> int:
-        """Numbers that a token is multiplied with, biases and norms among them."""
-        return sum(tensor.numel() for tensor in self.kept)
-
-    @classmethod
-    def of(
-        cls, linears: Sequence[Any], norms: Sequence[Any], head: int, scale: float, turn: Turn,
-        sinks: Tensor | None = None,
-    ) -> BlockShape | None:  # fmt: skip
-        """Of q, k, v and output projections and of the norms of q and k, or None for each; `sinks` f32 [A] or None.
-        None where it can't be."""
-        rotary = turn.rotary
-        weights = [linear.weight for linear in linears]
-        rows = [len(weight) for weight in weights]
-        dtype, hidden = weights[0].dtype, weights[0].shape[1]
-        fits = rows[1] == rows[2] and rows[0] % rows[1] == rows[1] % head == 0 and rotary <= head and rotary % 2 == 0
-        tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
-        tensors += [None if norm is None else norm.weight for norm in norms]
-        shaped = [tuple(weight.shape[1:]) for weight in weights] == [(hidden,)] * 3 + [(rows[0],)]
-        if not fits or not shaped or dtype not in DTYPES or not all(_plain(tensor, dtype) for tensor in tensors):
-            return None
-        kinds = [_norm_fields(norm, head, count) for norm, count in zip(norms, rows, strict=False)]
-        if None in kinds:
-            return None
-        places = [
-            value
-            for at, count in zip((0, 2, 4, 6), rows, strict=True)
-            for value in (*map(_address, tensors[at : at + 2]), count)
-        ]
-        fields = (
-            DTYPES[dtype],
-            *places,
-            hidden,
-            *(value for kind in kinds if kind for value in kind),
-            head,
-            rotary,
-            scale,
-            turn.turning,
-            int(turn.late),
-            DTYPES[turn.positions],
-            _address(sinks),
-        )
-        held = tuple(tensor for tensor in (*tensors, sinks) if tensor is not None)
-        return cls(fields, dtype, turn.positions, hidden, rows[0] // head, rows[1] // head, head, held)
-
-
-def _plain(tensor: Tensor | None, dtype: torch.dtype) -> bool:
-    return tensor is None or (tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous())
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _norm_fields(norm: Any, head: int, count: int) -> tuple[int, int, float] | None:
-    """Of a norm over each head or over all `count` numbers; None where it is neither."""
-    if norm is None:
-        return 0, 0, 0.0
-    eps = norm_eps(norm)
-    width = norm.weight.numel()
-    return (_address(norm.weight), width, eps) if eps is not None and width in (head, count) else None
-
-
-def norm_eps(norm: Any) -> float | None:
-    """What a norm of transformers adds to the mean of squares."""
-    found = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return found if isinstance(found, float) else None
-
-
 class Products:
     """The compiled loops for one instruction set. Tensors are on the CPU, in float32 or bfloat16."""
 
     def __init__(self, instruction_set: str) -> None:
         self.instruction_set = instruction_set
         self._set = instruction_sets()[instruction_set]
+        self.scratch = Scratch()
+        # Many rows of bfloat16 are torch's where the processor has tiles of them.
+        self._takes_many = instruction_set in WIDE and not bfloat16_in_tiles()
+        self.wide = Wide(self.scratch) if instruction_set == PAIRS and self._takes_many else None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [M, K], `weight` [N, K] with rows in one piece -> [M, N]"""
@@ -175,6 +84,29 @@ class Products:
         compiled.product(
             self._set, DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
             y.data_ptr(), x.shape[0], weight.shape[0], weight.shape[1], weight.stride(0), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def multiplies_many(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether `linear_many` can take these, and torch is no faster. In float32 that was not found out: how fast
+        torch's library is depends on who made the processor."""
+        if self.wide is not None:
+            return self.wide.multiplies(x, weight)
+        alike = x.is_cpu and x.dtype == weight.dtype == torch.bfloat16
+        return self._takes_many and alike and weight.is_contiguous()
+
+    def linear_many(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As `linear` for many rows, which lie across lanes: `x` [M, K], `weight` [N, K] -> [M, N]. A row
+        is the same whatever rows are beside it."""
+        if self.wide is not None and self.wide.multiplies(x, weight):
+            return self.wide.linear(x, weight, bias)
+        x, weight = x.contiguous(), weight.contiguous()
+        y = x.new_empty(x.shape[0], weight.shape[0])  # [M, N]
+        self.scratch.run(
+            lambda room, size: compiled.product_many(
+                self._set, DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), address_of(bias), y.data_ptr(), x.shape[0],
+                weight.shape[0], weight.shape[1], room, size, torch.get_num_threads(),
+            )
         )  # fmt: skip
         return y
 
@@ -195,9 +127,11 @@ class Products:
         """
         assert x.is_contiguous(), x.stride()
         assert slots.is_contiguous(), slots.stride()
-        compiled.many(
-            self._set, shape.fields, bank.data_ptr(), len(bank), x.data_ptr(), len(x), slots.shape[1], slots.data_ptr(),
-            y.data_ptr(), torch.get_num_threads(),
+        self.scratch.run(
+            lambda room, size: compiled.many(
+                self._set, shape.fields, bank.data_ptr(), len(bank), x.data_ptr(), len(x), slots.shape[1],
+                slots.data_ptr(), y.data_ptr(), room, size, torch.get_num_threads(),
+            )
         )  # fmt: skip
 
     def combine(self, y: Tensor, slots: list[int], weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,7 +169,7 @@ class Products:
         value_row, value_head, value_column = (q.itemsize * step for step in values.stride()[:3])
         compiled.attend(
             self._set, DTYPES[q.dtype], q.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            0 if mask is None else mask.data_ptr(), _address(sinks), out.data_ptr(), scale, torch.get_num_threads(),
+            0 if mask is None else mask.data_ptr(), address_of(sinks), out.data_ptr(), scale, torch.get_num_threads(),
             (rows, heads, asking // heads, columns, width, value_width,
              key_row, key_head, key_column, value_row, value_head, value_column, mask_row),
         )  # fmt: skip
@@ -331,7 +265,7 @@ class Products:
         to_row, to_column = target.stride()
         block_rows, block_columns = (max(1, rows), max(1, columns)) if scales is None else block
         compiled.convert(
-            self._set, STORED[stored.dtype], stored.data_ptr(), scales_dtype, _address(scales),
+            self._set, STORED[stored.dtype], stored.data_ptr(), scales_dtype, address_of(scales),
             DTYPES[target.dtype], target.data_ptr(), rows, columns, to_row, to_column, block_rows, block_columns,
             torch.get_num_threads(),
         )  # fmt: skip

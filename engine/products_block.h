@@ -60,6 +60,19 @@ static void turn(const struct block *b, float *x, long heads, const float *cos, 
         }
 }
 
+/* One token's queries and keys: their norms and the turns of their heads, in the block's order. */
+static void arrange(const struct block *b, const struct cache *c, float *q, float *k, const float *cos, const float *sin)
+{
+    for (int late = 0; late < 2; late++)
+        if (late == b->late) {
+            normalise(&b->q_norm, b->dtype, q, b->q.rows);
+            normalise(&b->k_norm, b->dtype, k, b->k.rows);
+        } else {
+            turn(b, q, c->heads * c->groups, cos, sin);
+            turn(b, k, c->heads, cos, sin);
+        }
+}
+
 /* Where the numbers of one call lie: floats of all rows, then what attention takes and gives, in the block's dtype. */
 struct room {
     float *x, *q, *k, *v, *cos, *sin;
@@ -95,14 +108,7 @@ static void place(const struct block *b, const struct cache *c, const struct roo
         float *q = r->q + row * b->q.rows, *k = r->k + row * b->k.rows, *v = r->v + row * b->v.rows;
         widen(cos + row * position_row, b->positions, turns, r->cos);
         widen(sin + row * position_row, b->positions, turns, r->sin);
-        for (int late = 0; late < 2; late++)
-            if (late == b->late) {
-                normalise(&b->q_norm, b->dtype, q, b->q.rows);
-                normalise(&b->k_norm, b->dtype, k, b->k.rows);
-            } else {
-                turn(b, q, c->heads * c->groups, r->cos, r->sin);
-                turn(b, k, c->heads, r->cos, r->sin);
-            }
+        arrange(b, c, q, k, r->cos, r->sin);
         narrow(q, b->dtype, b->q.rows, r->asked + row * b->q.rows * size);
         for (long head = 0; head < c->heads; head++) {
             narrow(k + head * b->head, b->dtype, b->head,

@@ -127,3 +127,35 @@ static void NAME(expert)(const struct layout *l, const char *slot, const char *x
         for (long i = 0; i < l->hidden; i++)
             y[pairs[row] * l->hidden + i] = room[i * lanes + row];
 }
+
+/* Rows `first` to `last` of a matrix that is not quantised and does not lie across times `count` rows of x [.., m->columns],
+ * at most VECTORS vectors full -> y [.., m->rows], both as they are stored. `room` holds `floats_for_rows` floats. */
+static void NAME(multiply_many)(const struct matrix *m, int dtype, const char *x, long count, long first, long last, char *y,
+                                float *room)
+{
+    const long size = dtype == FLOAT32 ? 4 : 2, columns = m->columns;
+    const int vectors = (int)((count + LANES - 1) / LANES);
+    const long lanes = vectors * LANES;
+    float *found = room + columns * lanes, *weights = found + PANEL_ROWS * lanes;
+    memset(room, 0, sizeof(float) * columns * lanes);
+    for (long row = 0; row < count; row++) {
+        NAME(widen)(x + row * columns * size, dtype, columns, weights);
+        for (long k = 0; k < columns; k++)
+            room[k * lanes + row] = weights[k];
+    }
+    for (long n = first; n < last; n += PANEL_ROWS) {
+        const long rows = last - n < PANEL_ROWS ? last - n : PANEL_ROWS;
+        struct matrix part = *m;
+        part.weights += n * columns * size, part.rows = rows;
+        part.bias = m->bias ? m->bias + n * size : NULL;
+        switch (vectors * 2 + dtype) {
+        case 2: NAME(through)(&part, FLOAT32, room, 1, found, weights); break;
+        case 3: NAME(through)(&part, BFLOAT16, room, 1, found, weights); break;
+        case 4: NAME(through)(&part, FLOAT32, room, 2, found, weights); break;
+        case 5: NAME(through)(&part, BFLOAT16, room, 2, found, weights); break;
+        }
+        for (long row = 0; row < count; row++)
+            for (long i = 0; i < rows; i++)
+                put(y + (row * m->rows + n + i) * size, found[i * lanes + row], dtype);
+    }
+}

@@ -91,20 +91,37 @@ class Routing:
         return self.single and self._maskable and self._board.lookahead is None
 
     @property
+    def unwatched(self) -> bool:
+        """Whether nobody looks at this pass, of however many tokens a row."""
+        return self.observer is None and self._board.lookahead is None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a layer's call may route an unwatched pass of many tokens a row by `limits`."""
+        return self._maskable and self._board.strips.count == 1
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which tokens of this pass are no padding, bool [T]; None: all."""
+        return self._valid
+
+    @property
     def replaces(self) -> bool:
         """Whether something stands in for experts that are left out, of any row."""
         return self._limits.replaces
 
     def limits(self, layer: int, choice: Choice) -> Limits:
-        """Of a pass that `steps`, layer after layer. What is filled in there is metered once the pass has ended."""
+        """Of a pass that `steps` or `chooses`, layer after layer. What is filled in there is metered once the pass has
+        ended."""
         if not self._limited:
             return FREE
-        weights = torch.empty(self._rows, choice.top_k, dtype=choice.dtype)  # [B, k]
-        index = torch.empty(self._rows, choice.top_k, dtype=torch.long)  # [B, k]
+        tokens = self._rows * self._width
+        weights = torch.empty(tokens, choice.top_k, dtype=choice.dtype)  # [T, k]
+        index = torch.empty(tokens, choice.top_k, dtype=torch.long)  # [T, k]
         self._seen.append((weights, index))
         calls = None if self._limits.calls is None else self._limits.calls[layer]  # [B]
         if self._limits.forbidden is not None:
-            return Limits(self._forbidden_tokens[layer], weights, index, calls)
+            return Limits(self._limits.forbidden[:, layer], weights, index, calls)
         restrictions = self._groups[0].restrictions
         assert restrictions is not None
         limit = restrictions[layer]

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.addresses import DTYPES
 from engine.expert_shape import ACTIVATIONS
-from engine.products import DTYPES
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

@@ -1,7 +1,7 @@
 """The events of one request, handed from the device's thread to one reader in a plain thread or in asyncio.
 
-Whoever waits for a token takes the interpreter from the thread that makes the next one. So a reader in asyncio may ask
-for the end alone (`last`), or be rung and take all that has come (`listen`, `taken`).
+Whoever waits for a token takes the interpreter from the thread that makes the next one. So a reader may ask for the end
+alone (`end` in a plain thread, `last` in asyncio), or be rung and take all that has come (`listen`, `taken`).
 """
 
 from __future__ import annotations
@@ -95,6 +95,15 @@ class TokenStream:
             self._ready.wait_for(lambda: self._items)
             item = self._items.popleft()
         return self._passed_on(item)
+
+    def end(self) -> FinishedEvent:
+        """The end alone, in a plain thread: tokens wake nobody."""
+        with self._ready:
+            self._only_last = True
+        for event in self:
+            if isinstance(event, FinishedEvent):
+                return event
+        raise AssertionError("a token stream ends with a FinishedEvent")
 
     def __aiter__(self) -> TokenStream:
         return self

@@ -12,8 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from engine.addresses import DTYPES
 from engine.fp8 import dequantise
-from engine.products import DTYPES, STORED, Products, instruction_sets
+from engine.products import STORED, Products, instruction_sets
 from store.quantisation import FP8, INT4, Coding
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of MXFP4's codes 0 to 7; the fourth bit is the sign

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from engine.attention import adopt_attention
 from engine.attention_block import adopt_blocks, agrees, positions_of, usual_block
+from engine.block_shape import BlockShape
 from engine.engine import Engine
 from engine.kvcache import KvCache, PooledLayer
 from engine.layer_block import LayerBlock
-from engine.products import BlockShape, Products, instruction_sets
+from engine.products import Products, instruction_sets
 from engine.requests import GenerationRequest, Sampling
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the products were not built: there was no C compiler")
@@ -198,7 +199,7 @@ def test_models_decode_by_it_and_prefill_and_large_batches_by_their_own(
 
     monkeypatch.setattr(Products, "block", counted)
     monkeypatch.setattr(LayerBlock, "forward", lambda self, x, **named: self._theirs(x, **named))
-    monkeypatch.setattr("engine.engine.SingleStep.of", lambda *_: None)
+    monkeypatch.setattr("engine.engine.Step.of", lambda *_: None)
     monkeypatch.setattr("engine.kernels.FEW", {torch.float32: 2})
     monkeypatch.setattr("engine.kernels.FEW_WEIGHTS", 0)
     engine = open_engine(checkpoint("qwen3_moe"), max_batch=3)

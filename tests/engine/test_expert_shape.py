@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.addresses import DTYPES
 from engine.engine import Engine
 from engine.expert_shape import CLAMPED, ExpertShape, Gate
-from engine.products import DTYPES, Products, instruction_sets
+from engine.products import Products, instruction_sets
 from engine.residency import NOBODY
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the products were not built: there was no C compiler")

@@ -69,12 +69,16 @@ def test_where_the_processor_multiplies_bfloat16_many_rows_are_ours_whatever_the
         assert chosen.few(torch.float32, 1 << 30) == kernels.FEW[torch.float32]
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 def test_only_powers_of_two_reach_the_kernels_in_16_bits(
     checkpoint: Callable[..., Path],
     open_engine: Callable[..., Engine],
     ask: Callable[..., GenerationRequest],
     monkeypatch: pytest.MonkeyPatch,
+    tiles: bool,
 ) -> None:
+    """And none where our own take many rows."""
+    monkeypatch.setattr(products, "bfloat16_in_tiles", lambda: tiles)
     engine = open_engine(checkpoint("qwen2_moe", dtype="bfloat16"))
     seen: set[int] = set()
     real = F.linear
@@ -87,7 +91,7 @@ def test_only_powers_of_two_reach_the_kernels_in_16_bits(
     monkeypatch.setattr(F, "linear", watched)
     for length in (1, 5, 23, 50):
         list(engine.generate([ask((7,) * length, max_tokens=3) for _ in range(3)]))
-    assert seen
+    assert bool(seen) == (tiles or not products.WIDE & {*products.instruction_sets()})
     assert not [rows for rows in seen if rows & (rows - 1)]
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from engine.attention_block import Trial, positions_of
+from engine.block_shape import BlockShape, Turn
 from engine.choice import Choice
 from engine.engine import Engine
 from engine.layer_block import LayerBlock
 from engine.layer_shape import LayerShape, Limits, Room
 from engine.layerwise import since
-from engine.products import BlockShape, Products, Turn, instruction_sets
+from engine.products import Products, instruction_sets
 from engine.requests import FinishedEvent, GenerationRequest, Sampling, TokenEvent
 from store.records import Selection, StandIn
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import products
+from engine import addresses, products
 from engine.engine import Engine
 from engine.expert_shape import ExpertShape, Gate, Scales
 from engine.kernels import FEW, PAIRS, WIDE, Kernels
@@ -64,6 +64,37 @@ def test_a_product_is_that_of_float64(own: Products, dtype: torch.dtype, seed: i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_product_of_many_rows_is_that_of_float64_and_a_row_is_the_same_alone(
+    own: Products, dtype: torch.dtype, seed: int, threads: Callable[[int], None]
+) -> None:
+    rng = random.Random(seed)
+    for _ in range(6):
+        rows, outputs, columns = rng.randint(1, 150), rng.randint(1, 300), 2 * rng.randint(1, 200)
+        x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, columns), (outputs, columns), (outputs,)))
+        truth = F.linear(x.double(), weight.double())
+        found = []
+        for count in (1, 2):
+            threads(count)
+            found.append(own.linear_many(x, weight, bias))
+        _close(found[0], truth + bias.double())
+        assert found[0].equal(found[1])
+        row = rng.randrange(rows)
+        assert own.linear_many(x[row : row + 1], weight, bias).equal(found[0][row : row + 1])
+        _close(own.linear_many(x, weight), truth)
+
+
+def test_many_rows_of_bfloat16_are_torchs_only_beside_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(40, 6).bfloat16(), torch.randn(4, 6).bfloat16()
+    for tiles in (False, True):
+        monkeypatch.setattr(products.compiled, "tiles", lambda there=tiles: there)
+        for name in instruction_sets():
+            own = Products(name)
+            assert own.multiplies_many(x, weight) == (name in WIDE and not tiles)
+            assert not own.multiplies_many(x.float(), weight.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_and_inputs_may_lie_anywhere(own: Products, dtype: torch.dtype) -> None:
     """Rows further apart than they are long, addresses that no vector is aligned to, inputs in pieces."""
     wide = torch.randn(9 * 50 + 1).to(dtype)[1:].view(9, 50)
@@ -110,7 +141,7 @@ def _random_bank(slots: int, hidden: int, inner: int, gated: bool, biased: bool,
         for part in parts:
             part.copy_(torch.randn(part.shape) / part.shape[-1] ** 0.5)
         views.append(parts)
-    fields = (products.DTYPES[dtype], int(gated), hidden, inner, bank.shape[1])
+    fields = (addresses.DTYPES[dtype], int(gated), hidden, inner, bank.shape[1])
     places = (offsets[0], offsets[1] if biased else -1, offsets[2], offsets[3] if biased else -1)
     return bank, views, fields + places
 
@@ -296,22 +327,21 @@ def test_who_asks_for_them_where_they_can_not_be_is_told_why(monkeypatch: pytest
 
 
 def test_large_experts_of_many_tokens_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16 those of olmoe-mini only where the processor multiplies it in tiles; in four bits none where it
-    multiplies bfloat16 itself."""
-    kernels = Kernels.choose("own", torch.bfloat16, torch.device("cpu"))
+    """In bfloat16 none where the processor multiplies it itself, but in tiles: then those of olmoe-mini do, and those
+    in four bits."""
     small, mini, huge = (
         ExpertShape((1, 1, hidden, inner, 0, 0, -1, 0, -1), torch.bfloat16, Gate(0))
         for hidden, inner in ((256, 128), (1024, 512), (4096, 1024))
     )
-    wide = kernels.own.instruction_set in WIDE
-    monkeypatch.setattr(products.compiled, "tiles", lambda: False)
-    assert [kernels.takes_many(shape) for shape in (small, mini, huge)] == [wide, wide, False]
-    monkeypatch.setattr(products.compiled, "tiles", lambda: True)
-    assert [kernels.takes_many(shape) for shape in (small, mini, huge)] == [wide, False, False]
+    wide, pairs = (names & {*instruction_sets()} != set() for names in (WIDE, {PAIRS}))
     four = replace(huge, scales=Scales(64, 128, (1, 4, 1, 32), 1024))
     for tiles in (False, True):
         monkeypatch.setattr(products.compiled, "tiles", lambda there=tiles: there)
-        assert kernels.takes_many(four) == (not tiles and kernels.own.instruction_set == PAIRS)
+        kernels = Kernels.choose("own", torch.bfloat16, torch.device("cpu"))
+        alone = pairs and not tiles
+        found = [kernels.takes_many(shape) for shape in (small, mini, huge, four)]
+        assert found == [wide, wide and not tiles, alone, alone]
+        assert not kernels.takes_many(replace(small, across=True))
     assert not Kernels(None, "torch").takes_many(small)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.addresses import DTYPES
 from engine.expert_shape import CLAMPED, ExpertShape, Gate, Scales
 from engine.kernels import PAIRS
-from engine.products import DTYPES, Products, coding_fields, instruction_sets
+from engine.products import Products, coding_fields, instruction_sets
 from engine.residency import NOBODY
 from engine.rounding import rounded
 from engine.unpacking import unpack_plainly

@@ -93,6 +93,20 @@ def test_who_waits_for_the_end_alone_gets_it_and_no_token_wakes_them(
     assert (last.text, last.completion_tokens, woken) == (wanted.text, 6, 1)
 
 
+def test_a_plain_thread_may_wait_for_the_end_alone_too(worker: EngineWorker, ask: Ask) -> None:
+    *_, wanted = worker.submit(ask((1, 2, 3), max_tokens=6))
+    assert isinstance(wanted, FinishedEvent)
+    held = _hold(worker)
+    stream = worker.submit(ask((1, 2, 3), max_tokens=6))
+    waiting = threading.Thread(target=lambda: ends.append(stream.end()))
+    ends: list[FinishedEvent] = []
+    waiting.start()
+    held.set()
+    waiting.join(10)
+    assert [(end.text, end.completion_tokens) for end in ends] == [(wanted.text, 6)]
+    assert not stream._items
+
+
 def test_who_waits_for_the_end_hears_of_an_error(
     worker: EngineWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch, engine: Engine
 ) -> None:
@@ -102,6 +116,8 @@ def test_who_waits_for_the_end_hears_of_an_error(
     monkeypatch.setattr(engine.passes, "step", fail)
     with pytest.raises(CheckpointError, match="the disk is gone"):
         asyncio.run(worker.submit(ask((1, 2, 3), max_tokens=6)).last())
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        worker.submit(ask((1, 2, 3), max_tokens=6)).end()
 
 
 def _record_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.products import instruction_sets
-from engine.requests import FinishedEvent, GenerationRequest, Sampling
+from engine.requests import FinishedEvent, GenerationRequest, Sampling, TokenEvent
 from engine.routing import Routing
 from engine.tiny import FAMILIES, write_tiny
 from profiler.calls import check_active
@@ -178,6 +179,24 @@ def test_a_decoder_layer_of_strips_is_two_calls_too(packed: Callable[..., Packed
                     "3 of 3 decoder layers in two calls, nothing around them, experts in 2 strips"
                 )
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "olmoe", "mixtral"])
+def test_prompts_in_16_bits_are_read_as_by_torch(family: str, packed: Callable[..., Packed]) -> None:
+    """Two tasks and one that routes freely, of different lengths: coverage, which meters every token of them, and the
+    first token's probability."""
+    made, found = packed(family), []
+    for kernel in ("own", "torch"):
+        with made.open(kernel=kernel, dtype="bfloat16") as engine:
+            requests = [
+                replace(each, prompt=tuple(range(5, 25 + 9 * place)), sampling=Sampling(max_tokens=1, logprobs=1))
+                for place, each in enumerate(_of_two_tasks_and_exact(engine))
+            ]
+            events = list(engine.generate(requests))
+            first = {each.row: each.score.logprob for each in events if isinstance(each, TokenEvent) and each.score}
+            covered = {each.row: each.served.coverage for each in events if isinstance(each, FinishedEvent)}
+            found.append([value for row in range(3) for value in (first[row], covered[row])])
+    assert found[0] == pytest.approx(found[1], abs=0.06)
 
 
 def test_strips_in_plain_numbers_are_those_of_tensors(packed: Callable[..., Packed]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.engine import Engine
 from engine.products import instruction_sets
 from engine.requests import FinishedEvent, GenerationRequest, Sampling, TokenEvent
-from engine.single_step import SingleStep
+from engine.step import Step
 from store.records import Selection
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the products were not built: there was no C compiler")
@@ -44,13 +44,13 @@ def answers(engine: Engine, requests: list[GenerationRequest]) -> list[Any]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each step that went this way."""
     seen: list[int] = []
-    real = SingleStep.__call__
+    real = Step.__call__
 
-    def counted(self: SingleStep, ids: Tensor, *rest: Any) -> Tensor:
+    def counted(self: Step, ids: Tensor, *rest: Any) -> Tensor:
         seen.append(len(ids))
         return real(self, ids, *rest)
 
-    monkeypatch.setattr(SingleStep, "__call__", counted)
+    monkeypatch.setattr(Step, "__call__", counted)
     return seen
 
 
@@ -68,13 +68,13 @@ def test_a_step_gives_to_the_bit_what_the_models_forward_gives(
     engine, rng = open_engine(checkpoint(family, dtype=dtype), max_batch=4), random.Random(1)
     picked = [random_selection(engine, rng), None, random_selection(engine, rng), random_selection(engine, rng)]
     requests = [ask(10 * place + 3, selection, 4 + 3 * place) for place, selection in enumerate(picked)]
-    assert engine.passes._single is not None
+    assert engine.passes._step is not None
     assert "two calls, nothing around them" in engine.kernel
     ours = answers(engine, requests)
     assert 4 in steps
     assert 1 in steps
     steps.clear()
-    engine.passes._single = None
+    engine.passes._step = None
     assert answers(engine, requests) == ours
     assert not steps
 
@@ -127,15 +127,15 @@ def test_a_model_that_does_more_around_its_layers_keeps_its_forward(
     _changed(monkeypatch, kind, change)
     engine = open_engine(checkpoint("qwen3_moe"))
     assert engine.kernel.endswith("decoder layers in two calls")
-    assert engine.passes._single is None
+    assert engine.passes._step is None
 
 
 def test_a_window_that_is_shorter_than_the_context_shows(
     checkpoint: Callable[..., Path], open_engine: Callable[..., Engine]
 ) -> None:
     folder = checkpoint("mixtral", sliding_window=40)
-    assert open_engine(folder, max_context=32).passes._single is not None
-    assert open_engine(folder, max_context=64).passes._single is None
+    assert open_engine(folder, max_context=32).passes._step is not None
+    assert open_engine(folder, max_context=64).passes._step is None
 
 
 def test_whoever_listens_to_the_decoder_hears_every_step(
