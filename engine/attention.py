@@ -94,13 +94,13 @@ def attend(
     **named: Any,
 ) -> tuple[Tensor, None]:
     """`query` [B, A, new, D], `key` and `value` [B, N, S, D] -> [B, new, A, D]; transformers calls every kind so."""
-    own: Products | None = getattr(module, OWN, None)
+    own: Products | None = None if position_bias is not None else getattr(module, OWN, None)
     sinks: Tensor | None = getattr(module, SINKS, None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    wide = None if own is None or position_bias is not None or query.shape[2] == 1 else own.wide
+    wide = None if own is None or query.shape[2] == 1 else own.wide
     if wide is not None and getattr(module, "is_causal", True) and wide.attends(query, key, value, attention_mask):
         return wide.attend(query.transpose(1, 2), key, value, attention_mask, scale, sinks), None
-    if own is None or position_bias is not None or not attends(query, key, value, attention_mask):
+    if own is None or not attends(query, key, value, attention_mask):
         if sinks is not None:
             return _eagerly(module, query, key, value, attention_mask, scaling=scaling, **named)
         found: tuple[Tensor, None] = sdpa_attention_forward(

@@ -26,7 +26,7 @@ static INLINE __mmask16 sixteen_of(long count)
     return count >= PAIR_LANES ? 0xffff : (1u << count) - 1;
 }
 
-/* As `norm_rows`, one row: bit for bit but for subnormal numbers. */
+/* As `norm_rows`, one row, its squares summed up in another order. */
 static void norm_pairs(const struct norm *n, const char *x, char *to)
 {
     __m512 squares = _mm512_setzero_ps();

@@ -39,7 +39,6 @@ class Routing:
         self._tokens_seen = torch.zeros(self._rows, dtype=torch.float64, device=device)
         self._level = torch.ones(self._rows, dtype=torch.float64, device=device)
         self._maskable = self._limits.forbidden is not None or self._limits.one_mask
-        self._forbidden_tokens: Sequence[Tensor] = ()  # of the pass: one a layer, [T, E]
         self._row_of: Tensor | None = None  # [T, 1] of the pass, where strips are held
         self._valid: Tensor | None = None
         self._free: Tensor | slice | None = None
@@ -55,11 +54,7 @@ class Routing:
             self._meter()
         self._width, self._valid = width, padded
         self._seen.clear()
-        forbidden, together = self._limits.forbidden, self._limits.together
-        if forbidden is not None and (width == 1 or together):
-            tokens = forbidden if width == 1 else forbidden.repeat_interleave(width, 0)  # [T, L, E]
-            self._forbidden_tokens = tokens.unbind(1)  # L of [T, E]
-        if len(self._groups) > 1 and (not together or self._board.lookahead is not None):
+        if len(self._groups) > 1 and (not self._limits.together or self._board.lookahead is not None):
             self._place_groups(width)
         if self._limits.held is not None:
             self._row_of = torch.arange(self._rows, device=self._device).repeat_interleave(width).unsqueeze(1)  # [T, 1]
@@ -268,8 +263,10 @@ class Routing:
                 return limit.route(x, logits)
             weights, index, self._board.added[layer] = limit.apply(x, routed)
             return weights, index
-        if self._limits.together:
-            return self._board.masked[layer](logits, self._forbidden_tokens[layer])
+        if self._limits.forbidden is not None and self._limits.together:
+            forbidden = self._limits.forbidden[:, layer]  # [B, E]
+            tokens = forbidden if self._width == 1 else forbidden.repeat_interleave(self._width, 0)  # [T, E]
+            return self._board.masked[layer](logits, tokens)
         weights, index = weights.clone(), index.clone()
         for group in self._groups:
             if group.restrictions is None or group.tokens is None:
