@@ -39,8 +39,35 @@ _OLMOE: Mapping[str, Any] = {
 _MINI = {"hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 8, "head_dim": 64, "vocab_size": 32000}
 _FULL = {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "head_dim": 128, "vocab_size": 50304}
 
+# Qwen3-Next's proportions: three layers of linear attention to one of attention, whose heads share keys and values.
+_NEXT: Mapping[str, Any] = {
+    "model_type": "qwen3_next",
+    "dtype": "bfloat16",
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 4096,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+    **TOKENS,
+}
+
 # name -> config
-SHAPES: Mapping[str, Mapping[str, Any]] = {"olmoe-mini": {**_OLMOE, **_MINI}, "olmoe": {**_OLMOE, **_FULL}}
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "olmoe-mini": {**_OLMOE, **_MINI},
+    "olmoe": {**_OLMOE, **_FULL},
+    "qwen3-next-mini": _NEXT,
+}
 
 
 def make_model(shape: str, out: Path, seed: int = 0) -> int:

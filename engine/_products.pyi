@@ -206,3 +206,47 @@ def ending(
     threads: int,
     /,
 ) -> int: ...
+def delta(
+    set: int,  # noqa: A002
+    dtype: int,
+    each: int,
+    q: int,
+    k: int,
+    v: int,
+    decay: int,
+    beta: int,
+    state: int,
+    out: int,
+    shape: tuple[int, int, int, int, int, int],
+    strides: tuple[int, ...],
+    scale: float,
+    least: float,
+    threads: int,
+    /,
+) -> None: ...
+def convolve(
+    set: int,  # noqa: A002
+    dtype: int,
+    silu: int,
+    x: int,
+    weights: int,
+    bias: int,
+    out: int,
+    shape: tuple[int, int, int, int],
+    x_row: int,
+    x_token: int,
+    threads: int,
+    /,
+) -> None: ...
+def convolve_step(
+    set: int,  # noqa: A002
+    dtype: int,
+    silu: int,
+    x: int,
+    state: int,
+    weights: int,
+    bias: int,
+    out: int,
+    shape: tuple[int, ...],
+    /,
+) -> None: ...

@@ -8,6 +8,8 @@ B rows, A heads, N heads of the cache, S columns of it, D the width of a head.
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from typing import Any
 
@@ -25,6 +27,7 @@ EAGER = "eager"  # a family's own, in plain operations
 OWN = "moepager_products"  # the attribute of a module that attends with them
 SINKS = "moepager_sinks"  # the attribute of one that has sinks: f32 [A]
 COLUMNS = 7  # of a trial
+NAMED = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04}  # of the largest number
 
 
@@ -36,13 +39,20 @@ def adopt_attention(model: Any, own: Products) -> None:
     if implementation == EAGER and modules and all(_sinks_as_usual(module, own) for module in modules):
         for module in modules:
             setattr(module, SINKS, module.sinks.detach().float())
-    elif implementation != PLAIN:
+    elif implementation != PLAIN or any(map(_depends_on_the_name, modules)):
         return
     AttentionInterface.register(IMPLEMENTATION, attend)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     model.set_attn_implementation(IMPLEMENTATION)
     for module in modules:
         setattr(module, OWN, own)
+
+
+def _depends_on_the_name(module: Any) -> bool:
+    """Whether it has an indexer and asks which implementation attends: what the indexer did not choose is masked only
+    for transformers' own."""
+    indexed = any("Indexer" in type(child).__name__ for child in module.children())
+    return indexed and NAMED.search(inspect.getsource(type(module))) is not None
 
 
 def _sinks_as_usual(module: Any, own: Products) -> bool:

@@ -1,6 +1,7 @@
 """What a model folder says about itself: sizes and shapes for planning.
 
-Reads config.json and headers; no weights, no torch.
+Reads config.json and headers, no weights. torch is imported only for models with running states or indexers, whose
+caches no formula here gives: their model is tried on shapes alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from store.checkpoint import CheckpointMap
 from store.errors import CheckpointError, UnsupportedFamily
@@ -23,9 +24,15 @@ ITEMSIZE: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float
 NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # How configs call the number of experts a token goes through.
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts", "top_k")
+MAX_CONTEXT = ("max_position_embeddings", "model_max_length")
 STRIPS = "expert_strips"  # how packs in strips call the number of strips that each expert was cut into
+BLOCKS = "layers_block_type"  # how some configs list their decoder layers
 STATE_SPACE, NO_ATTENTION = "mamba", frozenset({"moe", "mlp"})
 FULL_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# Kinds whose caches are found by trying the model, and what tensors of theirs are called where no kind is named.
+TRIED = frozenset({"linear_attention", STATE_SPACE, "conv", "indexed_attention", "hybrid", "hybrid_sliding"})
+INDEXER = "indexer"
+TRIED_TENSORS = ("conv", INDEXER, "A_log")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,10 @@ class Geometry:
     staged: int  # bytes that an expert takes in a buffer as it is stored
     scratch: int  # bytes that turning FP8 into the serving dtype needs besides, 0 where nothing is FP8
     expert_width: int  # columns of the widest activation inside an expert
-    kv_per_token: int  # keys and values of all layers, as transformers keeps them
+    kv_per_token: int  # keys and values (and indexers' keys) of all layers, as transformers keeps them
+    state_numbers: int  # of all running states of a row that are in the serving dtype
+    state_bytes: int  # of those that are not
+    working: tuple[int, int]  # bytes that layers with such states work in, for a token of a pass and for a row
     decoder_layers: int
     attention_width: int  # heads x head dim, the widest of query, key and value
     scored_heads: int  # heads whose attention scores are written out, 0 where the kernel is fused
@@ -100,7 +110,7 @@ class ModelCard:
             top_k=_number(config, *TOP_K),
             hidden=_number(config, "hidden_size"),
             vocab=_number(config, "vocab_size"),
-            max_context=_number(config, "max_position_embeddings"),
+            max_context=_number(config, *MAX_CONTEXT),
             expert_bytes=max(experts.expert_bytes),
             hashes=checkpoint.fingerprint(),
             geometry=_geometry(config, checkpoint, experts),
@@ -109,10 +119,10 @@ class ModelCard:
 
 
 def _refuse_the_unservable(config: Mapping[str, Any]) -> None:
-    if other := sorted(_layer_kinds(config) - FULL_ATTENTION):
+    if other := sorted(_layer_kinds(config) - FULL_ATTENTION - TRIED):
         raise UnsupportedFamily(
-            f"Layers of kind {', '.join(other)} keep a state that moepager's KV cache does not hold. "
-            f"Supported are {', '.join(sorted(FULL_ATTENTION))}."
+            f"Layers of kind {', '.join(other)} keep a state that moepager's cache does not hold. "
+            f"Supported are {', '.join(sorted(FULL_ATTENTION | TRIED))}."
         )
 
 
@@ -128,7 +138,7 @@ def _strips(config: Mapping[str, Any], experts: int) -> int:
 
 def _layer_kinds(config: Mapping[str, Any]) -> set[str]:
     """The kinds of attention that the config names. Older hybrids name none, but the sizes of their state spaces."""
-    kinds = set(config.get("layer_types") or ()) | set(config.get("layers_block_type") or ())
+    kinds = set(config.get("layer_types") or ()) | set(config.get(BLOCKS) or ())
     return kinds - NO_ATTENTION | {STATE_SPACE for name in config if name.startswith(STATE_SPACE)}
 
 
@@ -144,8 +154,11 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
             f"Dense weights are stored as {', '.join(strange)}; use a bfloat16 or float32 checkpoint."
         )
     heads = _number(config, "num_attention_heads")
-    layers = _number(config, "num_hidden_layers")
+    layers = len(config.get(BLOCKS) or ()) or _number(config, "num_hidden_layers")
     cached, width = _attention_shape(config, heads, layers, dense)
+    states = NO_STATES
+    if _layer_kinds(config) & TRIED or any(sign in span.name for span in dense for sign in TRIED_TENSORS):
+        cached, states = _tried(Path(checkpoint.folder))
     return Geometry(
         dtype=_dtype(config, "" if packed else every[0].dtype),
         stored=_stored(experts),
@@ -159,14 +172,41 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
         scratch=_scratch(experts),
         expert_width=max(length for shape in shapes for length in shape),
         kv_per_token=cached,
+        state_numbers=states.numbers,
+        state_bytes=states.nbytes,
+        working=states.working,
         decoder_layers=layers,
         attention_width=width,
-        scored_heads=heads if any(name.endswith(".sinks") for name in experts.dense) else 0,
+        scored_heads=_scored_heads(config, heads, experts.dense),
         matrices=len({shape for shape in shapes if len(shape) == 2}),
         dense_width=max(
             int(config.get(name) or 0) for name in ("intermediate_size", "shared_expert_intermediate_size")
         ),
     )
+
+
+class States(NamedTuple):
+    """A row's running states, as Geometry has them."""
+
+    numbers: int
+    nbytes: int
+    working: tuple[int, int]
+
+
+NO_STATES = States(0, 0, (0, 0))
+
+
+def _tried(folder: Path) -> tuple[int, States]:
+    """What all layers cache for one token, in numbers, and the running states of a row."""
+    import torch  # noqa: PLC0415 - seconds to import, which other models need not wait for
+
+    from engine.skeleton import try_layers  # noqa: PLC0415
+
+    caches, working = try_layers(folder, "bfloat16")
+    held = [state for cache in caches for state in cache.states]
+    numbers = sum(prod(state.shape) for state in held if state.dtype == torch.bfloat16)
+    nbytes = sum(state.nbytes for state in held if state.dtype != torch.bfloat16)
+    return sum(cache.numbers for cache in caches), States(numbers, nbytes, working)
 
 
 def _stored(experts: ExpertMap) -> str:
@@ -208,6 +248,14 @@ def _attention_shape(
     if len(keys) == layers and values.keys() <= keys.keys():  # layers may differ; one without values caches its keys
         return sum(rows + values.get(at, rows) for at, rows in keys.items()), max(heads * head, *width.values())
     return layers * 2 * head * int(config.get("num_key_value_heads") or heads), heads * head
+
+
+def _scored_heads(config: Mapping[str, Any], heads: int, dense: Sequence[str]) -> int:
+    """Of attention with sinks, which some families have written out, and of indexers, of as many heads at least."""
+    sinks = heads if any(name.endswith(".sinks") for name in dense) else 0
+    if not any(INDEXER in name for name in dense):
+        return sinks
+    return sinks + max(heads, *(int(config.get(name) or 0) for name in ("index_n_heads", "indexer_n_heads")))
 
 
 def _rows(dense: Sequence[TensorSpan], ending: str) -> dict[str, int]:

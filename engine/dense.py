@@ -6,12 +6,13 @@ Experts are not here: their parameters are gone from the model by now.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.core_model_loading import Concatenate, WeightConverter
 
 from engine.conversion import convert
 from engine.layout import DTYPES, Renaming
@@ -36,33 +37,41 @@ def load_dense(
     """Raises CheckpointError for a tensor that is missing or has another shape."""
     _compute_buffers(model, device)
     wanted = _materialise(model, device)
-    sources: dict[str, TensorSpan] = {}
+    found: dict[str, dict[int, TensorSpan]] = {}  # of each target, its pieces by their place
     for hub_name in experts.dense:
         span = checkpoint.tensors[hub_name]
         matrix = _matrix(hub_name, experts)
-        target, converter, _ = renaming.target(hub_name if matrix is None else matrix.name)
+        target, converter, place = renaming.target(hub_name if matrix is None else matrix.name)
         if target not in wanted:
             continue  # left over from training, or of an auxiliary head: transformers ignores it too
-        if converter is not None:
+        if converter is not None and not _joins_rows(converter):
             raise UnsupportedFamily(
-                f"transformers rearranges {hub_name} when it loads it; moepager reads dense weights as they are."
+                f"transformers rearranges {hub_name} when it loads it; moepager reads dense weights as they are, or "
+                "as the rows of one, one after the other."
             )
-        sources[target] = span
+        found.setdefault(target, {})[place] = span
+    sources = {name: [pieces[place] for place in sorted(pieces)] for name, pieces in found.items()}
     _check_complete(wanted, sources, experts)
     _fill(sources, wanted, checkpoint, experts, reader)
     model.eval().requires_grad_(False)
 
 
+def _joins_rows(converter: WeightConverter) -> bool:
+    """Whether its sources are the rows of its target, one after the other."""
+    operations = converter.operations
+    return len(operations) == 1 and isinstance(operations[0], Concatenate) and operations[0].dim == 0
+
+
 def _fill(
-    sources: Mapping[str, TensorSpan], wanted: Mapping[str, Tensor], checkpoint: CheckpointMap, experts: ExpertMap,
-    reader: Reader,
+    sources: Mapping[str, Sequence[TensorSpan]], wanted: Mapping[str, Tensor], checkpoint: CheckpointMap,
+    experts: ExpertMap, reader: Reader,
 ) -> None:  # fmt: skip
     """Straight into the tensors where dtype and device agree, all of those at once, as experts are read; the others by
     a host copy, one after the other."""
     last = {id(wanted[name]): name for name in sources}  # of names that share a tensor, one is read
     straight = []
-    for name in last.values():
-        span, target = sources[name], wanted[name]
+    pieces = [piece for name in last.values() for piece in _pieces(sources[name], wanted[name], experts)]
+    for span, target in pieces:
         if target.device.type == "cpu" and target.dtype == DTYPES[span.dtype]:
             straight.append(_extent(span, target))
         elif (matrix := _matrix(span.name, experts)) is None:
@@ -71,6 +80,23 @@ def _fill(
             assert experts.quantised is not None, span.name
             _unpack(experts.quantised, span, checkpoint.tensors[matrix.scales], target, reader)
     reader.read(straight)
+
+
+def _pieces(
+    spans: Sequence[TensorSpan], target: Tensor, experts: ExpertMap
+) -> Iterator[tuple[TensorSpan, Tensor]]:  # fmt: skip
+    """What is stored with the rows of `target` that it becomes."""
+    if len(spans) == 1:
+        yield spans[0], target
+        return
+    rows = [_shape(span, experts)[0] for span in spans]
+    yield from zip(spans, torch.split(target.detach(), rows), strict=True)
+
+
+def _shape(span: TensorSpan, experts: ExpertMap) -> tuple[int, ...]:
+    """What it has once it is plain."""
+    matrix = _matrix(span.name, experts)
+    return span.shape if matrix is None else matrix.shape
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
@@ -122,18 +148,21 @@ def _kept_in_float32(model: Any) -> re.Pattern[str]:
     return re.compile("|".join(rf"(^|\.){name.replace('*', '.*')}($|\.)" for name in names) or r"(?!)")
 
 
-def _check_complete(wanted: Mapping[str, Tensor], sources: Mapping[str, TensorSpan], experts: ExpertMap) -> None:
+def _check_complete(
+    wanted: Mapping[str, Tensor], sources: Mapping[str, Sequence[TensorSpan]], experts: ExpertMap
+) -> None:  # fmt: skip
     filled = {id(wanted[name]) for name in sources}
     if lacking := sorted(name for name, tensor in wanted.items() if id(tensor) not in filled):
         raise CheckpointError(
             f"The checkpoint has no tensor for {lacking[0]} ({len(lacking)} are missing). Download the weights again."
         )
-    for name, span in sources.items():
-        matrix = _matrix(span.name, experts)
-        shape = span.shape if matrix is None else matrix.shape
-        if tuple(wanted[name].shape) != shape:
+    for name, spans in sources.items():
+        span, shapes = spans[0], [_shape(each, experts) for each in spans]
+        shape = shapes[0] if len(shapes) == 1 else (sum(each[0] for each in shapes), *shapes[0][1:])
+        if tuple(wanted[name].shape) != shape or len({each[1:] for each in shapes}) > 1:
+            more = f" (with {', '.join(each.name for each in spans[1:])})" if spans[1:] else ""
             raise CheckpointError(
-                f"{span.name} has shape {list(shape)}, config.json wants {list(wanted[name].shape)}. "
+                f"{span.name}{more} has shape {list(shape)}, config.json wants {list(wanted[name].shape)}. "
                 "Config and weights belong to different models: download both again."
             )
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from engine import experts as dispatch
 from engine.admission import Admission
 from engine.bank import Bank, Lease
+from engine.cache_shape import row_bytes
 from engine.card import ModelCard
 from engine.config import EngineConfig
+from engine.continuation import goes_on
 from engine.dense import load_dense
 from engine.device import open_device
 from engine.experts import PagedExperts
@@ -78,7 +80,9 @@ class Engine:
         self.layers = Layers(self, skeleton, experts)
         self.head = Head(skeleton.model, max(plan.max_batch, 64 if plan.budget is None else 1))
         _check_cache(skeleton, plan)
-        self.kv = KvPool(skeleton.kv_shapes, plan.max_batch, plan.max_context, getattr(torch, plan.dtype), device)
+        self.kv = KvPool(skeleton.caches, plan.max_batch, plan.max_context, getattr(torch, plan.dtype), device)
+        if any(shape.states for shape in skeleton.caches):
+            self.passes.goes_on = goes_on(skeleton.model, skeleton.joints, self.kv)
 
     @classmethod
     def open(cls, config: EngineConfig) -> Engine:
@@ -214,17 +218,18 @@ def _adopt_layers(
     around = "" if step is None else ", nothing around them"
     prompts = ", prompts too" if any(block.wide is not None for block in blocks) else ""
     split = f", experts in {board.strips.count} strips" if board.strips.count > 1 else ""
-    layers = f"{len(blocks)} of {len(skeleton.kv_shapes)} decoder layers in two calls"
+    layers = f"{len(blocks)} of {len(skeleton.caches)} decoder layers in two calls"
     return f"{kernels.name}, {layers}{around}{prompts}{split}", step
 
 
 def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:
-    """The plan's formula against what the model really keeps for a token, before the cache is allocated."""
-    per_token = sum(heads * width for layer in skeleton.kv_shapes for heads, width in layer)
-    needed = per_token * plan.max_batch * plan.max_context * skeleton.layout.dtype.itemsize
-    if needed > plan.kv_bytes:
+    """The plan's formulas against what the model really keeps, before the cache is allocated."""
+    columns = plan.max_batch * plan.max_context * sum(shape.numbers for shape in skeleton.caches)
+    needed = columns * skeleton.layout.dtype.itemsize
+    states = plan.max_batch * row_bytes(skeleton.caches)
+    if needed > plan.kv_bytes or states > plan.state_bytes:
         raise UnsupportedFamily(
-            f"{type(skeleton.model).__name__} keeps {needed} bytes of keys and values, planned were {plan.kv_bytes}: "
-            "its "
-            "attention is of a kind that the memory plan does not know."
+            f"{type(skeleton.model).__name__} keeps {needed} bytes of columns and {states} of running states, planned "
+            f"were {plan.kv_bytes} and {plan.state_bytes}: its attention is of a kind that the memory plan does not "
+            "know."
         )

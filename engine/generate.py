@@ -319,7 +319,9 @@ class Batch:
         """
         engine, whole = self._engine, self._engine.plan.chunk_tokens
         pages = group.rows[0].request.mode == "exact" and not engine.admission.holds_all
-        if pages and engine.passes.decoders and engine.board.lookahead is None:
+        if not engine.passes.goes_on:
+            group.advance(whole if group.at_start else 1)
+        elif pages and engine.passes.decoders and engine.board.lookahead is None:
             group.advance_layer(whole, engine.plan.carried_tokens)
         else:
             group.advance(whole if pages or not self._running.rows else min(whole, JOIN_TOKENS))

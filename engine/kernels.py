@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from engine import products
 from engine.attention import adopt_attention
 from engine.attention_block import adopt_blocks
+from engine.convolution import convolution, convolution_step
+from engine.delta_rule import delta_rule
 from engine.expert_shape import ExpertShape
 from engine.norms import adopt_norms
 from engine.products import PAIRS, WIDE, Products, multiplies
+from engine.substitution import substitute
 from store.errors import InvalidInput
 
 # What one product more costs beside its rows: to lay out the weights, which takes as long as 17 to 20 rows of
@@ -94,6 +97,7 @@ class Kernels:
         if self.own is not None:
             adopt_norms(model, self.own)
             adopt_attention(model, self.own)
+            substitute(model, [delta_rule(self.own), convolution(self.own), convolution_step(self.own)])
         if self.own is not None or (dtype in COMPILED and device.type == "cpu"):
             for module in model.modules():
                 if type(module) is nn.Linear:

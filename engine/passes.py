@@ -29,6 +29,7 @@ class Passes:
         self._step = step  # where the model's own forward adds nothing
         self._model, self._joints, self._experts = skeleton.model, skeleton.joints, experts
         self.decoders = _decoders(skeleton)  # none where the model can't be run layer by layer
+        self.goes_on = True  # whether several tokens of a prompt may follow others in a pass of their own
 
     def whole(self, ids: Tensor, mask: Tensor, routing: Routing, keep: int = 0) -> Tensor:
         """`ids`, `mask` i64 [B, S] -> logits f32 [B, S, V], nothing remembered; of the last `keep` columns alone, if
@@ -50,7 +51,7 @@ class Passes:
         """By `step` where it takes the pass."""
         new = ids.shape[1]
         positions = _positions(mask)[:, -new:]  # [B, new]
-        with _routed(routing, mask[:, -new:]):
+        with _routed(routing, mask[:, -new:]), cache.passing(mask[:, -new:]):
             if step is not None and step.takes(ids, mask, cache):
                 return step(ids, positions, mask, cache)
             return self._theirs(ids, positions, mask, cache)
@@ -116,12 +117,15 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _decoders(skeleton: Skeleton) -> Sequence[nn.Module]:
-    """The decoder layers, if each keeps its own keys and values."""
+    """The decoder layers, if each keeps a cache of its own and they hand on nothing but hidden states."""
+    if not skeleton.plain_layers:
+        return ()
     try:
         layers = decoder_layers(skeleton.model, [joint.experts for joint in skeleton.joints])[0]
     except UnsupportedFamily:
         return ()
-    return layers if len(layers) == len(skeleton.kv_shapes) else ()
+    caches = [shape for shape in skeleton.caches if shape.remembers]
+    return layers if len(layers) == len(caches) else ()
 
 
 @contextmanager

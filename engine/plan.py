@@ -2,6 +2,8 @@
 
 dense      every tensor that all tokens need, in the serving dtype
 kv         max_batch rows x max_context tokens x the model's keys and values (sliding windows counted in full)
+states     max_batch rows x the running states (linear attention, state spaces, convolutions), which do not grow,
+           twice: a pass works on copies
 staging    the reader's aligned buffers, and a ring of more (RingShape) where bytes need a cast or another device
 stand-ins  one vector of H float32 for each expert, as many sets as the config allows at once
 routers    sliced copies of the routers, for at most max_batch different selections at once
@@ -57,6 +59,7 @@ class MemoryPlan:
     budget: int | None
     dense_bytes: int
     kv_bytes: int
+    state_bytes: int
     staging_bytes: int
     router_bytes: int
     stand_in_bytes: int
@@ -84,7 +87,7 @@ class MemoryPlan:
     @property
     def fixed_bytes(self) -> int:
         """Everything but the slots."""
-        held = self.dense_bytes + self.kv_bytes + self.staging_bytes + self.router_bytes
+        held = self.dense_bytes + self.kv_bytes + self.state_bytes + self.staging_bytes + self.router_bytes
         return held + self.stand_in_bytes + self.kernel_bytes + self.workspace_bytes
 
     @property
@@ -156,16 +159,19 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
     parts = [*(count * size for count in counts), *(card.geometry.packed if kept else ())]
     slot = sum(-(-part // SLOT_ALIGN) * SLOT_ALIGN for part in parts)
     unpacked = sum(card.geometry.unpacked) if kept else 0
+    states = 2 * config.max_batch * (card.geometry.state_numbers * size + card.geometry.state_bytes)
     plan = MemoryPlan(
         budget=config.memory,
         dense_bytes=card.geometry.dense * size,
         kv_bytes=config.max_batch * context * card.geometry.kv_per_token * size,
+        state_bytes=states,
         staging_bytes=_staging(card, config, dtype),
         router_bytes=config.max_batch * card.layers * card.experts * (card.hidden + 2) * size,
         stand_in_bytes=config.stand_ins * card.layers * card.experts * card.hidden * 4,
         kernel_bytes=_kernels(card, chunk) if config.device == "cpu" and size == 2 else 0,
         workspace_bytes=_workspace(card, chunk, context, config.max_batch, size)
-        + (_carried(card, chunk, context) + unpacked) * size,
+        + (_carried(card, chunk, context) + unpacked) * size
+        + _beside_states(card, chunk, config.max_batch),
         slot_bytes=slot,
         slots=card.layers * card.experts,
         layers=card.layers,
@@ -242,6 +248,13 @@ def _workspace(card: ModelCard, chunk: int, context: int, batch: int, size: int)
     return chunk * (_columns(card) * size + routing + attention) + expanded + 3 * batch * card.vocab * 4
 
 
+def _beside_states(card: ModelCard, chunk: int, batch: int) -> int:
+    """What layers with running states work in, as counted on shapes alone, and a quarter more: kernels take memory of
+    their own. Most lay each row out in chunks of theirs, so a row counts however short it is."""
+    token, row = card.geometry.working
+    return 5 * (chunk * token + batch * row) // 4
+
+
 def _columns(card: ModelCard) -> int:
     """Numbers in the serving dtype that a token of a pass needs in one layer, see `_workspace`."""
     geometry = card.geometry
@@ -267,6 +280,7 @@ def _within(plan: MemoryPlan, budget: int) -> MemoryPlan:
             f"A budget of {show_bytes(budget)} can't serve this model. It needs {show_bytes(plan.dense_bytes)} of "
             "dense weights, "
             f"{show_bytes(plan.kv_bytes)} of KV cache ({plan.max_batch} rows x {plan.max_context} tokens), "
+            f"{_states(plan)}"
             f"{show_bytes(plan.staging_bytes + plan.router_bytes)} of staging and router copies, "
             f"{show_bytes(plan.kernel_bytes)} of compiled kernels, "
             f"{show_bytes(plan.workspace_bytes)} of workspace ({plan.chunk_tokens} tokens at once) and at least "
@@ -278,6 +292,10 @@ def _within(plan: MemoryPlan, budget: int) -> MemoryPlan:
             "model."
         )
     return MemoryPlan(**{name: getattr(plan, name) for name in plan.__slots__} | {"budget": budget, "slots": slots})
+
+
+def _states(plan: MemoryPlan) -> str:
+    return f"{show_bytes(plan.state_bytes)} of running states, " if plan.state_bytes else ""
 
 
 def _mib(size: int) -> str:

@@ -33,7 +33,7 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "product_many") else "built from older sources"
+    missing = "" if hasattr(compiled, "convolve") else "built from older sources"
     from engine.wide import Wide
 
 STORED: Mapping[torch.dtype, int] = {**DTYPES, torch.float16: 2, torch.float8_e4m3fn: 3}  # the last two are only read
@@ -254,6 +254,53 @@ class Products:
         compiled.shared(self._set, shared.fields, x.data_ptr(), len(x), out.data_ptr(), torch.get_num_threads())
         return out
 
+    def delta(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, least: float
+    ) -> Tensor:  # fmt: skip
+        """The gated delta rule, token by token: `q`, `k` [B, S, N, D], `v` [B, S, A, V], logarithms of decay `g`
+        [B, S, A], or [B, S, A, D] for each number of a key, and `beta` [B, S, A] -> [B, S, A, V].
+
+        A/N neighbours share a key. `state` f32 [B, A, D, V] is written over. q and k are divided by their lengths, to
+        whose squares `least` is added, q by the root of D as well. Of each row in an order that nothing else changes.
+        """
+        q, k, v = (each if _heads_in_a_piece(each) else each.contiguous() for each in (q, k, v))
+        g, beta = g.float().contiguous(), beta.float().contiguous()
+        rows, tokens, key_heads, width = k.shape
+        out = v.new_empty(v.shape)  # [B, S, A, V]
+        compiled.delta(
+            self._set, DTYPES[v.dtype], int(g.dim() == 4), q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(),
+            beta.data_ptr(), state.data_ptr(), out.data_ptr(),
+            (rows, tokens, key_heads, v.shape[2], width, v.shape[3]),
+            (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]), width**-0.5, least, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool) -> Tensor:
+        """Each channel of `x` [B, S, C] by itself: the last W tokens times `weight` [C, W], `bias` [C] -> [B, S, C].
+
+        Before the first token are zeros. Rounded before silu, if that is wanted, and after it.
+        """
+        x = x if x.stride(2) == 1 else x.contiguous()
+        rows, tokens, channels = x.shape
+        out = x.new_empty(x.shape)  # [B, S, C]
+        compiled.convolve(
+            self._set, DTYPES[x.dtype], int(silu), x.data_ptr(), weight.data_ptr(), address_of(bias), out.data_ptr(),
+            (rows, tokens, channels, weight.shape[1]), x.stride(0), x.stride(1), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def convolve_step(
+        self, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool
+    ) -> Tensor:  # fmt: skip
+        """The same for one token a row, `x` [B, C], after the K that `state` [B, C, K] keeps, which moves on by it."""
+        x = x.contiguous()
+        out = torch.empty_like(x)  # [B, C]
+        compiled.convolve_step(
+            self._set, DTYPES[x.dtype], int(silu), x.data_ptr(), state.data_ptr(), weight.data_ptr(), address_of(bias),
+            out.data_ptr(), (*state.shape, weight.shape[1]),
+        )  # fmt: skip
+        return out
+
     def convert(
         self, stored: Tensor, target: Tensor, scales: Tensor | None = None, block: tuple[int, int] = (1, 1)
     ) -> None:
@@ -289,6 +336,11 @@ class Products:
             DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // columns, columns, eps
         )
         return y
+
+
+def _heads_in_a_piece(x: Tensor) -> bool:
+    """Of [B, S, heads, width], whether a token's numbers follow each other."""
+    return x.stride()[2:] == (x.shape[3], 1)
 
 
 def converts(stored: torch.dtype, served: torch.dtype) -> bool:

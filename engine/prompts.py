@@ -53,6 +53,11 @@ class Prompts(Group):
         """Whether exact prompts are on their way."""
         return self.logits is None and bool(self.exact)
 
+    @property
+    def at_start(self) -> bool:
+        """Whether nothing of them went through yet."""
+        return self.cache.length == 0
+
     def advance(self, tokens: int) -> None:
         """Send the next columns of about `tokens` tokens through. After the last one there are `logits`."""
         start, (stems, width) = self.cache.length, self._ids.shape

@@ -16,8 +16,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine import experts as dispatch
+from engine.cache_shape import CacheShape
 from engine.layout import Renaming, SlotLayout, derive_layout
-from engine.trial import Block, Shape, run_trial
+from engine.trial import Block, run_trial, try_caches
+from engine.watermark import working_bytes
 from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
 from store.experts import ExpertMap
@@ -38,12 +40,14 @@ class Joint:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model whose experts hold no weights. `kv_shapes` are heads and width of keys and values, a decoder layer."""
+    """A model whose experts hold no weights. `caches` is what each decoder layer keeps of a row, `plain_layers` says
+    whether they hand on nothing but hidden states."""
 
     model: Any
     layout: SlotLayout
     joints: tuple[Joint, ...]
-    kv_shapes: tuple[tuple[Shape, Shape], ...]
+    caches: tuple[CacheShape, ...]
+    plain_layers: bool
 
 
 def build_skeleton(
@@ -66,7 +70,19 @@ def build_skeleton(
     )
     for joint in joints:
         dispatch.drop_parameters(joint.experts)
-    return Skeleton(model, layout, joints, seen.kv_shapes), renaming
+    return Skeleton(model, layout, joints, seen.caches, seen.plain_layers), renaming
+
+
+def try_layers(folder: Path, dtype: str) -> tuple[tuple[CacheShape, ...], tuple[int, int]]:
+    """What each decoder layer of the model of `folder`, whose config.json is enough, caches in `dtype` and, where one
+    has running states, the bytes that a pass works in, for each token and for each row.
+
+    Raises UnsupportedFamily for a model that can't be run on shapes alone.
+    """
+    dispatch.register()
+    model = _on_meta(folder, getattr(torch, dtype))
+    caches = try_caches(model)
+    return caches, working_bytes(model) if any(shape.states for shape in caches) else (0, 0)
 
 
 def _on_meta(folder: Path, dtype: torch.dtype) -> Any:

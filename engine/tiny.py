@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from engine.tiny_config import TOKENS, moe_families, tiny_fields
 
 # Those with shapes of their own, which every test of the engine runs on; any other family gets those of `tiny_config`.
-FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3")
+FAMILIES = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "qwen3_next")
 
 PAD, BOS, EOS, END_OF_TURN = "<pad>", "<bos>", "<eos>", "<|end|>"
 SPECIALS = (PAD, BOS, EOS, END_OF_TURN)
@@ -83,6 +83,17 @@ _FAMILY: Mapping[str, Mapping[str, Any]] = {
         "v_head_dim": 8,
         "head_dim": 4,  # transformers reads it as the rotary part's width
         "num_key_value_heads": 4,
+    },
+    "qwen3_next": {
+        "num_experts": 8,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
     },
 }
 

@@ -27,7 +27,7 @@ _SIZES: Mapping[int, tuple[str, ...]] = {
     ),
     TOP_K: (
         "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "num_key_value_heads",
-        "swa_num_key_value_heads", "linear_num_key_heads", "index_n_heads", "layer_group_size", "zero_expert_num",
+        "swa_num_key_value_heads", "linear_num_key_heads", "layer_group_size", "zero_expert_num",
         "num_sliding_attention_heads", "o_groups", "heads_per_ngram", "index_topk_blocks",
     ),
     LAYERS: (
@@ -47,7 +47,7 @@ _SIZES: Mapping[int, tuple[str, ...]] = {
     16: (
         "moe_intermediate_size", "expert_ffn_hidden_size", "sliding_window", "sliding_window_size", "kv_lora_rank",
         "q_lora_rank", "mamba_head_dim", "mamba_d_head", "chunk_size", "mamba_chunk_size", "router_hidden_size",
-        "rel_extent", "block_size", "attention_chunk_size",
+        "rel_extent", "block_size", "attention_chunk_size", "index_n_heads",
     ),
     12: (
         "hidden_size_per_layer_input",
@@ -71,16 +71,31 @@ _SIZES: Mapping[int, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 SIZES = {name: size for size, names in _SIZES.items() for name in names}
-QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_budget": 16, "indexer_compress_ratio": 2}
+MIXED: Mapping[str, Any] = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+QSA: Mapping[str, Any] = {
+    "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 2,
+}
 
 # Without these a family's default is a dense model, or one whose answers depend on chance.
 SWITCHES: Mapping[str, Any] = {"enable_moe_block": True, "is_moe": True, "tie_word_embeddings": False}
 # Where sizes depend on one another, or what is derived from them does not fit three layers.
 FAMILY: Mapping[str, Mapping[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "bailing_hybrid": MIXED,
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "dots3_note": {"vision_config": {"adapter_out_dim": 32}, "audio_config": {"adapter_out_dim": 32}},
+    "granitemoehybrid": MIXED,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
+    "kimi_linear": MIXED,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "minimax": MIXED,
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
+    "qwen3_5_moe": {"text_config": MIXED},
+    "qwen3_5_moe_text": MIXED,
     "qwen4_exp": {"text_config": QSA},
     "qwen4_exp_text": QSA,
     "zaya": {"num_experts_per_tok": 1},

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from engine.cache_shape import CacheShape
 from engine.restriction import ADOPTED, BATCHED
 from store.errors import UnsupportedFamily
-
-Shape = tuple[int, int]  # heads and width
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +32,46 @@ class Block:
 @dataclass(frozen=True, slots=True)
 class Witnessed:
     """Of each block, the module whose first argument is the residual stream before it, and whether router and experts
-    read the same states; of each decoder layer, the shapes of keys and values that it caches."""
+    read the same states; of each decoder layer, what it caches; whether those of the blocks hand on hidden states and
+    nothing else."""
 
     residuals: tuple[nn.Module, ...]
     same_states: tuple[bool, ...]
-    kv_shapes: tuple[tuple[Shape, Shape], ...]
+    caches: tuple[CacheShape, ...]
+    plain_layers: bool
 
 
 def run_trial(model: Any, blocks: Sequence[Block]) -> Witnessed:
     """Raises UnsupportedFamily for a model that can't be run so, or a router that breaks the contract."""
     watches = [_Watch(block) for block in blocks]
-    cache = DynamicCache()
     try:
-        with torch.inference_mode():
-            ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
-        shapes = tuple((_kv_shape(layer.keys), _kv_shape(layer.values)) for layer in cache.layers)
-    except (RuntimeError, TypeError, NotImplementedError, AttributeError, LookupError, ValueError) as error:
-        raise UnsupportedFamily(f"{type(model).__name__} can't be run on shapes alone: {error}") from error
+        caches = try_caches(model)
     finally:
         for watch in watches:
             watch.end()
-    return Witnessed(tuple(watch.residual for watch in watches), tuple(watch.same_states for watch in watches), shapes)
+    return Witnessed(
+        residuals=tuple(watch.residual for watch in watches),
+        same_states=tuple(watch.same_states for watch in watches),
+        caches=caches,
+        plain_layers=all(watch.plain_layer for watch in watches),
+    )
 
 
-def _kv_shape(tensor: Tensor) -> Shape:
-    return tensor.shape[1], tensor.shape[3]
+def try_caches(model: Any) -> tuple[CacheShape, ...]:
+    """What each decoder layer of `model`, which is on the meta device, caches. Raises UnsupportedFamily."""
+    try:
+        with torch.inference_mode():
+            cache = DynamicCache(config=model.config)
+            ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+        caches = tuple(map(CacheShape.of, cache.layers))
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError, LookupError, ValueError) as error:
+        raise UnsupportedFamily(f"{type(model).__name__} can't be run on shapes alone: {error}") from error
+    if all(shape.kv is None for shape in caches):
+        raise UnsupportedFamily(
+            f"{type(model).__name__} keeps no keys and values in any layer, which a batch counts by."
+        )
+    return caches
 
 
 class _Watch:
@@ -66,7 +79,7 @@ class _Watch:
 
     def __init__(self, block: Block) -> None:
         self.residual: nn.Module = block.child  # until a norm before it is seen to feed it
-        self.same_states = True
+        self.same_states = self.plain_layer = True
         self._router = block.router
         self._normed: list[tuple[nn.Module, Tensor, Tensor]] = []  # a norm, its input, its output
         self._routed: Tensor | None = None
@@ -76,6 +89,7 @@ class _Watch:
             block.router.register_forward_pre_hook(self._before_router, with_kwargs=True),
             block.router.register_forward_hook(_check_router_contract),
             block.experts.register_forward_pre_hook(self._before_experts, with_kwargs=True),
+            block.decoder.register_forward_hook(self._after_decoder),
         ]
         norms = [child for child in block.decoder.children() if "norm" in type(child).__name__.lower()]
         self._handles += [norm.register_forward_hook(self._after_norm) for norm in norms]
@@ -83,6 +97,9 @@ class _Watch:
     def end(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _after_decoder(self, _: object, __: tuple[Any, ...], output: object) -> None:
+        self.plain_layer = isinstance(output, Tensor)
 
     def _after_norm(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         self._normed.append((norm, args[0], output))

@@ -137,6 +137,7 @@ def show_memory(card: ModelCard, plan: MemoryPlan) -> str:
         ("budget", f"{budget}; planned {show_bytes(plan.total_bytes)}, floor {show_bytes(plan.floor_bytes)}"),
         ("dense weights", f"{show_bytes(plan.dense_bytes)} in {plan.dtype}"),
         ("KV cache", f"{show_bytes(plan.kv_bytes)}: {plan.max_batch} rows x {plan.max_context} tokens"),
+        *_states(plan),
         ("staging", f"{show_bytes(plan.staging_bytes)}, router copies {show_bytes(plan.router_bytes)}"),
         ("kernels", f"{show_bytes(plan.kernel_bytes)} of compiled code for {plan.dtype}"),
         ("workspace", f"{show_bytes(plan.workspace_bytes)}: {plan.chunk_tokens} tokens at once"),
@@ -144,6 +145,12 @@ def show_memory(card: ModelCard, plan: MemoryPlan) -> str:
         ("", f"{plan.slots_per_layer} of {plan.experts} experts a layer ({plan.keep:.0%})"),
     ]
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+
+
+def _states(plan: MemoryPlan) -> list[tuple[str, str]]:
+    """Where the model has any."""
+    text = f"{show_bytes(plan.state_bytes)}: {plan.max_batch} rows, however long"
+    return [("states", text)] if plan.state_bytes else []
 
 
 def _slots(plan: MemoryPlan) -> str:

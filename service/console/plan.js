@@ -7,7 +7,7 @@ import { accuracy, named } from "./tasks.js";
 
 const MIB = 2 ** 20;
 const STEPS = 400;
-const PARTS = [["dense_bytes", "dense weights"], ["kv_bytes", "KV cache"], ["staging_bytes", "staging"], ["router_bytes", "router copies"],
+const PARTS = [["dense_bytes", "dense weights"], ["kv_bytes", "KV cache"], ["state_bytes", "running states"], ["staging_bytes", "staging"], ["router_bytes", "router copies"],
   ["kernel_bytes", "compiled kernels"], ["workspace_bytes", "workspace"]];
 
 export class Plan {

@@ -67,8 +67,13 @@ def _draw(engine: Engine, rng: random.Random, ask: Ask, selections: list[Selecti
     return ask(prompt, rng.choice(selections), max_tokens=tokens, **sampling)
 
 
+# Keys and values; then running states, beside keys and values and beside latent ones; then indexers.
+REMEMBERING = ("qwen3_next", "granitemoehybrid", "jamba", "nemotron_h", "lfm2_moe", "kimi_linear", "bailing_hybrid")
+KINDS = ("qwen3_moe", "gpt_oss", "deepseek_v3", *REMEMBERING, "deepseek_v32", "glm_moe_dsa")
+
+
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_random_arrivals_and_cancels_never_change_a_row(
     kind: str, seed: int, checkpoint: Checkpoint, open_engine: Open, ask: Ask,
     random_selection: Callable[[Engine, random.Random], Selection],
@@ -98,18 +103,20 @@ def test_random_arrivals_and_cancels_never_change_a_row(
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["qwen2_moe", *REMEMBERING, "glm_moe_dsa"])
 def test_random_arrivals_under_a_tight_budget_never_change_a_row(
-    seed: int, checkpoint: Checkpoint, open_engine: Open, ask: Ask
+    kind: str, seed: int, checkpoint: Checkpoint, open_engine: Open, ask: Ask
 ) -> None:
     """Slots for two selections of half the experts and one to page through: rows wait, experts are evicted."""
-    rng, folder = random.Random(seed), checkpoint("qwen2_moe")
+    rng, folder = random.Random(seed), checkpoint(kind)
     roomy = open_engine(folder, max_context=40, max_batch=4, chunk_tokens=16)
-    memory = roomy.plan.fixed_bytes + 19 * roomy.plan.slot_bytes
+    layers = roomy.card.layers
+    memory = roomy.plan.fixed_bytes + (6 * layers + 1) * roomy.plan.slot_bytes
     tight = open_engine(folder, max_context=40, max_batch=4, chunk_tokens=16, memory=memory)
-    assert tight.plan.slots == 19
+    assert tight.plan.slots == 6 * layers + 1
     for engine in (roomy, tight):
         engine.tokenizer.eos = frozenset()
-    selections = [None, *(Selection.of([sorted(rng.sample(range(8), 3))] * 3) for _ in range(4))]
+    selections = [None, *(Selection.of([sorted(rng.sample(range(8), 3))] * layers) for _ in range(4))]
     arrivals = [(rng.randrange(30), _draw(tight, rng, ask, selections)) for _ in range(12)]
     for (_, request), ours in zip(arrivals, _run(tight, arrivals), strict=True):
         assert ours.error is None, ours.error

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from engine.choice import Choice
 from engine.engine import Engine
 
-SOFTMAX = {"qwen2_moe": False, "qwen3_moe": True, "mixtral": True, "olmoe": False}  # whether weights are renormalised
+# Whether weights are renormalised.
+SOFTMAX = {"qwen2_moe": False, "qwen3_moe": True, "mixtral": True, "olmoe": False, "qwen3_next": True}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.cache_shape import CacheShape
 from engine.kvcache import KvCache, KvPool
 from store.errors import Busy
 
 ROWS, CONTEXT = 5, 12
-SHAPES = [((2, 3), (1, 4)), ((2, 3), (1, 4))]
+INDEX = 5
+SHAPES = [CacheShape(((2, 3), (1, 4))), CacheShape(), CacheShape(((2, 3), (1, 4)), index=INDEX)]
+GROWN = [0, 2]  # the layers that have columns
 
 
 def _pool() -> KvPool:
@@ -25,16 +28,23 @@ def _states(shape: tuple[int, int], values: list[list[float]]) -> Tensor:
     return torch.tensor(values)[:, None, :, None].expand(-1, heads, -1, width)
 
 
-def _append(cache: KvCache, values: list[list[float]]) -> list[tuple[Tensor, Tensor]]:
-    """Send the columns through as the model does, layer by layer (layer 1 gets the negatives); what it is given."""
-    given = []
-    for layer, (key, value) in enumerate(SHAPES):
+def _append(cache: KvCache, values: list[list[float]]) -> list[tuple[Tensor, ...]]:
+    """Send the columns through as the model does, layer by layer (the last gets the negatives, and has an indexer,
+    which is asked before or after); what it is given."""
+    given: list[tuple[Tensor, ...]] = []
+    for layer in GROWN:
+        key, value = SHAPES[layer].kv or ((0, 0), (0, 0))
         signed = [[-number if layer else number for number in row] for row in values]
-        given.append(cache.update(_states(key, signed), _states(value, signed), layer))
+        first = bool(layer) and values[0][0] % 2 == 0
+        index = [cache.update_indexer(_states((1, INDEX), signed)[:, 0], layer)] if first else []
+        columns = cache.update(_states(key, signed), _states(value, signed), layer)
+        if layer and not first:
+            index = [cache.update_indexer(_states((1, INDEX), signed)[:, 0], layer)]
+        given.append((*columns, *(keys[:, None] for keys in index)))
     return given
 
 
-def _assert_holds(given: list[tuple[Tensor, Tensor]], rows: list[list[float]]) -> None:
+def _assert_holds(given: list[tuple[Tensor, ...]], rows: list[list[float]]) -> None:
     """Each row's newest columns are `rows`; what is left of them is finite."""
     for layer, tensors in enumerate(given):
         for tensor in tensors:
@@ -125,7 +135,8 @@ def test_a_row_that_is_pushed_to_the_right_drops_its_last_columns_and_is_clean_o
 def test_a_pass_that_failed_half_way_is_forgotten() -> None:
     cache = _pool().window(0, 1)
     _append(cache, [[1.0, 2.0]])
-    cache.update(_states(SHAPES[0][0], [[9.0]]), _states(SHAPES[0][1], [[9.0]]), 0)
+    cache.update(_states((2, 3), [[9.0]]), _states((1, 4), [[9.0]]), 0)
+    cache.update_indexer(torch.full((1, 1, INDEX), 9.0), 2)
     cache.rewind(2)
     _assert_holds(_append(cache, [[3.0]]), [[1.0, 2.0, 3.0]])
 

@@ -16,7 +16,7 @@ from engine.masked_router import MaskedRouter
 from engine.restriction import restrict
 from store.records import Selection
 
-SERVED = {"qwen2_moe", "qwen3_moe", "mixtral", "olmoe"}
+SERVED = {"qwen2_moe", "qwen3_moe", "qwen3_next", "mixtral", "olmoe"}
 
 
 def _ranked(weights: Tensor, index: Tensor, logits: Tensor) -> Tensor:

@@ -36,18 +36,23 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     disk.gate.set()
 
 
+@pytest.fixture(params=["qwen2_moe", "qwen3_next"])
+def folder(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Path:
+    """Of a model that caches keys and values, or running states, too."""
+    return checkpoint(request.param)
+
+
 @pytest.fixture(params=["float32", "bfloat16"])
-def engine(request: pytest.FixtureRequest, checkpoint: Checkpoint, open_engine: Open) -> Engine:
+def engine(request: pytest.FixtureRequest, folder: Path, open_engine: Open) -> Engine:
     """Bytes go straight from the file into their slot, or by way of a buffer, where they are cast."""
-    engine = open_engine(checkpoint("qwen2_moe"), dtype=request.param)
+    engine = open_engine(folder, dtype=request.param)
     engine.tokenizer.eos = frozenset()
     return engine
 
 
 @pytest.fixture
-def tight(checkpoint: Checkpoint, open_engine: Open) -> Engine:
+def tight(folder: Path, open_engine: Open) -> Engine:
     """A lease of EARLY leaves two slots, which is what one token of one layer needs."""
-    folder = checkpoint("qwen2_moe")
     plan = open_engine(folder, chunk_tokens=16).plan
     engine = open_engine(folder, chunk_tokens=16, memory=plan.fixed_bytes + 14 * plan.slot_bytes)
     engine.tokenizer.eos = frozenset()
@@ -98,10 +103,10 @@ def _both_run(batch: Batch, *requests: GenerationRequest) -> None:
 
 @pytest.mark.parametrize("max_context", [512, 48])
 def test_a_masked_row_gets_tokens_while_an_exact_one_beside_it_waits_whose_answer_is_the_same_afterwards(
-    checkpoint: Checkpoint, open_engine: Open, disk: Disk, ask: Ask, max_context: int
+    folder: Path, open_engine: Open, disk: Disk, ask: Ask, max_context: int
 ) -> None:
     """In the smaller context the masked row's tokens reach the end of the cache while the other stands still."""
-    engine = open_engine(checkpoint("qwen2_moe"), max_context=max_context)
+    engine = open_engine(folder, max_context=max_context)
     engine.tokenizer.eos = frozenset()
     masked = ask(PROMPT[:6], EARLY, max_tokens=42, logprobs=0)
     exact = ask(PROMPT, max_tokens=12, logprobs=0)
@@ -122,9 +127,9 @@ def test_a_masked_row_gets_tokens_while_an_exact_one_beside_it_waits_whose_answe
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG])
 def test_rows_that_run_and_prompts_that_need_no_disk_go_on_while_an_exact_prompt_waits(
-    checkpoint: Checkpoint, open_engine: Open, disk: Disk, ask: Ask, prompt: tuple[int, ...]
+    folder: Path, open_engine: Open, disk: Disk, ask: Ask, prompt: tuple[int, ...]
 ) -> None:
-    engine = open_engine(checkpoint("qwen2_moe"), chunk_tokens=16)
+    engine = open_engine(folder, chunk_tokens=16)
     engine.tokenizer.eos = frozenset()
     exact, short = ask(prompt, max_tokens=6, logprobs=0), ask(PROMPT, EARLY, max_tokens=4)
     alone, briefly = _alone(engine, exact), _alone(engine, short)

@@ -47,7 +47,7 @@ def test_the_plan_counts_what_the_engine_really_allocates(
     persistent = {id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
     assert plan.dense_bytes == sum(persistent.values())
     assert sum(dense.values()) - sum(persistent.values()) < 4096  # rotary frequencies
-    assert plan.kv_bytes == engine.kv.nbytes
+    assert plan.kv_bytes + plan.state_bytes == engine.kv.nbytes
     assert plan.slots * plan.slot_bytes == engine.bank.memory.nbytes
 
 
@@ -168,8 +168,22 @@ def test_the_kv_formula_covers_what_transformers_caches(
 
     folder = checkpoint(family)
     engine = open_engine(folder)
-    cache = DynamicCache()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        AutoModelForCausalLM.from_pretrained(folder)(torch.zeros(1, 10, dtype=torch.long), past_key_values=cache)
-    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert engine.card.geometry.kv_per_token * 10 * 4 == cached
+        model(torch.zeros(1, 10, dtype=torch.long), past_key_values=cache)
+    grown = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    assert engine.card.geometry.kv_per_token * 10 * 4 == sum(one.keys.nbytes + one.values.nbytes for one in grown)
+    running = [layer for layer in cache.layers if layer not in grown]
+    states = [*(one.conv_states[0] for one in running), *(one.recurrent_states[0] for one in running)]
+    assert engine.plan.state_bytes == 2 * engine.plan.max_batch * sum(state.nbytes for state in states)
+
+
+@pytest.mark.parametrize("kind", ["kimi_linear", "granitemoehybrid", "lfm2_moe", "glm_moe_dsa", "nemotron_h", "jamba"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_layers_of_other_kinds_keep_is_planned_as_it_is_allocated(
+    kind: str, dtype: str, checkpoint: Checkpoint, open_engine: Callable[..., Engine]
+) -> None:
+    engine = open_engine(checkpoint(kind), dtype=dtype, max_batch=3, max_context=40)
+    assert engine.plan.kv_bytes + engine.plan.state_bytes == engine.kv.nbytes
+    assert bool(engine.plan.state_bytes) == (kind != "glm_moe_dsa")

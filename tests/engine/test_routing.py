@@ -68,7 +68,7 @@ def test_coverage_is_the_mean_share_of_the_free_routers_weight_inside_the_select
 
 
 def _one_layer(family: str) -> dict[str, list[str]]:
-    return {"layer_types": ["full_attention"]} if family == "gpt_oss" else {}
+    return {"layer_types": ["full_attention"]} if family in ("gpt_oss", "qwen3_next") else {}
 
 
 @pytest.mark.parametrize("tokens", [5, WAITING, WAITING + 9])

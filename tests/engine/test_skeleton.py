@@ -122,7 +122,12 @@ def _replace(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tenso
     [
         ({"config": {"quantization_config": {"quant_method": "gptq"}}}, UnsupportedFamily, "quantised by gptq"),
         ({"config": {"model_type": "no_such_model"}}, UnsupportedFamily, "can't build the model"),
-        ({"config": {"layer_types": ["linear_attention"] * 3}}, UnsupportedFamily, "linear_attention keep a state"),
+        (
+            {"config": {"layer_types": ["compressed_attention"] * 3}},
+            UnsupportedFamily,
+            "compressed_attention keep a state",
+        ),
+        ({"config": {"layer_types": ["linear_attention"] * 3}}, UnsupportedFamily, "only contain LinearAttention"),
         ({"config": {"hidden_size": "32"}}, CheckpointError, "no whole number hidden_size"),
         ({"config": {"moe_intermediate_size": 24}}, UnsupportedFamily, "config.json and weights belong to different"),
         ({"tensors": _drop("model.norm.weight")}, CheckpointError, "no tensor for model.norm.weight"),

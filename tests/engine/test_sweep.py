@@ -31,12 +31,17 @@ def _prompt(seed: int, tokens: int) -> tuple[int, ...]:
     return tuple(rng.randrange(5, 200) for _ in range(tokens))
 
 
+@pytest.fixture(params=["qwen3_moe", "qwen3_next"])
+def folder(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Path:
+    """Of a model that caches keys and values, or running states, too."""
+    return checkpoint(request.param)
+
+
 @pytest.fixture
-def squeezed(checkpoint: Checkpoint, open_engine: Open) -> Callable[..., Engine]:
+def squeezed(folder: Path, open_engine: Open) -> Callable[..., Engine]:
     """An engine with `slots` slots for its 24 experts; None: with as few as serve at all."""
 
     def make(slots: int | None = None, **fields: Any) -> Engine:
-        folder = checkpoint("qwen3_moe")
         plan = open_engine(folder, **LIMITS).plan
         memory = plan.floor_bytes if slots is None else plan.fixed_bytes + slots * plan.slot_bytes
         engine = open_engine(folder, memory=memory, **{**LIMITS, **fields})
@@ -47,8 +52,8 @@ def squeezed(checkpoint: Checkpoint, open_engine: Open) -> Callable[..., Engine]
 
 
 @pytest.fixture
-def whole(checkpoint: Checkpoint, open_engine: Open) -> Engine:
-    engine = open_engine(checkpoint("qwen3_moe"), **{**LIMITS, "chunk_tokens": 96 * 4})
+def whole(folder: Path, open_engine: Open) -> Engine:
+    engine = open_engine(folder, **{**LIMITS, "chunk_tokens": 96 * 4})
     engine.tokenizer.eos = frozenset()
     return engine
 
@@ -71,12 +76,12 @@ def test_answers_are_those_of_the_whole_model(
 
 
 def test_answers_are_those_of_the_plain_model(
-    squeezed: Callable[..., Engine], checkpoint: Checkpoint, plain_model: Callable[[Path], Any], ask: Ask
+    squeezed: Callable[..., Engine], folder: Path, plain_model: Callable[[Path], Any], ask: Ask
 ) -> None:
     prompt = _prompt(3, 60)
     [found] = _tokens(squeezed(), [ask(prompt, max_tokens=6)])
     with torch.inference_mode():
-        plain = plain_model(checkpoint("qwen3_moe")).generate(
+        plain = plain_model(folder).generate(
             torch.tensor([prompt]), max_new_tokens=6, min_new_tokens=6, do_sample=False
         )
     assert found == plain[0, len(prompt) :].tolist()
@@ -108,7 +113,7 @@ def test_prompts_are_scored_as_by_the_whole_model(squeezed: Callable[..., Engine
         for engine in (squeezed(), whole)
     )
     assert len(found) == 70
-    assert [s.logprob for s in found[1:]] == pytest.approx([s.logprob for s in wanted[1:]], abs=1e-4)
+    assert [s.logprob for s in found[1:]] == pytest.approx([s.logprob for s in wanted[1:]], abs=2e-4)
 
 
 def test_running_rows_get_a_token_between_two_layers(squeezed: Callable[..., Engine], ask: Ask) -> None:

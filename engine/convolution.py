@@ -1,0 +1,96 @@
+"""Causal convolutions of each channel by itself, before linear attention and state spaces, through engine.products.
+
+For one token torch takes ten times as long as its few products, and for many it wants channels apart that lie beside
+each other. B rows, S tokens, C channels, W tokens that each sees, K that a state keeps.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.addresses import DTYPES
+from engine.attention import close_enough
+from engine.products import Products
+from engine.substitution import Stand
+
+TAKES = frozenset({"hidden_states", "weight", "bias", "activation"})
+SILU = ("silu", "swish")
+
+
+def convolution(own: Products) -> Stand:
+    """Of many tokens, with nothing before them."""
+    return Stand(TAKES, partial(_agrees, own), partial(_apply, own))
+
+
+def convolution_step(own: Products) -> Stand:
+    """Of one token, after those that a state keeps."""
+    return Stand(TAKES | {"conv_state"}, partial(_step_agrees, own), partial(_apply_step, own))
+
+
+def _trial(tokens: int, bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """x [B, C, S], weights [C, W], biases [C], a state [B, C, W]."""
+    made = torch.Generator().manual_seed(17)
+    x, state = torch.randn(2, 5, tokens, generator=made), torch.randn(2, 5, 4, generator=made)
+    return x, torch.randn(5, 4, generator=made), torch.randn(5, generator=made) if bias else None, state
+
+
+def _agrees(own: Products, theirs: Any) -> bool:
+    for bias in (False, True):
+        for activation in (None, SILU[0]):
+            x, weight, biases, _ = _trial(9, bias)
+            try:
+                wanted = theirs(x, weight, biases, activation=activation)
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                return False
+            found = own.convolve(x.transpose(1, 2), weight, biases, silu=activation is not None).transpose(1, 2)
+            if wanted.shape != found.shape or not close_enough(found, wanted):
+                return False
+    return True
+
+
+def _step_agrees(own: Products, theirs: Any) -> bool:
+    for bias in (False, True):
+        for activation in (None, SILU[0]):
+            x, weight, biases, state = _trial(1, bias)
+            left = state.clone()
+            try:
+                wanted = theirs(x, state, weight, biases, activation=activation)
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                return False
+            found = own.convolve_step(x[..., 0], left, weight, biases, silu=activation is not None)
+            if not (close_enough(found, wanted[..., 0]) and left.equal(state)):
+                return False
+    return True
+
+
+def _apply(
+    own: Products, theirs: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None,
+    activation: str | None = None, **rest: Any,
+) -> Any:  # fmt: skip
+    """`hidden_states` [B, C, S], `weight` [C, W] -> [B, C, S], in which a token's channels lie beside each other."""
+    packed = any("seq" in name and each is not None for name, each in rest.items())
+    if packed or not _takes(hidden_states, weight, bias, activation):
+        return theirs(hidden_states, weight, bias, activation=activation, **rest)
+    return own.convolve(hidden_states.transpose(1, 2), weight, bias, silu=activation is not None).transpose(1, 2)
+
+
+def _apply_step(
+    own: Products, theirs: Any, hidden_states: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None,
+    activation: str | None = None, **rest: Any,
+) -> Any:  # fmt: skip
+    """`hidden_states` [B, C, 1], `conv_state` [B, C, K], which moves on by it -> [B, C, 1]."""
+    alike = conv_state.dtype == weight.dtype and conv_state.is_contiguous() and hidden_states.shape[2] == 1
+    if not alike or not _takes(hidden_states, weight, bias, activation):
+        return theirs(hidden_states, conv_state, weight, bias, activation=activation, **rest)
+    found = own.convolve_step(hidden_states[..., 0], conv_state, weight, bias, silu=activation is not None)
+    return found.unsqueeze(2)
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
+    alike = x.is_cpu and x.dtype in DTYPES and x.dtype == weight.dtype and weight.is_contiguous()
+    biased = bias is None or (bias.dtype == weight.dtype and bias.is_contiguous())
+    return alike and biased and activation in (None, *SILU)
