@@ -250,3 +250,19 @@ def convolve_step(
     shape: tuple[int, ...],
     /,
 ) -> None: ...
+def scan(
+    set: int,  # noqa: A002
+    dtype: int,
+    x: int,
+    k: int,
+    q: int,
+    steps: int,
+    fading: int,
+    skip: int,
+    state: int,
+    out: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    threads: int,
+    /,
+) -> None: ...

@@ -29,6 +29,7 @@ STRIPS = "expert_strips"  # how packs in strips call the number of strips that e
 BLOCKS = "layers_block_type"  # how some configs list their decoder layers
 STATE_SPACE, NO_ATTENTION = "mamba", frozenset({"moe", "mlp"})
 FULL_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+OLDER: Mapping[str, str] = {"attention": "full_attention", "deepseek_sparse_attention": "indexed_attention"}
 # Kinds whose caches are found by trying the model, and what tensors of theirs are called where no kind is named.
 TRIED = frozenset({"linear_attention", STATE_SPACE, "conv", "indexed_attention", "hybrid", "hybrid_sliding"})
 INDEXER = "indexer"
@@ -138,7 +139,8 @@ def _strips(config: Mapping[str, Any], experts: int) -> int:
 
 def _layer_kinds(config: Mapping[str, Any]) -> set[str]:
     """The kinds of attention that the config names. Older hybrids name none, but the sizes of their state spaces."""
-    kinds = set(config.get("layer_types") or ()) | set(config.get(BLOCKS) or ())
+    named = set(config.get("layer_types") or ()) | set(config.get(BLOCKS) or ())
+    kinds = {OLDER.get(kind, kind) for kind in named}
     return kinds - NO_ATTENTION | {STATE_SPACE for name in config if name.startswith(STATE_SPACE)}
 
 

@@ -209,8 +209,8 @@ class Engine:
 def _adopt_layers(
     skeleton: Skeleton, experts: Sequence[PagedExperts], board: Switchboard, kernels: Kernels, context: int
 ) -> tuple[str, Step | None]:
-    """The kernel's name, with how many decoder layers of single tokens are its own, whether those of prompts are, and
-    whole steps where all are."""
+    """The kernel's name, with how many decoder layers of single tokens are its own, of how many layers the running
+    states, whether those of prompts are, and whole steps where all are."""
     if kernels.own is None:
         return kernels.name, None
     blocks = adopt_layers(skeleton.model, skeleton.joints, experts, board, kernels.own, kernels.few)
@@ -218,8 +218,9 @@ def _adopt_layers(
     around = "" if step is None else ", nothing around them"
     prompts = ", prompts too" if any(block.wide is not None for block in blocks) else ""
     split = f", experts in {board.strips.count} strips" if board.strips.count > 1 else ""
+    running = f", running states of {kernels.running}" if kernels.running else ""
     layers = f"{len(blocks)} of {len(skeleton.caches)} decoder layers in two calls"
-    return f"{kernels.name}, {layers}{around}{prompts}{split}", step
+    return f"{kernels.name}, {layers}{around}{running}{prompts}{split}", step
 
 
 def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:

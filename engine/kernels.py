@@ -24,6 +24,7 @@ from engine.delta_rule import delta_rule
 from engine.expert_shape import ExpertShape
 from engine.norms import adopt_norms
 from engine.products import PAIRS, WIDE, Products, multiplies
+from engine.state_space import state_space, state_space_step
 from engine.substitution import substitute
 from store.errors import InvalidInput
 
@@ -50,6 +51,7 @@ class Kernels:
     def __init__(self, own: Products | None, name: str) -> None:
         self.own = own
         self.name = name
+        self.running = 0  # modules with running states whose functions are ours
 
     @classmethod
     def choose(cls, wish: str, dtype: torch.dtype, device: torch.device) -> Kernels:
@@ -97,7 +99,8 @@ class Kernels:
         if self.own is not None:
             adopt_norms(model, self.own)
             adopt_attention(model, self.own)
-            substitute(model, [delta_rule(self.own), convolution(self.own), convolution_step(self.own)])
+            kinds = (delta_rule, state_space, state_space_step, convolution, convolution_step)
+            self.running = substitute(model, [kind(self.own) for kind in kinds])
         if self.own is not None or (dtype in COMPILED and device.type == "cpu"):
             for module in model.modules():
                 if type(module) is nn.Linear:

@@ -58,7 +58,8 @@ struct seen {
     const float *sinks; /* of the heads that ask, or NULL */
 };
 
-/* Of linear attention: what tokens tell one head's state, [tokens, keys] each; `faded` is decay x key. */
+/* Of linear attention: what tokens tell one head's state, [tokens, keys] each; `faded` is decay x key. Of state spaces `decay`
+ * is [tokens]. */
 struct told {
     long keys, tokens;
     float *q, *k, *faded, *decay, *beta; /* beta [tokens] */
@@ -235,6 +236,7 @@ static INLINE float *aligned(float *room)
 #include "products_coded_variant.h"
 #include "products_delta_variant.h"
 #include "products_conv_variant.h"
+#include "products_scan_variant.h"
 #undef NAME
 #undef LANES
 #undef BLOCK
@@ -258,6 +260,7 @@ static INLINE float *aligned(float *room)
 #include "products_coded_variant.h"
 #include "products_delta_variant.h"
 #include "products_conv_variant.h"
+#include "products_scan_variant.h"
 #undef NAME
 #undef LANES
 #undef BLOCK
@@ -282,12 +285,14 @@ static INLINE float *aligned(float *room)
 #include "products_coded_variant.h"
 #include "products_delta_variant.h"
 #include "products_conv_variant.h"
+#include "products_scan_variant.h"
 
 typedef void (*attend_t)(const struct cache *, const struct seen *, int, const float *const *, float *, float *const *);
 typedef void (*activate_t)(const struct layout *, float *);
 typedef void (*expert_t)(const struct layout *, const char *, const char *, long, const long *, long, float *, float *);
 typedef void (*many_t)(const struct matrix *, int, const char *, long, long, long, char *, float *);
 typedef void (*delta_t)(const struct told *, float *, long, const char *, long, int, float *);
+typedef void (*scan_t)(const struct told *, float *, long, const float *, float, float *, long);
 typedef void (*convolve_t)(const struct convolution *, const float *, const float *, const char *, long, long, float *, char *);
 typedef void (*end_t)(const float *, long, int, int, char *);
 typedef void (*convert_t)(const struct conversion *, long, long);
@@ -302,20 +307,21 @@ static const struct {
     unpack_t unpack;
     many_t multiply_many;
     delta_t delta;
+    scan_t scan;
     convolve_t convolve;
     end_t end;
     long rows; /* that `expert` and `multiply_many` take at a time */
     int pairs; /* 1: inputs for bfloat16 weights are bfloat16, too; 0: they are floats */
 } sets[SETS] = {
 #if SETS == 4
-    {"AVX-512 BF16", multiply_pairs, attend_pairs, activate_pairs, expert_spread, convert_v4, unpack_pairs, multiply_many_v4, delta_v4, convolve_v4, end_v4, 32, 1},
-    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, convert_v4, unpack_v4, multiply_many_v4, delta_v4, convolve_v4, end_v4, 32, 0},
-    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, convert_v3, unpack_v3, multiply_many_v3, delta_v3, convolve_v3, end_v3, 16, 0},
-    {"SSE2", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, multiply_many_base, delta_base, convolve_base, end_base, 8, 0},
+    {"AVX-512 BF16", multiply_pairs, attend_pairs, activate_pairs, expert_spread, convert_v4, unpack_pairs, multiply_many_v4, delta_v4, scan_v4, convolve_v4, end_v4, 32, 1},
+    {"AVX-512", multiply_v4, attend_v4, activate_v4, expert_v4, convert_v4, unpack_v4, multiply_many_v4, delta_v4, scan_v4, convolve_v4, end_v4, 32, 0},
+    {"AVX2", multiply_v3, attend_v3, activate_v3, expert_v3, convert_v3, unpack_v3, multiply_many_v3, delta_v3, scan_v3, convolve_v3, end_v3, 16, 0},
+    {"SSE2", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, multiply_many_base, delta_base, scan_base, convolve_base, end_base, 8, 0},
 #elif defined(__aarch64__)
-    {"NEON", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, multiply_many_base, delta_base, convolve_base, end_base, 16, 0},
+    {"NEON", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, multiply_many_base, delta_base, scan_base, convolve_base, end_base, 16, 0},
 #else
-    {"portable", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, multiply_many_base, delta_base, convolve_base, end_base, 8, 0},
+    {"portable", multiply_base, attend_base, activate_base, expert_base, convert_base, unpack_base, multiply_many_base, delta_base, scan_base, convolve_base, end_base, 8, 0},
 #endif
 };
 
@@ -497,6 +503,7 @@ static PyObject *py_norm(PyObject *self, PyObject *args)
 #include "products_layer.h"
 #include "products_convert.h"
 #include "products_delta.h"
+#include "products_scan.h"
 #include "products_conv.h"
 #if SETS == 4
 #pragma GCC push_options
@@ -548,6 +555,9 @@ static PyMethodDef methods[] = {
     {"delta", py_delta, METH_VARARGS,
      "(set, dtype, whether each number of a key has its decay, q, k, v, logarithms of decay, beta, state, out, (rows, tokens, heads "
      "of keys, heads, width of keys and of values), (strides of rows and tokens of q, k and v), scale, eps, threads)"},
+    {"scan", py_scan, METH_VARARGS,
+     "(set, dtype, x, k, q, steps, fading, skip, state, out, (rows, tokens, groups, heads, values, keys), (strides of rows and tokens "
+     "of x, k and q), threads)"},
     {"convolve", py_convolve, METH_VARARGS,
      "(set, dtype, silu, x, weights, bias, out, (rows, tokens, channels, width), strides of rows and tokens of x, threads)"},
     {"convolve_step", py_convolve_step, METH_VARARGS,

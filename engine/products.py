@@ -33,7 +33,7 @@ except ImportError as error:  # built with `optional`: an install without a C co
     compiled = None  # type: ignore[assignment]
     missing = f"not built at install ({error})"
 else:
-    missing = "" if hasattr(compiled, "convolve") else "built from older sources"
+    missing = "" if hasattr(compiled, "scan") else "built from older sources"
     from engine.wide import Wide
 
 STORED: Mapping[torch.dtype, int] = {**DTYPES, torch.float16: 2, torch.float8_e4m3fn: 3}  # the last two are only read
@@ -272,6 +272,26 @@ class Products:
             beta.data_ptr(), state.data_ptr(), out.data_ptr(),
             (rows, tokens, key_heads, v.shape[2], width, v.shape[3]),
             (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]), width**-0.5, least, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def scan(
+        self, x: Tensor, k: Tensor, q: Tensor, steps: Tensor, fading: Tensor, skip: Tensor | None, state: Tensor
+    ) -> Tensor:  # fmt: skip
+        """A state space, token by token: `x` [B, S, A, P], `k` and `q` [B, S, G, N], which A/G neighbours share,
+        `steps` f32 [B, S, A], `fading` and `skip` [A] -> f32 [B, S, A, P].
+
+        `state` f32 [B, A, P, N] is written over. Of each row in an order that nothing else changes.
+        """
+        x, k, q = (each if _heads_in_a_piece(each) else each.contiguous() for each in (x, k, q))
+        steps, fading = steps.contiguous(), fading.float().contiguous()
+        skip = None if skip is None else skip.float().contiguous()
+        rows, tokens, groups, keys = k.shape
+        out = x.new_empty(x.shape, dtype=torch.float32)  # [B, S, A, P]
+        compiled.scan(
+            self._set, DTYPES[x.dtype], x.data_ptr(), k.data_ptr(), q.data_ptr(), steps.data_ptr(), fading.data_ptr(),
+            address_of(skip), state.data_ptr(), out.data_ptr(), (rows, tokens, groups, *x.shape[2:], keys),
+            (*x.stride()[:2], *k.stride()[:2], *q.stride()[:2]), torch.get_num_threads(),
         )  # fmt: skip
         return out
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from engine.quiet import no_advice
+
 
 @dataclass(frozen=True, slots=True)
 class Stand:
@@ -57,7 +59,8 @@ def _stand_in(theirs: FunctionType, stands: Sequence[Stand]) -> Any:
     """Of the stands that take no more than `theirs` does the one that takes most, if it agrees."""
     parameters = inspect.signature(theirs).parameters.keys()
     fitting = max((each for each in stands if each.takes <= parameters), key=lambda each: len(each.takes), default=None)
-    return partial(fitting.apply, theirs) if fitting is not None and fitting.agrees(theirs) else None
+    with no_advice():
+        return partial(fitting.apply, theirs) if fitting is not None and fitting.agrees(theirs) else None
 
 
 def _calling(forward: FunctionType, ours: Mapping[str, Any]) -> FunctionType:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from engine.cache_shape import CacheShape
+from engine.quiet import no_advice
 from engine.restriction import ADOPTED, BATCHED
 from store.errors import UnsupportedFamily
 
@@ -60,7 +61,7 @@ def run_trial(model: Any, blocks: Sequence[Block]) -> Witnessed:
 def try_caches(model: Any) -> tuple[CacheShape, ...]:
     """What each decoder layer of `model`, which is on the meta device, caches. Raises UnsupportedFamily."""
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), no_advice():
             cache = DynamicCache(config=model.config)
             ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
             model(input_ids=ids, past_key_values=cache, use_cache=True)

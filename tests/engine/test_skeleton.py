@@ -89,6 +89,26 @@ def test_a_wrapper_of_several_modalities_is_refused_by_what_it_is(tmp_path: Path
         open_engine(tmp_path)
 
 
+def test_a_wrapper_whose_language_model_stands_alone_too_is_served_by_that(
+    tmp_path: Path, open_engine: Open, checkpoint: Checkpoint
+) -> None:
+    """As Qwen3.5 is published: settings in text_config, tensors under model.language_model, a tower for pictures."""
+    text = json.loads((checkpoint("qwen3_5_moe_text") / "config.json").read_text())
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+    }  # fmt: skip
+    config = AutoConfig.for_model("qwen3_5_moe", text_config=text, vision_config=vision, tie_word_embeddings=False)
+    plain = AutoModelForImageTextToText.from_config(config).eval()
+    plain.save_pretrained(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    engine, ids = open_engine(tmp_path), torch.arange(7).unsqueeze(0)
+    assert any("visual" in name for name in engine.checkpoint.tensors)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3_5_moe"
+    with torch.inference_mode():
+        wanted = plain(input_ids=ids).logits
+    torch.testing.assert_close(engine.forward(ids, torch.ones_like(ids), [None]), wanted, rtol=0, atol=1e-3)
+
+
 @pytest.fixture
 def altered(checkpoint: Checkpoint, tmp_path: Path) -> Callable[..., Path]:
     """A copy of a good checkpoint with its config or its tensors changed."""

@@ -1,0 +1,88 @@
+"""What decoder layers keep of a row is seen, not read from names, and what a pass works in is counted on shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.cache_shape import CacheShape, StateShape
+from engine.card import ModelCard
+from engine.engine import Engine
+from engine.skeleton import try_layers
+from engine.watermark import Watermark
+
+Checkpoint = Callable[..., Path]
+Open = Callable[..., Engine]
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def test_columns_running_states_and_indexers_are_seen(checkpoint: Checkpoint) -> None:
+    delta = CacheShape(states=(StateShape("conv", 0, (64, 4), BF16), StateShape("recurrent", 0, (4, 8, 8), F32)))
+    assert try_layers(checkpoint("qwen3_next"), "bfloat16")[0] == (delta, CacheShape(((2, 8), (2, 8))), delta)
+    conv = CacheShape(states=(StateShape("conv", 0, (32, 3), BF16),))
+    assert try_layers(checkpoint("lfm2_moe"), "bfloat16")[0][0] == conv
+    indexed, working = try_layers(checkpoint("deepseek_v32"), "bfloat16")
+    assert all(shape.index == 8 and shape.kv is not None and not shape.states for shape in indexed)
+    assert working == (0, 0)
+
+
+def test_layers_without_attention_of_any_kind_keep_nothing(checkpoint: Checkpoint) -> None:
+    assert [shape.remembers for shape in try_layers(checkpoint("nemotron_h"), "float32")[0]] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "older"),
+    [
+        ("granitemoehybrid", {"linear_attention": "mamba", "full_attention": "attention"}),
+        ("deepseek_v32", {"indexed_attention": "deepseek_sparse_attention"}),
+    ],
+)
+def test_names_of_layers_in_published_configs_are_known(
+    kind: str, older: dict[str, str], checkpoint: Checkpoint, open_engine: Open
+) -> None:
+    folder = checkpoint(kind, seed=3)
+    config = json.loads((folder / "config.json").read_text())
+    ids = torch.arange(6).unsqueeze(0)
+    wanted = open_engine(folder).forward(ids, torch.ones_like(ids), [None])
+    config["layer_types"] = [older.get(name, name) for name in config["layer_types"]]
+    assert set(config["layer_types"]) & set(older.values())
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_engine(folder).forward(ids, torch.ones_like(ids), [None]).equal(wanted)
+
+
+def test_a_config_that_names_no_kinds_is_found_out_by_its_tensors(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen3_next", seed=4, full_attention_interval=2)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("layer_types") == ["linear_attention", "full_attention", "linear_attention"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ModelCard.read(folder).geometry.state_bytes == 2 * 4 * 8 * 8 * 4
+
+
+def test_the_most_memory_that_is_held_at_once_is_counted() -> None:
+    with Watermark() as watermark:
+        x = torch.zeros(1000, device="meta")  # 4 kB
+        y = x + x
+        view = y[:10]
+        del x, y  # the view holds y
+        z = torch.zeros(500, device="meta")
+        del view
+        w = torch.zeros(1500, device="meta")
+    assert watermark.peak == 8000
+    assert (len(z), len(w)) == (500, 1500)
+
+
+def test_what_a_pass_works_in_grows_with_its_tokens_and_has_a_least(checkpoint: Checkpoint) -> None:
+    geometry = ModelCard.read(checkpoint("qwen3_next")).geometry
+    token, row = geometry.working
+    assert 64 * 4 < token < 100_000  # its convolution alone takes as much
+    assert row > token
+    assert ModelCard.read(checkpoint("qwen3_moe")).geometry.working == (0, 0)
