@@ -117,6 +117,26 @@ def quantise(
     _say(out, card, as_json=as_json)
 
 
+@app.command()
+def convert(
+    out: Annotated[Path, typer.Option(help="The new model's folder, which must not exist yet.")],
+    model: Model = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")] = False,
+) -> None:
+    """Write a copy of a GPTQ model (four bits, symmetric) in a layout that is served: the same numbers, turned over."""
+    from profiler.bar import bar
+    from profiler.convert import convert_model
+    from store.hub import model_folder
+
+    with bar() as report:
+        card = convert_model(model_folder(model), out, report)
+    typer.echo(f"{out}: {card['matrices']:,} matrices turned over, experts of {card['expert_bytes']:,} bytes")
+    if card["dtype"] == "float16":
+        typer.echo("Its config says float16, which torch computes: with --dtype bfloat16 our own products do.")
+    if as_json:
+        typer.echo(json.dumps(card))
+
+
 def _say(out: Path, card: dict[str, Any], *, as_json: bool) -> None:
     before, after = card["expert_bytes"]
     typer.echo(

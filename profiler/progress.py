@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["answer", "calibrate", "evaluate", "quantise"]
+Stage = Literal["answer", "calibrate", "evaluate", "quantise", "convert"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ hold them is store/quantised.py's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -42,7 +42,8 @@ FORMATS: Mapping[str, str] = {  # of compressed-tensors
 NAMES: Mapping[str, str] = {way: name for name, way in FORMATS.items()}
 
 REASONS: Mapping[str, str] = {
-    "gptq": "it packs integers of a few bits along the input axis, with zero points and an order of the groups",
+    "gptq": "it packs integers along the input axis, with zero points and an order of the groups; `moepager convert` "
+    "writes a copy that is served where it has four bits, symmetric and in order",
     "awq": "it packs four-bit integers in an interleaved order, with zero points for each group",
     "bitsandbytes": "its weights are quantised anew when they are loaded, from tables that its own kernels read",
     COMPRESSED: f"of this family of formats, each with its own packing, {', '.join(FORMATS)} are read",
@@ -101,6 +102,25 @@ def with_experts_in(way: str, config: Mapping[str, Any]) -> dict[str, Any]:
     else:
         settings = _compressed_settings(way)
     return {**config, "quantization_config": settings}
+
+
+def packed_in_integers(config: Mapping[str, Any], group: int, plain: Sequence[str]) -> dict[str, Any]:
+    """The config of a copy all of whose linear layers but those named `plain` are in INT4, `group` columns to a scale
+    (WHOLE_ROW: a row), as compressed-tensors has it."""
+    shared = {"strategy": "channel"} if group == WHOLE_ROW else {"strategy": "group", "group_size": group}
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False} | shared
+    settings = {
+        "quant_method": COMPRESSED,
+        "format": NAMES[INT4],
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "weights": weights}},
+        "ignore": list(plain),
+    }
+    kept = {name: value for name, value in config.items() if name != "quantization_config"}
+    inner = kept.get("text_config")
+    if isinstance(inner, Mapping):
+        kept["text_config"] = {name: value for name, value in inner.items() if name != "quantization_config"}
+    return {**kept, "quantization_config": settings}
 
 
 def _compressed_settings(way: str) -> dict[str, Any]:
