@@ -54,7 +54,9 @@ class Geometry:
     kv_per_token: int  # keys and values (and indexers' keys) of all layers, as transformers keeps them
     state_numbers: int  # of all running states of a row that are in the serving dtype
     state_bytes: int  # of those that are not
-    working: tuple[int, int]  # bytes that layers with such states work in, for a token of a pass and for a row
+    working: tuple[int, int]  # bytes that layers with such states work in, for a token of a pass and for a row,
+    working_own: tuple[int, int]  # and by our own products, whose functions
+    running: int  # so many modules call then
     decoder_layers: int
     attention_width: int  # heads x head dim, the widest of query, key and value
     scored_heads: int  # heads whose attention scores are written out, 0 where the kernel is fused
@@ -177,6 +179,8 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
         state_numbers=states.numbers,
         state_bytes=states.nbytes,
         working=states.working,
+        working_own=states.working_own,
+        running=states.modules,
         decoder_layers=layers,
         attention_width=width,
         scored_heads=_scored_heads(config, heads, experts.dense),
@@ -190,12 +194,14 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
 class States(NamedTuple):
     """A row's running states, as Geometry has them."""
 
-    numbers: int
-    nbytes: int
-    working: tuple[int, int]
+    numbers: int = 0
+    nbytes: int = 0
+    working: tuple[int, int] = (0, 0)
+    working_own: tuple[int, int] = (0, 0)
+    modules: int = 0
 
 
-NO_STATES = States(0, 0, (0, 0))
+NO_STATES = States()
 
 
 def _tried(folder: Path) -> tuple[int, States]:
@@ -204,11 +210,12 @@ def _tried(folder: Path) -> tuple[int, States]:
 
     from engine.skeleton import try_layers  # noqa: PLC0415
 
-    caches, working = try_layers(folder, "bfloat16")
-    held = [state for cache in caches for state in cache.states]
+    tried = try_layers(folder, "bfloat16")
+    held = [state for cache in tried.caches for state in cache.states]
     numbers = sum(prod(state.shape) for state in held if state.dtype == torch.bfloat16)
     nbytes = sum(state.nbytes for state in held if state.dtype != torch.bfloat16)
-    return sum(cache.numbers for cache in caches), States(numbers, nbytes, working)
+    states = States(numbers, nbytes, tried.theirs, tried.ours, tried.modules)
+    return sum(cache.numbers for cache in tried.caches), states
 
 
 def _stored(experts: ExpertMap) -> str:

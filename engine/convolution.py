@@ -18,6 +18,7 @@ from engine.products import Products
 from engine.substitution import Stand
 
 TAKES = frozenset({"hidden_states", "weight", "bias", "activation"})
+STEP_TAKES = TAKES | {"conv_state"}
 SILU = ("silu", "swish")
 
 
@@ -28,7 +29,12 @@ def convolution(own: Products) -> Stand:
 
 def convolution_step(own: Products) -> Stand:
     """Of one token, after those that a state keeps."""
-    return Stand(TAKES | {"conv_state"}, partial(_step_agrees, own), partial(_apply_step, own))
+    return Stand(STEP_TAKES, partial(_step_agrees, own), partial(_apply_step, own))
+
+
+def outline(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The shape of what either gives."""
+    return hidden_states.transpose(1, 2).new_empty(hidden_states.transpose(1, 2).shape).transpose(1, 2)
 
 
 def _trial(tokens: int, bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

@@ -30,6 +30,20 @@ def delta_rule(own: Products) -> Stand:
     return Stand(TAKES, partial(_agrees, own), partial(_apply, own))
 
 
+def outline(
+    query: Tensor, key: Tensor, value: Tensor, *, initial_state: Tensor | None = None,
+    output_final_state: bool = False, **_: Any,
+) -> Any:  # fmt: skip
+    """The shapes of what the rule gives."""
+    state = _state(key, value) if initial_state is None else initial_state
+    return query.new_empty(value.shape), state if output_final_state else None
+
+
+def _state(key: Tensor, value: Tensor) -> Tensor:
+    """Of nothing: f32 [B, A, D, V]."""
+    return value.new_zeros(len(value), value.shape[2], key.shape[3], value.shape[3], dtype=torch.float32)
+
+
 def _agrees(own: Products, theirs: Any) -> bool:
     """Whether `theirs` gives what ours does, with a state before it and without one, of whichever decay it takes."""
     made = torch.Generator().manual_seed(11)
@@ -73,9 +87,7 @@ def _apply(
 ) -> Any:
     """`query`, `key` [B, S, N, D], `value` [B, S, A, V], `g` [B, S, A] or [B, S, A, D], `beta` [B, S, A] ->
     [B, S, A, V] and the state f32 [B, A, D, V]: `initial_state` itself, written over, where there is one."""
-    state = initial_state
-    if state is None:
-        state = value.new_zeros(len(value), value.shape[2], key.shape[3], value.shape[3], dtype=torch.float32)
+    state = _state(key, value) if initial_state is None else initial_state
     packed = any("seq" in name and each is not None for name, each in rest.items())  # rows one after the other
     if packed or not use_qk_l2norm_in_kernel or not _takes(query, key, value, state):
         return theirs(

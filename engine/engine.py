@@ -33,7 +33,7 @@ from engine.lookahead import Lookahead
 from engine.observer import Observer
 from engine.occupancy import Occupancy, ResidencySnapshot
 from engine.passes import Passes
-from engine.plan import READER_THREADS, MemoryPlan, plan_memory, reader_bytes
+from engine.plan import READER_THREADS, MemoryPlan, multiplies_itself, plan_memory, reader_bytes
 from engine.reader import Access, Reader
 from engine.requests import Event, FailedEvent, GenerationRequest, Submission
 from engine.restriction import adopt_linear
@@ -106,6 +106,7 @@ class Engine:
             routers = [joint.router for joint in skeleton.joints]
             strips = fold_routers(routers, card.strips, card.top_k, card.hidden)
             kernels.adopt(skeleton.model, skeleton.layout.dtype, device)
+            _check_functions(card, config, kernels)
             if kernels.own is not None:
                 for router in routers:
                     adopt_linear(router, kernels.linear)
@@ -221,6 +222,16 @@ def _adopt_layers(
     running = f", running states of {kernels.running}" if kernels.running else ""
     layers = f"{len(blocks)} of {len(skeleton.caches)} decoder layers in two calls"
     return f"{kernels.name}, {layers}{around}{running}{prompts}{split}", step
+
+
+def _check_functions(card: ModelCard, config: EngineConfig, kernels: Kernels) -> None:
+    """The plan counts on our own functions of running states, which take less memory than transformers'."""
+    if multiplies_itself(card, config) and kernels.running != card.geometry.running:
+        raise UnsupportedFamily(
+            f"{card.family} has functions beside {card.geometry.running} modules with running states, and those of "
+            f"{kernels.running} do what our own products do: another version of transformers may have changed them. "
+            "Serve with kernel torch."
+        )
 
 
 def _check_cache(skeleton: Skeleton, plan: MemoryPlan) -> None:

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from engine import products
 from engine.attention import adopt_attention
 from engine.attention_block import adopt_blocks
-from engine.convolution import convolution, convolution_step
-from engine.delta_rule import delta_rule
 from engine.expert_shape import ExpertShape
 from engine.norms import adopt_norms
 from engine.products import PAIRS, WIDE, Products, multiplies
-from engine.state_space import state_space, state_space_step
+from engine.running_functions import ours
 from engine.substitution import substitute
 from store.errors import InvalidInput
 
@@ -99,8 +97,7 @@ class Kernels:
         if self.own is not None:
             adopt_norms(model, self.own)
             adopt_attention(model, self.own)
-            kinds = (delta_rule, state_space, state_space_step, convolution, convolution_step)
-            self.running = substitute(model, [kind(self.own) for kind in kinds])
+            self.running = substitute(model, ours(self.own))
         if self.own is not None or (dtype in COMPILED and device.type == "cpu"):
             for module in model.modules():
                 if type(module) is nn.Linear:

@@ -171,7 +171,7 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
         kernel_bytes=_kernels(card, chunk) if config.device == "cpu" and size == 2 else 0,
         workspace_bytes=_workspace(card, chunk, context, config.max_batch, size)
         + (_carried(card, chunk, context) + unpacked) * size
-        + _beside_states(card, chunk, config.max_batch),
+        + _beside_states(card, config, chunk),
         slot_bytes=slot,
         slots=card.layers * card.experts,
         layers=card.layers,
@@ -210,9 +210,13 @@ def keeps_quantised(card: ModelCard, config: EngineConfig) -> bool:
     """
     if card.geometry.way != FP8:
         return bool(card.geometry.way)
+    return multiplies_itself(card, config) and card.geometry.alike
+
+
+def multiplies_itself(card: ModelCard, config: EngineConfig) -> bool:
+    """Whether our own products are used."""
     dtype = card.geometry.dtype if config.dtype == "auto" else config.dtype
-    own = config.device == "cpu" and config.kernel != "torch" and COMPILED and dtype in MULTIPLIED
-    return own and card.geometry.alike
+    return config.device == "cpu" and config.kernel != "torch" and COMPILED and dtype in MULTIPLIED
 
 
 def _staging(card: ModelCard, config: EngineConfig, dtype: str) -> int:
@@ -248,11 +252,11 @@ def _workspace(card: ModelCard, chunk: int, context: int, batch: int, size: int)
     return chunk * (_columns(card) * size + routing + attention) + expanded + 3 * batch * card.vocab * 4
 
 
-def _beside_states(card: ModelCard, chunk: int, batch: int) -> int:
+def _beside_states(card: ModelCard, config: EngineConfig, chunk: int) -> int:
     """What layers with running states work in, as counted on shapes alone, and a quarter more: kernels take memory of
     their own. Most lay each row out in chunks of theirs, so a row counts however short it is."""
-    token, row = card.geometry.working
-    return 5 * (chunk * token + batch * row) // 4
+    token, row = card.geometry.working_own if multiplies_itself(card, config) else card.geometry.working
+    return 5 * (chunk * token + config.max_batch * row) // 4
 
 
 def _columns(card: ModelCard) -> int:

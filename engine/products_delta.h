@@ -15,6 +15,27 @@ struct delta {
     char *out;                 /* [rows, tokens, heads, values] */
 };
 
+/* `run` for every head of every row; it takes `numbers` floats of room, and `work` numbers of the state go by for each. */
+static PyObject *each_head(int set, void (*run)(int, const void *, long, float *), const void *job, long heads, long numbers,
+                           long work, int threads)
+{
+    const long piece = (numbers + LINE / 4 - 1) / (LINE / 4) * (LINE / 4);
+    threads = threads_for(4 * heads * work, threads);
+    float *room = malloc(sizeof(float) * piece * threads + LINE);
+    if (!room)
+        return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
+        for (long head = share(heads, part, parts); head < share(heads, part + 1, parts); head++)
+            run(set, job, head, aligned(room) + part * piece);
+    }
+    Py_END_ALLOW_THREADS
+    free(room);
+    Py_RETURN_NONE;
+}
+
 static void take_length(const char *from, int dtype, long width, float scale, float least, float *to)
 {
     float squares[LONGEST_VECTOR] = {0}, sum = 0;
@@ -46,8 +67,9 @@ static void tell(const struct delta *d, long row, long head, long first, struct 
     }
 }
 
-static void delta_unit(int set, const struct delta *d, long unit, float *room)
+static void delta_unit(int set, const void *job, long unit, float *room)
 {
+    const struct delta *d = job;
     const long row = unit / d->heads, head = unit % d->heads, size = size_of(d->dtype), lines = TOLD * d->keys;
     struct told t = {d->keys, 0, room, room + lines, room + 2 * lines, room + 3 * lines, room + 4 * lines};
     float *found = t.beta + TOLD, *state = d->state + unit * d->keys * d->values;
@@ -73,19 +95,5 @@ static PyObject *py_delta(PyObject *self, PyObject *args)
         return NULL;
     d.q = (const char *)q, d.k = (const char *)k, d.v = (const char *)v, d.out = (char *)out;
     d.decay = (const float *)decay, d.beta = (const float *)beta, d.state = (float *)state;
-    const long units = d.rows * d.heads, piece = (TOLD * (4 * d.keys + 1 + d.values) + LINE / 4 - 1) / (LINE / 4) * (LINE / 4);
-    threads = threads_for(4 * units * d.tokens * d.keys * d.values, threads);
-    float *room = malloc(sizeof(float) * piece * threads + LINE);
-    if (!room)
-        return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
-        for (long unit = share(units, part, parts); unit < share(units, part + 1, parts); unit++)
-            delta_unit(set, &d, unit, aligned(room) + part * piece);
-    }
-    Py_END_ALLOW_THREADS
-    free(room);
-    Py_RETURN_NONE;
+    return each_head(set, delta_unit, &d, d.rows * d.heads, TOLD * (4 * d.keys + 1 + d.values), d.tokens * d.keys * d.values, threads);
 }

@@ -10,8 +10,9 @@ struct scan {
     float *state, *out;                 /* [rows, heads, values, keys], [rows, tokens, heads, values] */
 };
 
-static void scan_unit(int set, const struct scan *s, long unit, float *room)
+static void scan_unit(int set, const void *job, long unit, float *room)
 {
+    const struct scan *s = job;
     const long row = unit / s->heads, head = unit % s->heads, size = size_of(s->dtype), lines = TOLD * s->keys;
     const long shared = head / (s->heads / s->groups) * s->keys;
     struct told t = {s->keys, 0, room, room + lines, NULL, room + 2 * lines, room + 2 * lines + TOLD};
@@ -43,19 +44,5 @@ static PyObject *py_scan(PyObject *self, PyObject *args)
         return NULL;
     s.x = (const char *)x, s.k = (const char *)k, s.q = (const char *)q, s.steps = (const float *)steps;
     s.fading = (const float *)fading, s.skip = (const float *)skip, s.state = (float *)state, s.out = (float *)out;
-    const long units = s.rows * s.heads, piece = (TOLD * (2 * s.keys + 2 + s.values) + LINE / 4 - 1) / (LINE / 4) * (LINE / 4);
-    threads = threads_for(4 * units * s.tokens * s.keys * s.values, threads);
-    float *room = malloc(sizeof(float) * piece * threads + LINE);
-    if (!room)
-        return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int part = omp_get_thread_num(), parts = omp_get_num_threads();
-        for (long unit = share(units, part, parts); unit < share(units, part + 1, parts); unit++)
-            scan_unit(set, &s, unit, aligned(room) + part * piece);
-    }
-    Py_END_ALLOW_THREADS
-    free(room);
-    Py_RETURN_NONE;
+    return each_head(set, scan_unit, &s, s.rows * s.heads, TOLD * (2 * s.keys + 2 + s.values), s.tokens * s.keys * s.values, threads);
 }

@@ -18,8 +18,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from engine import experts as dispatch
 from engine.cache_shape import CacheShape
 from engine.layout import Renaming, SlotLayout, derive_layout
+from engine.running_functions import outlines
+from engine.substitution import substitute
 from engine.trial import Block, run_trial, try_caches
-from engine.watermark import working_bytes
+from engine.watermark import NOTHING, Working, working_bytes
 from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
 from store.experts import ExpertMap
@@ -73,16 +75,31 @@ def build_skeleton(
     return Skeleton(model, layout, joints, seen.caches, seen.plain_layers), renaming
 
 
-def try_layers(folder: Path, dtype: str) -> tuple[tuple[CacheShape, ...], tuple[int, int]]:
-    """What each decoder layer of the model of `folder`, whose config.json is enough, caches in `dtype` and, where one
-    has running states, the bytes that a pass works in, for each token and for each row.
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What each decoder layer caches and, where one has running states, what a pass works in: by transformers'
+    functions and by ours, which as many modules call."""
+
+    caches: tuple[CacheShape, ...]
+    theirs: Working = NOTHING
+    ours: Working = NOTHING
+    modules: int = 0
+
+
+def try_layers(folder: Path, dtype: str) -> Tried:
+    """Of the model of `folder`, whose config.json is enough, in `dtype`.
 
     Raises UnsupportedFamily for a model that can't be run on shapes alone.
     """
     dispatch.register()
     model = _on_meta(folder, getattr(torch, dtype))
     caches = try_caches(model)
-    return caches, working_bytes(model) if any(shape.states for shape in caches) else (0, 0)
+    if not any(shape.states for shape in caches):
+        return Tried(caches)
+    kept = sum(state.nbytes for shape in caches for state in shape.states)
+    theirs = working_bytes(model, kept)
+    modules = substitute(model, outlines())
+    return Tried(caches, theirs, working_bytes(model, kept), modules)
 
 
 def _on_meta(folder: Path, dtype: torch.dtype) -> Any:

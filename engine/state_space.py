@@ -20,6 +20,8 @@ from engine.products import Products
 from engine.substitution import Stand
 
 SHARED = frozenset({"hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus"})
+TAKES = SHARED | {"initial_states", "return_final_states", "dt_limit", "chunk_size"}
+STEP_TAKES = SHARED | {"state"}
 LENGTHS = (1, 21)  # tokens of a trial
 CHUNK = 8  # of theirs, in a trial
 NO_LIMIT = (0.0, float("inf"))
@@ -27,13 +29,32 @@ NO_LIMIT = (0.0, float("inf"))
 
 def state_space(own: Products) -> Stand:
     """Of many tokens."""
-    taken = SHARED | {"initial_states", "return_final_states", "dt_limit", "chunk_size"}
-    return Stand(taken, partial(_agrees, own), partial(_apply, own))
+    return Stand(TAKES, partial(_agrees, own), partial(_apply, own))
 
 
 def state_space_step(own: Products) -> Stand:
     """Of one token, after a state that it changes."""
-    return Stand(SHARED | {"state"}, partial(_step_agrees, own), partial(_apply_step, own))
+    return Stand(STEP_TAKES, partial(_step_agrees, own), partial(_apply_step, own))
+
+
+def outline(
+    x: Tensor, *others: Tensor, initial_states: Tensor | None = None, return_final_states: bool = False, **_: Any
+) -> Any:  # fmt: skip
+    """The shapes of what many tokens give; of the `others` the third are keys."""
+    out = x.new_empty(x.shape, dtype=torch.float32)
+    state = _state(x, others[2]) if initial_states is None else initial_states
+    return (out, state) if return_final_states else out
+
+
+def step_outline(_: Tensor, x: Tensor, *__: Any, **___: Any) -> Tensor:
+    """The shape of what one token gives."""
+    return x.new_empty(x.shape)
+
+
+def _state(x: Tensor, k: Tensor) -> Tensor:
+    """Of nothing: f32 [B, A, P, N]."""
+    rows, _, heads, values = x.shape
+    return x.new_zeros(rows, heads, values, k.shape[3], dtype=torch.float32)
 
 
 def _trial(tokens: int, made: torch.Generator) -> dict[str, Tensor]:
@@ -102,10 +123,7 @@ def _apply(
 ) -> Any:  # fmt: skip
     """`hidden_states` [B, S, A, P], `dt` [B, S, A], `A` and `D` [A], `B`, `C` [B, S, G, N] -> f32 [B, S, A, P], and the
     state f32 [B, A, P, N] if it is wanted: `initial_states` itself, written over, where there are any."""
-    state = initial_states
-    if state is None:
-        rows, _, heads, values = hidden_states.shape
-        state = hidden_states.new_zeros(rows, heads, values, B.shape[3], dtype=torch.float32)
+    state = _state(hidden_states, B) if initial_states is None else initial_states
     odd = any(each is not None for name, each in rest.items() if "seq" in name or name == "z")
     if odd or not dt_softplus or dt_bias is None or not _takes(hidden_states, B, C, state):
         return theirs(

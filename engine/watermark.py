@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 LONG, SHORT = 512, 2  # tokens of the passes that are counted
+
+
+class Working(NamedTuple):
+    """Bytes for each token of a pass, and what a row takes however short it is: layers pad each to chunks of theirs."""
+
+    token: int = 0
+    row: int = 0
+
+
+NOTHING = Working()
 
 
 class Watermark(TorchDispatchMode):
@@ -53,10 +63,11 @@ def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def working_bytes(model: Any) -> tuple[int, int]:
-    """Bytes for each token of a pass of `model`, which is on the meta device, and what a row takes however short it is:
-    layers pad each row to chunks of theirs."""
-    return _peak(model, LONG) // LONG, _peak(model, SHORT)
+def working_bytes(model: Any, kept: int) -> Working:
+    """Of passes of `model`, which is on the meta device, besides `kept` bytes of a row's running states, which the plan
+    counts by themselves."""
+    long, short = (max(0, _peak(model, tokens) - kept) for tokens in (LONG, SHORT))
+    return Working(long // LONG, short)
 
 
 def _peak(model: Any, tokens: int) -> int:

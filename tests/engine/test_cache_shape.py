@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from engine.cache_shape import CacheShape, StateShape
 from engine.card import ModelCard
 from engine.engine import Engine
 from engine.skeleton import try_layers
 from engine.watermark import Watermark
+from store.errors import UnsupportedFamily
 
 Checkpoint = Callable[..., Path]
 Open = Callable[..., Engine]
@@ -22,16 +26,16 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 def test_columns_running_states_and_indexers_are_seen(checkpoint: Checkpoint) -> None:
     delta = CacheShape(states=(StateShape("conv", 0, (64, 4), BF16), StateShape("recurrent", 0, (4, 8, 8), F32)))
-    assert try_layers(checkpoint("qwen3_next"), "bfloat16")[0] == (delta, CacheShape(((2, 8), (2, 8))), delta)
+    assert try_layers(checkpoint("qwen3_next"), "bfloat16").caches == (delta, CacheShape(((2, 8), (2, 8))), delta)
     conv = CacheShape(states=(StateShape("conv", 0, (32, 3), BF16),))
-    assert try_layers(checkpoint("lfm2_moe"), "bfloat16")[0][0] == conv
-    indexed, working = try_layers(checkpoint("deepseek_v32"), "bfloat16")
-    assert all(shape.index == 8 and shape.kv is not None and not shape.states for shape in indexed)
-    assert working == (0, 0)
+    assert try_layers(checkpoint("lfm2_moe"), "bfloat16").caches[0] == conv
+    indexed = try_layers(checkpoint("deepseek_v32"), "bfloat16")
+    assert all(shape.index == 8 and shape.kv is not None and not shape.states for shape in indexed.caches)
+    assert (indexed.theirs, indexed.ours, indexed.modules) == ((0, 0), (0, 0), 0)
 
 
 def test_layers_without_attention_of_any_kind_keep_nothing(checkpoint: Checkpoint) -> None:
-    assert [shape.remembers for shape in try_layers(checkpoint("nemotron_h"), "float32")[0]] == [
+    assert [shape.remembers for shape in try_layers(checkpoint("nemotron_h"), "float32").caches] == [
         True,
         False,
         True,
@@ -86,3 +90,36 @@ def test_what_a_pass_works_in_grows_with_its_tokens_and_has_a_least(checkpoint: 
     assert 64 * 4 < token < 100_000  # its convolution alone takes as much
     assert row > token
     assert ModelCard.read(checkpoint("qwen3_moe")).geometry.working == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid", "kimi_linear", "lfm2_moe", "nemotron_h", "jamba"])
+def test_by_our_own_products_a_pass_works_in_less_and_as_many_modules_call_them_as_were_counted_on(
+    kind: str, checkpoint: Checkpoint, open_engine: Open
+) -> None:
+    folder = checkpoint(kind)
+    own, torchs = open_engine(folder, max_context=64), open_engine(folder, max_context=64, kernel="torch")
+    geometry = own.card.geometry
+    assert geometry.running >= 1
+    assert own.plan.workspace_bytes <= torchs.plan.workspace_bytes
+    assert (own.plan.workspace_bytes < torchs.plan.workspace_bytes) == (geometry.working_own != geometry.working)
+    assert f"running states of {geometry.running}" in own.kernel
+
+
+def test_functions_that_do_something_else_than_ours_are_said_before_anything_is_served(
+    checkpoint: Checkpoint, open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("chunk_gated_delta_rule", "recurrent_gated_delta_rule"):
+        monkeypatch.setattr(qwen, f"torch_{name}", _twice(getattr(qwen, f"torch_{name}")))
+    for name in ("causal_conv1d_fn", "causal_conv1d_update"):
+        monkeypatch.setattr(qwen, name, _twice(getattr(qwen, name)))
+    with pytest.raises(UnsupportedFamily, match="and those of 0 do what our own products do"):
+        open_engine(checkpoint("qwen3_next"))
+
+
+def _twice(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def twice(*args: Any, **named: Any) -> Any:
+        found = function(*args, **named)
+        return (2 * found[0], found[1]) if isinstance(found, tuple) else 2 * found
+
+    return twice

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from leaving import some_stay
 from torch import Tensor
 
 from engine.cache_shape import CacheShape
@@ -55,13 +56,6 @@ def _assert_holds(given: list[tuple[Tensor, ...]], rows: list[list[float]]) -> N
                 assert torch.equal(own, signed[None, :, None].expand_as(own))
 
 
-def _some(rows: int, rng: random.Random) -> list[int]:
-    """Fewer rows than there are; the last of them fill the gaps."""
-    left = sorted(rng.sample(range(rows), rng.randrange(rows)))
-    movers = [place for place in left if place >= len(left)]
-    return [place if place in left else movers.pop() for place in range(len(left))]
-
-
 def test_a_row_that_is_forked_goes_on_in_each_copy_by_itself() -> None:
     cache = _pool().window(1, 4)
     cache.keep([0, 1])
@@ -88,7 +82,7 @@ def test_rows_keep_what_they_hold_whoever_joins_leaves_or_makes_room(seed: int) 
                     rows = [[*row, *column] for row, column in zip(rows, new, strict=True)]
                     _assert_holds(_append(cache, new), rows)
             case "leave" if rows:
-                order = _some(len(rows), rng)
+                order = some_stay(len(rows), rng)
                 cache.keep(order)
                 rows = [rows[place] for place in order]
             case "form" if joining is None and len(rows) < ROWS:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from leaving import some_stay
 from torch import Tensor
 
 from engine.cache_shape import CacheShape, StateShape
@@ -97,7 +98,7 @@ def test_rows_go_on_from_where_each_of_them_is(seed: int) -> None:
                     _fail(cache, len(rows))
                 cache.rewind(length)
             case "leave" if rows:
-                order = _some(len(rows), rng)
+                order = some_stay(len(rows), rng)
                 cache.keep(order)
                 rows = [rows[place] for place in order]
             case "form" if joining is None and len(rows) < ROWS:
@@ -118,13 +119,6 @@ def test_rows_go_on_from_where_each_of_them_is(seed: int) -> None:
                 cache.absorb(joined)
                 rows, joining = rows + own, None
         assert cache.rows == len(rows)
-
-
-def _some(rows: int, rng: random.Random) -> list[int]:
-    """Fewer rows than there are; the last of them fill the gaps."""
-    left = sorted(rng.sample(range(rows), rng.randrange(rows)))
-    movers = [place for place in left if place >= len(left)]
-    return [place if place in left else movers.pop() for place in range(len(left))]
 
 
 def test_a_row_that_is_forked_goes_on_in_each_copy_by_itself() -> None:
