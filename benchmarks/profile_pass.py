@@ -51,7 +51,8 @@ IMPLEMENTATIONS = ("eager", "grouped_mm")  # which is faster depends on shape an
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a streaming process may take. Keys and values are there in any engine; the pass itself writes none."""
+    """What a streaming process may take. Keys and values, and running states, are there in any engine; the pass itself
+    writes none."""
 
     python_bytes: int  # the interpreter with torch and transformers, before any weight
     dense_bytes: int
@@ -59,6 +60,7 @@ class Parts:
     hidden_bytes: int  # the largest shard's states, before the layer and after
     workspace_bytes: int  # activations, logits of a column a row, kernels, reader's buffers, router copies, as planned
     kv_bytes: int
+    state_bytes: int
 
     @property
     def total(self) -> int:
@@ -237,6 +239,7 @@ def _parts(model: Path, context: int) -> Parts:
         hidden_bytes=2 * CHUNK * card.hidden * getattr(torch, plan.dtype).itemsize,
         workspace_bytes=plan.workspace_bytes + plan.kernel_bytes + plan.staging_bytes + plan.router_bytes,
         kv_bytes=plan.kv_bytes,
+        state_bytes=plan.state_bytes,
     )
 
 

@@ -41,7 +41,7 @@ def test_memory_of_its_own_and_page_cache_are_told_apart(tmp_path: Path, cap: in
     assert ended.code == 0
     assert ended.peak_cache_bytes is not None
     assert 40 << 20 < ended.peak_anon_bytes < 60 << 20
-    assert 20 << 20 <= ended.peak_cache_bytes < 40 << 20
+    assert 19 << 20 < ended.peak_cache_bytes < 40 << 20  # the kernel counts pages in batches, some dozens at a time
 
 
 def test_swap_is_bounded_with_memory_where_the_kernel_counts_it(tmp_path: Path) -> None:
