@@ -208,7 +208,7 @@ def _tried(folder: Path) -> tuple[int, States]:
     """What all layers cache for one token, in numbers, and the running states of a row."""
     import torch  # noqa: PLC0415 - seconds to import, which other models need not wait for
 
-    from engine.skeleton import try_layers  # noqa: PLC0415
+    from engine.tried import try_layers  # noqa: PLC0415
 
     tried = try_layers(folder, "bfloat16")
     held = [state for cache in tried.caches for state in cache.states]

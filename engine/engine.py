@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from engine import experts as dispatch
+from engine import dispatch
 from engine.admission import Admission
 from engine.bank import Bank, Lease
 from engine.cache_shape import row_bytes

@@ -1,4 +1,4 @@
-"""The routed experts' forward over the bank's slots, registered in transformers' experts dispatch as "moepager".
+"""The routed experts' forward over the bank's slots, which engine.dispatch has transformers call.
 
 Few tokens, as in decoding, and many tokens of small experts go to engine.products in one call a layer where it knows
 the family's arithmetic. Otherwise one product per expert that was hit, over views of its slot: weights are never
@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch import Tensor
 
 from engine.bank import Bank
 from engine.expert_shape import ExpertShape
@@ -29,7 +28,6 @@ from engine.shared_expert import SharedExpert
 from engine.wide import PromptRoom
 from store.errors import UnsupportedFamily
 
-IMPLEMENTATION = "moepager"
 CONTRACT = ("has_gate", "has_bias", "is_transposed", "num_experts")
 FEW = 16  # tokens for which weights are read as decoding reads them; with more, an expert has several
 
@@ -241,31 +239,6 @@ class PagedExperts:
         h = self.stages.gate(inputs)  # [n, F]
         self._inside.channels(self.layer, expert, tokens, w, inputs, h)
         return self.stages.out(h, views)  # [n, H]
-
-
-def paged_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """transformers calls this in place of the module's own forward; `bind` has left the layer's PagedExperts there."""
-    if hidden.is_meta:
-        return torch.empty_like(hidden)  # the shape check at open, before any weight is there
-    paged: PagedExperts = module.moepager
-    combined = paged(hidden, index, weights)
-    if not paged.added:
-        return combined
-    return (combined + paged.added.pop(paged.layer)).to(combined.dtype)
-
-
-def register() -> None:
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, paged_forward)
-
-
-def drop_parameters(module: nn.Module) -> None:
-    """The bank holds the experts' weights: the module's own go, so that nothing allocates them."""
-    for name, _ in list(module.named_parameters(recurse=False)):
-        module.register_parameter(name, None)
-
-
-def bind(module: Any, paged: PagedExperts) -> None:
-    module.moepager = paged
 
 
 @dataclass(frozen=True, slots=True)

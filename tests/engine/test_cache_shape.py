@@ -15,7 +15,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 from engine.cache_shape import CacheShape, StateShape
 from engine.card import ModelCard
 from engine.engine import Engine
-from engine.skeleton import try_layers
+from engine.tried import try_layers
 from engine.watermark import Watermark
 from store.errors import UnsupportedFamily
 

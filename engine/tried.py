@@ -1,0 +1,70 @@
+"""A transformers model on the meta device: built from its config alone, and tried there for a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from engine import dispatch
+from engine.cache_shape import CacheShape
+from engine.running_functions import outlines
+from engine.substitution import substitute
+from engine.trial import try_caches
+from engine.watermark import NOTHING, Working, working_bytes
+from store.errors import UnsupportedFamily
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What each decoder layer caches and, where one has running states, what a pass works in: by transformers'
+    functions and by ours, which as many modules call."""
+
+    caches: tuple[CacheShape, ...]
+    theirs: Working = NOTHING
+    ours: Working = NOTHING
+    modules: int = 0
+
+
+def try_layers(folder: Path, dtype: str) -> Tried:
+    """Of the model of `folder`, whose config.json is enough, in `dtype`.
+
+    Raises UnsupportedFamily for a model that can't be run on shapes alone.
+    """
+    model = on_meta(folder, getattr(torch, dtype))
+    caches = try_caches(model)
+    if not any(shape.states for shape in caches):
+        return Tried(caches)
+    kept = sum(state.nbytes for shape in caches for state in shape.states)
+    theirs = working_bytes(model, kept)
+    modules = substitute(model, outlines())
+    return Tried(caches, theirs, working_bytes(model, kept), modules)
+
+
+def on_meta(folder: Path, dtype: torch.dtype) -> Any:
+    """With our experts in the place of its own. Raises UnsupportedFamily for what transformers can't build."""
+    dispatch.register()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _refuse_wrappers(config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, experts_implementation=dispatch.IMPLEMENTATION, trust_remote_code=False
+            )
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedFamily(f"transformers can't build the model of {folder}: {error}") from error
+    model.config.use_cache = False
+    return model
+
+
+def _refuse_wrappers(config: Any) -> None:
+    """Models of several modalities: served by their language model where transformers has a class for that alone."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedFamily(
+            f"transformers has no language model for model_type {config.model_type!r} alone, only one of several "
+            "modalities or none. Serve a checkpoint of a text model; docs/families.md lists those that work."
+        )
