@@ -27,6 +27,7 @@ from store.quantisation import GROUP, INT4, WHOLE_ROW, packed_in_integers, setti
 
 QWEIGHT, SCALES, ZEROS, ORDER = "qweight", "scales", "qzeros", "g_idx"
 BITS, PER_WORD = 4, 8
+INSTEAD = "Use a symmetric version in order, or quantise the bfloat16 one (`moepager quantise`)."
 ZERO = {"gptq": 7, "gptq_v2": 8}  # what a symmetric zero point is stored as, by `checkpoint_format`
 
 
@@ -85,7 +86,7 @@ def _group_of(source: Path, settings: Mapping[str, Any]) -> int:
         more = f" ({others} in some modules)" if others else ""
         raise UnsupportedFamily(
             f"{source} is GPTQ with {bits!r} bits{more}, symmetric {symmetric}; integers of {BITS}, symmetric, are "
-            "converted. Use such a version, or quantise the bfloat16 one (`moepager quantise`)."
+            f"converted. {INSTEAD}"
         )
     if group == -1:
         return WHOLE_ROW
@@ -131,33 +132,33 @@ def turned_over(base: str, held: Mapping[str, Tensor], group: int, zero: int) ->
     are not `zero` and columns out of order."""
     if lacking := sorted({QWEIGHT, SCALES, ZEROS} - held.keys()):
         raise CheckpointError(f"{base}{QWEIGHT} has no {lacking[0]} beside it. Download the checkpoint again.")
-    words, scales, zeros = held[QWEIGHT], held[SCALES], held[ZEROS]
+    words, scales = held[QWEIGHT], held[SCALES]
     columns, rows = words.shape[0] * PER_WORD, words.shape[1]
-    groups = 1 if group == WHOLE_ROW else -(-columns // group)
-    if scales.shape != (groups, rows) or zeros.shape != (groups, -(-rows // PER_WORD)):
-        raise CheckpointError(
-            f"{base}{QWEIGHT} is {list(words.shape)}, its scales {list(scales.shape)} and zero points "
-            f"{list(zeros.shape)}: groups of {group or columns} columns want [{groups}, {rows}] scales. Download the "
-            "checkpoint again."
-        )
+    _check_shapes(base, held, columns, rows, group)
     if not bool(torch.isfinite(scales).all()):
         raise CheckpointError(f"{base}{SCALES} has NaN or infinity. Download the checkpoint again.")
-    if not bool((_integers(zeros)[:, :rows] == zero).all()):
+    if not bool((_integers(held[ZEROS])[:, :rows] == zero).all()):
         raise UnsupportedFamily(
-            f"{base}{ZEROS} has zero points that are not symmetric's ({zero} in this format). Use a symmetric version, "
-            "or quantise the bfloat16 one (`moepager quantise`)."
+            f"{base}{ZEROS} has zero points that are not symmetric's ({zero} in this format). {INSTEAD}"
         )
-    order = held.get(ORDER)
-    if order is not None and not bool((order == torch.arange(columns) // (group or columns)).all()):
-        raise UnsupportedFamily(
-            f"{base}{ORDER} gives groups columns out of order (desc_act). Use a version without, or quantise the "
-            "bfloat16 one (`moepager quantise`)."
-        )
+    if ORDER in held and not bool((held[ORDER] == torch.arange(columns) // (group or columns)).all()):
+        raise UnsupportedFamily(f"{base}{ORDER} gives groups columns out of order (desc_act). {INSTEAD}")
     return {
         "weight_packed": words.T.contiguous(),
         "weight_scale": scales.T.contiguous(),
         "weight_shape": torch.tensor([rows, columns]),
     }
+
+
+def _check_shapes(base: str, held: Mapping[str, Tensor], columns: int, rows: int, group: int) -> None:
+    groups = 1 if group == WHOLE_ROW else -(-columns // group)
+    wanted = {SCALES: (groups, rows), ZEROS: (groups, -(-rows // PER_WORD)), ORDER: (columns,)}
+    for part, shape in wanted.items():
+        if part in held and tuple(held[part].shape) != shape:
+            raise CheckpointError(
+                f"{base}{QWEIGHT} has {rows} rows of {columns} columns, {group or columns} of which share a scale, so "
+                f"its {part} should be {list(shape)}; they are {list(held[part].shape)}. Download the checkpoint again."
+            )
 
 
 def _integers(words: Tensor) -> Tensor:

@@ -162,6 +162,11 @@ def _short(held: dict[str, Tensor]) -> None:
     held[name] = held[name][:1].contiguous()
 
 
+def _short_order(held: dict[str, Tensor]) -> None:
+    name = "model.layers.1.self_attn.v_proj.g_idx"
+    held[name] = held[name][1:].contiguous()
+
+
 def _without(held: dict[str, Tensor]) -> None:
     del held["model.layers.0.mlp.experts.7.down_proj.qzeros"]
 
@@ -178,7 +183,8 @@ def _without(held: dict[str, Tensor]) -> None:
         ({}, _zero_points, UnsupportedFamily, r"experts.3.up_proj.qzeros has zero points"),
         ({}, _out_of_order, UnsupportedFamily, "columns out of order"),
         ({}, _no_number, CheckpointError, "down_proj.scales has NaN"),
-        ({}, _short, CheckpointError, r"gate_proj.qweight is .* want \[2, 64\] scales"),
+        ({}, _short, CheckpointError, r"gate_proj.qweight has 64 rows of 64 columns.* its scales should be \[2, 64\]"),
+        ({}, _short_order, CheckpointError, r"its g_idx should be \[64\]; they are \[63\]"),
         ({}, _without, CheckpointError, "has no qzeros beside it"),
     ],
 )
