@@ -160,15 +160,16 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
     heads = _number(config, "num_attention_heads")
     layers = len(config.get(BLOCKS) or ()) or _number(config, "num_hidden_layers")
     cached, width = _attention_shape(config, heads, layers, dense)
-    states = NO_STATES
+    states, numbers = NO_STATES, sum(span.nbytes // itemsize[span.dtype] for span in dense)
     if _layer_kinds(config) & TRIED or any(sign in span.name for span in dense for sign in TRIED_TENSORS):
-        cached, states = _tried(Path(checkpoint.folder))
+        cached, states, loaded = _tried(Path(checkpoint.folder))
+        numbers = min(numbers, loaded)
     return Geometry(
         dtype=_dtype(config, "" if packed else every[0].dtype),
         stored=_stored(experts),
         way=experts.way,
         alike=experts.alike,
-        dense=sum(span.nbytes // itemsize[span.dtype] for span in dense),
+        dense=numbers,
         expert=tuple(prod(part.shape) for part in plain),
         packed=tuple(part.nbytes for part in every if part.kind is not Kind.PLAIN),
         unpacked=tuple(prod(part.matrix[1]) for part in packed),
@@ -204,8 +205,9 @@ class States(NamedTuple):
 NO_STATES = States()
 
 
-def _tried(folder: Path) -> tuple[int, States]:
-    """What all layers cache for one token, in numbers, and the running states of a row."""
+def _tried(folder: Path) -> tuple[int, States, int]:
+    """What all layers cache for one token, in numbers, the running states of a row, and how many numbers are loaded
+    besides experts."""
     import torch  # noqa: PLC0415 - seconds to import, which other models need not wait for
 
     from engine.tried import try_layers  # noqa: PLC0415
@@ -215,7 +217,7 @@ def _tried(folder: Path) -> tuple[int, States]:
     numbers = sum(prod(state.shape) for state in held if state.dtype == torch.bfloat16)
     nbytes = sum(state.nbytes for state in held if state.dtype != torch.bfloat16)
     states = States(numbers, nbytes, tried.theirs, tried.ours, tried.modules)
-    return sum(cache.numbers for cache in tried.caches), states
+    return sum(cache.numbers for cache in tried.caches), states, tried.dense
 
 
 def _stored(experts: ExpertMap) -> str:

@@ -21,10 +21,11 @@ from store.errors import UnsupportedFamily
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """What each decoder layer caches and, where one has running states, what a pass works in: by transformers'
-    functions and by ours, which as many modules call."""
+    """What each decoder layer caches, how many numbers the model has besides its experts and, where a layer has running
+    states, what a pass works in: by transformers' functions and by ours, which as many modules call."""
 
     caches: tuple[CacheShape, ...]
+    dense: int
     theirs: Working = NOTHING
     ours: Working = NOTHING
     modules: int = 0
@@ -36,13 +37,23 @@ def try_layers(folder: Path, dtype: str) -> Tried:
     Raises UnsupportedFamily for a model that can't be run on shapes alone.
     """
     model = on_meta(folder, getattr(torch, dtype))
-    caches = try_caches(model)
+    caches, dense = try_caches(model), _dense_numbers(model)
     if not any(shape.states for shape in caches):
-        return Tried(caches)
+        return Tried(caches, dense)
     kept = sum(state.nbytes for shape in caches for state in shape.states)
     theirs = working_bytes(model, kept)
     modules = substitute(model, outlines())
-    return Tried(caches, theirs, working_bytes(model, kept), modules)
+    return Tried(caches, dense, theirs, working_bytes(model, kept), modules)
+
+
+def _dense_numbers(model: Any) -> int:
+    """In all that a checkpoint holds of it but its experts. What else a file has, as a tower for pictures, is not
+    loaded."""
+    modules = [module for module in model.modules() if not hasattr(module, "is_transposed")]
+    held = [each for module in modules for each in module._parameters.values()]
+    for module in modules:
+        held += [each for name, each in module._buffers.items() if name not in module._non_persistent_buffers_set]
+    return sum(tensor.numel() for tensor in {id(each): each for each in held if each is not None}.values())
 
 
 def on_meta(folder: Path, dtype: torch.dtype) -> Any:

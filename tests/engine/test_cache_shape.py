@@ -17,7 +17,9 @@ from engine.card import ModelCard
 from engine.engine import Engine
 from engine.tried import try_layers
 from engine.watermark import Watermark
+from store.checkpoint import CheckpointMap
 from store.errors import UnsupportedFamily
+from store.experts import ExpertMap
 
 Checkpoint = Callable[..., Path]
 Open = Callable[..., Engine]
@@ -90,6 +92,13 @@ def test_what_a_pass_works_in_grows_with_its_tokens_and_has_a_least(checkpoint: 
     assert 64 * 4 < token < 100_000  # its convolution alone takes as much
     assert row > token
     assert ModelCard.read(checkpoint("qwen3_moe")).geometry.working == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid", "kimi_linear", "nemotron_h", "glm_moe_dsa"])
+def test_what_is_counted_besides_experts_is_what_the_checkpoint_has(kind: str, checkpoint: Checkpoint) -> None:
+    source = CheckpointMap.open(checkpoint(kind))
+    stored = sum(source.tensors[name].nbytes for name in ExpertMap.build(source).dense)
+    assert 4 * try_layers(checkpoint(kind), "float32").dense == stored
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid", "kimi_linear", "lfm2_moe", "nemotron_h", "jamba"])

@@ -103,6 +103,8 @@ def test_a_wrapper_whose_language_model_stands_alone_too_is_served_by_that(
     write_byte_tokenizer(tmp_path)
     engine, ids = open_engine(tmp_path), torch.arange(7).unsqueeze(0)
     assert any("visual" in name for name in engine.checkpoint.tensors)
+    alone = open_engine(checkpoint("qwen3_5_moe_text"))
+    assert engine.plan.dense_bytes == alone.plan.dense_bytes  # the tower is not loaded, and not planned
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3_5_moe"
     with torch.inference_mode():
         wanted = plain(input_ids=ids).logits
