@@ -62,7 +62,8 @@ def test_no_arm_has_more_rows_than_asked_for(model):
 
 def test_where_rows_are_short_kin_share_steps_and_by_age_they_do_not(model, monkeypatch):
     monkeypatch.setattr(admission, "LAYER_BYTES", 0)  # nor do a tiny model's experts count for little
-    work = Work(clients=16, rows=4, requests=32, prompt_tokens=8, tokens=4)
+    # Who arrives beside whom is the threads' affair: of fewer requests the means come within each other's reach.
+    work = Work(clients=16, rows=4, requests=64, prompt_tokens=8, tokens=8)
     arms, ratios = bench_mixed(model, work, runs=1)
     found = {arm.name: arm for arm in arms}
     assert tuple(found) == (*ARMS, "by_age")
