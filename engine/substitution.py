@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -37,13 +37,13 @@ def outlined(takes: frozenset[str], outline: Callable[..., Any]) -> Stand:
 
 def substitute(model: nn.Module, stands: Sequence[Stand]) -> int:
     """The modules of `model` that call ours from now on, counted. Each function is tried once."""
-    tried: dict[FunctionType, Any] = {}
+    in_place_of = cache(partial(_stand_in, stands))
     count = 0
     for module in model.modules():
         forward = inspect.unwrap(type(module).forward)
         if not isinstance(forward, FunctionType) or "forward" in vars(module):
             continue
-        ours = {name: tried.setdefault(found, _stand_in(found, stands)) for name, found in _called(forward).items()}
+        ours = {name: in_place_of(found) for name, found in _called(forward).items()}
         chosen = {name: found for name, found in ours.items() if found is not None}
         if chosen:
             module.forward = MethodType(_calling(forward, chosen), module)
@@ -61,7 +61,7 @@ def _called(forward: FunctionType) -> Mapping[str, FunctionType]:
     }
 
 
-def _stand_in(theirs: FunctionType, stands: Sequence[Stand]) -> Any:
+def _stand_in(stands: Sequence[Stand], theirs: FunctionType) -> Any:
     """Of the stands that take no more than `theirs` does the one that takes most, if it agrees."""
     parameters = inspect.signature(theirs).parameters.keys()
     fitting = max((each for each in stands if each.takes <= parameters), key=lambda each: len(each.takes), default=None)

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers.models.lfm2_moe import modeling_lfm2_moe as lfm2
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
-from engine.convolution import convolution, convolution_step
+from engine.convolution import TAKES, convolution, convolution_step
 from engine.delta_rule import delta_rule
 from engine.engine import Engine
 from engine.products import Products
-from engine.substitution import substitute
+from engine.substitution import Stand, substitute
 
 Checkpoint = Callable[..., Path]
 Open = Callable[..., Engine]
@@ -120,6 +120,19 @@ def test_modules_of_one_model_call_ours_and_the_family_keeps_its_own(own: Produc
         assert not called
         torch.testing.assert_close(ours(x), wanted, rtol=1e-3, atol=1e-4)
     assert sorted(called) == ["convolve", "delta"]
+
+
+def test_a_function_is_tried_once_however_many_modules_call_it() -> None:
+    tried: list[Any] = []
+
+    def agrees(theirs: Any) -> bool:
+        tried.append(theirs)
+        return False
+
+    config = qwen.Qwen3NextConfig(hidden_size=16, layer_types=["linear_attention"] * 3, num_hidden_layers=3)
+    layers = torch.nn.ModuleList(qwen.Qwen3NextGatedDeltaNet(config, at) for at in range(3))
+    assert substitute(layers, [Stand(TAKES, agrees, lambda *_: None)]) == 0
+    assert sorted(each.__name__ for each in tried) == ["causal_conv1d_fn", "causal_conv1d_update"]
 
 
 def _note(own: Products, name: str, called: list[str]) -> None:
