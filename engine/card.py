@@ -36,6 +36,19 @@ INDEXER = "indexer"
 TRIED_TENSORS = ("conv", INDEXER, "A_log")
 
 
+class States(NamedTuple):
+    """A row's running states."""
+
+    numbers: int = 0  # that are in the serving dtype
+    nbytes: int = 0  # of those that are not
+    working: tuple[int, int] = (0, 0)  # bytes that layers with them work in, for a token of a pass and for a row,
+    working_own: tuple[int, int] = (0, 0)  # and by our own products, whose functions
+    modules: int = 0  # so many call then
+
+
+NO_STATES = States()
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """The shapes that a memory plan is made of; counts are elements, not bytes."""
@@ -52,11 +65,7 @@ class Geometry:
     scratch: int  # bytes that turning FP8 into the serving dtype needs besides, 0 where nothing is FP8
     expert_width: int  # columns of the widest activation inside an expert
     kv_per_token: int  # keys and values (and indexers' keys) of all layers, as transformers keeps them
-    state_numbers: int  # of all running states of a row that are in the serving dtype
-    state_bytes: int  # of those that are not
-    working: tuple[int, int]  # bytes that layers with such states work in, for a token of a pass and for a row,
-    working_own: tuple[int, int]  # and by our own products, whose functions
-    running: int  # so many modules call then
+    states: States
     decoder_layers: int
     attention_width: int  # heads x head dim, the widest of query, key and value
     scored_heads: int  # heads whose attention scores are written out, 0 where the kernel is fused
@@ -177,11 +186,7 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
         scratch=_scratch(experts),
         expert_width=max(length for shape in shapes for length in shape),
         kv_per_token=cached,
-        state_numbers=states.numbers,
-        state_bytes=states.nbytes,
-        working=states.working,
-        working_own=states.working_own,
-        running=states.modules,
+        states=states,
         decoder_layers=layers,
         attention_width=width,
         scored_heads=_scored_heads(config, heads, experts.dense),
@@ -190,19 +195,6 @@ def _geometry(config: Mapping[str, Any], checkpoint: CheckpointMap, experts: Exp
             int(config.get(name) or 0) for name in ("intermediate_size", "shared_expert_intermediate_size")
         ),
     )
-
-
-class States(NamedTuple):
-    """A row's running states, as Geometry has them."""
-
-    numbers: int = 0
-    nbytes: int = 0
-    working: tuple[int, int] = (0, 0)
-    working_own: tuple[int, int] = (0, 0)
-    modules: int = 0
-
-
-NO_STATES = States()
 
 
 def _tried(folder: Path) -> tuple[int, States, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.attention import TOLERANCE
 from engine.kvcache import KvPool
-from engine.layer_block import forward_of
+from engine.layer_block import forward_of, nothing
 from engine.skeleton import Joint
 from store.errors import UnsupportedFamily
 
@@ -29,7 +29,7 @@ def goes_on(model: Any, joints: Sequence[Joint], pool: KvPool) -> bool:
     """
     with pool.lend(), torch.inference_mode(), ExitStack() as stack:
         for joint in joints:
-            stack.enter_context(forward_of(joint.experts, _nothing))
+            stack.enter_context(forward_of(joint.experts, nothing))
         whole, halves, singles = (_states(model, pool, size) for size in (TOKENS, TOKENS // 2, 1))
     if not _alike(singles, whole, model.dtype):
         raise UnsupportedFamily(
@@ -64,8 +64,3 @@ def _states(model: Any, pool: KvPool, size: int) -> list[Tensor]:
                 logits_to_keep=1,
             )
     return cache.running_states()
-
-
-def _nothing(hidden: Tensor, *_: Any) -> Tensor:
-    """In place of a layer's experts."""
-    return torch.zeros_like(hidden)

@@ -7,19 +7,20 @@ each other. B rows, S tokens, C channels, W tokens that each sees, K that a stat
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.addresses import DTYPES
 from engine.attention import close_enough
-from engine.products import Products
-from engine.substitution import Stand
+from engine.products import Products, of_one_kind
+from engine.substitution import Stand, answer_of, lie_in_one
 
 TAKES = frozenset({"hidden_states", "weight", "bias", "activation"})
 STEP_TAKES = TAKES | {"conv_state"}
 SILU = ("silu", "swish")
+TRIALS = tuple(product((False, True), (None, SILU[0])))  # with biases, and with what activation
 
 
 def convolution(own: Products) -> Stand:
@@ -34,7 +35,8 @@ def convolution_step(own: Products) -> Stand:
 
 def outline(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     """The shape of what either gives."""
-    return hidden_states.transpose(1, 2).new_empty(hidden_states.transpose(1, 2).shape).transpose(1, 2)
+    rows, channels, tokens = hidden_states.shape
+    return hidden_states.new_empty(rows, tokens, channels).transpose(1, 2)
 
 
 def _trial(tokens: int, bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -45,31 +47,23 @@ def _trial(tokens: int, bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tens
 
 
 def _agrees(own: Products, theirs: Any) -> bool:
-    for bias in (False, True):
-        for activation in (None, SILU[0]):
-            x, weight, biases, _ = _trial(9, bias)
-            try:
-                wanted = theirs(x, weight, biases, activation=activation)
-            except (RuntimeError, TypeError, ValueError, IndexError):
-                return False
-            found = own.convolve(x.transpose(1, 2), weight, biases, silu=activation is not None).transpose(1, 2)
-            if wanted.shape != found.shape or not close_enough(found, wanted):
-                return False
+    for bias, activation in TRIALS:
+        x, weight, biases, _ = _trial(9, bias)
+        wanted = answer_of(theirs, x, weight, biases, activation=activation)
+        found = own.convolve(x.transpose(1, 2), weight, biases, silu=activation is not None).transpose(1, 2)
+        if wanted is None or wanted.shape != found.shape or not close_enough(found, wanted):
+            return False
     return True
 
 
 def _step_agrees(own: Products, theirs: Any) -> bool:
-    for bias in (False, True):
-        for activation in (None, SILU[0]):
-            x, weight, biases, state = _trial(1, bias)
-            left = state.clone()
-            try:
-                wanted = theirs(x, state, weight, biases, activation=activation)
-            except (RuntimeError, TypeError, ValueError, IndexError):
-                return False
-            found = own.convolve_step(x[..., 0], left, weight, biases, silu=activation is not None)
-            if not (close_enough(found, wanted[..., 0]) and left.equal(state)):
-                return False
+    for bias, activation in TRIALS:
+        x, weight, biases, state = _trial(1, bias)
+        left = state.clone()
+        wanted = answer_of(theirs, x, state, weight, biases, activation=activation)
+        found = own.convolve_step(x[..., 0], left, weight, biases, silu=activation is not None)
+        if wanted is None or not (close_enough(found, wanted[..., 0]) and left.equal(state)):
+            return False
     return True
 
 
@@ -78,8 +72,7 @@ def _apply(
     activation: str | None = None, **rest: Any,
 ) -> Any:  # fmt: skip
     """`hidden_states` [B, C, S], `weight` [C, W] -> [B, C, S], in which a token's channels lie beside each other."""
-    packed = any("seq" in name and each is not None for name, each in rest.items())
-    if packed or not _takes(hidden_states, weight, bias, activation):
+    if lie_in_one(rest) or not _takes(hidden_states, weight, bias, activation):
         return theirs(hidden_states, weight, bias, activation=activation, **rest)
     return own.convolve(hidden_states.transpose(1, 2), weight, bias, silu=activation is not None).transpose(1, 2)
 
@@ -97,6 +90,5 @@ def _apply_step(
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
-    alike = x.is_cpu and x.dtype in DTYPES and x.dtype == weight.dtype and weight.is_contiguous()
-    biased = bias is None or (bias.dtype == weight.dtype and bias.is_contiguous())
-    return alike and biased and activation in (None, *SILU)
+    held = [weight] if bias is None else [weight, bias]
+    return of_one_kind(x, *held) and all(each.is_contiguous() for each in held) and activation in (None, *SILU)

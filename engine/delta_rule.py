@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.addresses import DTYPES
 from engine.attention import close_enough
-from engine.products import Products
-from engine.substitution import Stand
+from engine.products import Products, of_one_kind
+from engine.substitution import Stand, answer_of, lie_in_one
 
 TAKES = frozenset({"query", "key", "value", "g", "beta", "initial_state", "output_final_state"})
 NORMALISED = "use_qk_l2norm_in_kernel"
@@ -59,12 +58,10 @@ def _agrees_on(own: Products, theirs: Any, length: int, each: bool, made: torch.
     g, beta = -torch.rand(fading, generator=made), torch.rand(2, length, heads, generator=made)
     state = torch.randn(2, heads, width, width, generator=made)
     for before in (None, state):
-        try:
-            wanted, left = theirs(
-                q, k, v, g=g, beta=beta, initial_state=before, output_final_state=True, **{NORMALISED: True}
-            )
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        given = {"g": g, "beta": beta, "initial_state": before, "output_final_state": True, NORMALISED: True}
+        if (answer := answer_of(theirs, q, k, v, **given)) is None:
             return None
+        wanted, left = answer
         start = torch.zeros_like(state) if before is None else before.clone()
         found = own.delta(q, k, v, g, beta, start, LEAST)
         if not (close_enough(found, wanted) and close_enough(start, left)):
@@ -88,8 +85,7 @@ def _apply(
     """`query`, `key` [B, S, N, D], `value` [B, S, A, V], `g` [B, S, A] or [B, S, A, D], `beta` [B, S, A] ->
     [B, S, A, V] and the state f32 [B, A, D, V]: `initial_state` itself, written over, where there is one."""
     state = _state(key, value) if initial_state is None else initial_state
-    packed = any("seq" in name and each is not None for name, each in rest.items())  # rows one after the other
-    if packed or not use_qk_l2norm_in_kernel or not _takes(query, key, value, state):
+    if lie_in_one(rest) or not use_qk_l2norm_in_kernel or not _takes(query, key, value, state):
         return theirs(
             query, key, value, g=g, beta=beta, initial_state=initial_state, output_final_state=output_final_state,
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **rest,
@@ -99,5 +95,4 @@ def _apply(
 
 
 def _takes(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> bool:
-    alike = q.is_cpu and q.dtype in DTYPES and q.dtype == k.dtype == v.dtype
-    return alike and state.dtype == torch.float32 and state.is_contiguous()
+    return of_one_kind(q, k, v) and state.dtype == torch.float32 and state.is_contiguous()

@@ -226,11 +226,12 @@ def _adopt_layers(
 
 def _check_functions(card: ModelCard, config: EngineConfig, kernels: Kernels) -> None:
     """The plan counts on our own functions of running states, which take less memory than transformers'."""
-    if multiplies_itself(card, config) and kernels.running != card.geometry.running:
+    wanted = card.geometry.states.modules
+    if multiplies_itself(card, config) and kernels.running != wanted:
         raise UnsupportedFamily(
-            f"{card.family} has functions beside {card.geometry.running} modules with running states, and those of "
-            f"{kernels.running} do what our own products do: another version of transformers may have changed them. "
-            "Serve with kernel torch."
+            f"{card.family} has functions beside {wanted} modules with running states, and those of {kernels.running} "
+            "do what our own products do: another version of transformers may have changed them. Serve with kernel "
+            "torch."
         )
 
 

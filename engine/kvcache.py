@@ -22,10 +22,11 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer
 from engine.cache_shape import CacheShape, Kind, StateShape
 from engine.layerwise import Reached
 from engine.running_state import RunningLayer, States
+from engine.window import Window
 from store.errors import Busy
 
 
-class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
+class PooledLayer(Window, CacheLayerMixin):  # type: ignore[misc]
     """One decoder layer's columns in a window: updates are copies into place, reads are views."""
 
     is_sliding = False
@@ -83,13 +84,6 @@ class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
         keys = self._keys.data_ptr() + self.first * self._strides[0]
         return keys, self._values.data_ptr() + self.first * self._strides[3], (*shape, *self._strides)
 
-    def keep(self, order: Sequence[int]) -> None:
-        """Only these rows go on, in this order. A row may only take the place of one that goes: nothing is swapped."""
-        assert all(row == place or row >= len(order) for place, row in enumerate(order)), order
-        for place, row in enumerate(order):
-            self._move(self.first + row, 0, self.first + place, 0, self.length)
-        self.batch_size = len(order)
-
     def shift(self, by: int) -> None:
         """Move every row `by` columns to the left, what is there is dropped; a negative `by` makes empty room."""
         for row in range(self.first, self.first + self.batch_size):
@@ -97,26 +91,17 @@ class PooledLayer(CacheLayerMixin):  # type: ignore[misc]
             self._clear(row, max(-by, 0))
         self.length -= by
 
-    def absorb(self, other: PooledLayer) -> None:
-        """The rows of `other`, a window further down and no longer than this one, become its last, ends aligned."""
-        assert other.first >= self.first + self.batch_size, (other.first, self.first, self.batch_size)
-        start = self.length - other.length
-        for row in range(other.first, other.first + other.batch_size):
-            place = self.first + self.batch_size
-            self._move(row, 0, place, start, other.length)
-            self._clear(place, start)
-            self.batch_size += 1
-
-    def fork(self, sources: Sequence[int]) -> None:
-        """Copies of the rows `sources` become the last ones, in this order."""
-        for row in sources:
-            self._move(self.first + row, 0, self.first + self.batch_size, 0, self.length)
-            self.batch_size += 1
-
     def push(self, row: int, by: int) -> None:
         """Move one row `by` columns to the right; its last ones are dropped."""
         self._move(self.first + row, 0, self.first + row, by, self.length - by)
         self._clear(self.first + row, by)
+
+    def _bring(self, source: Window, row: int, place: int) -> None:
+        """Ends aligned: what `source` is shorter by is empty."""
+        assert isinstance(source, PooledLayer), type(source)
+        start = self.length - source.length
+        self._move(source.first + row, 0, self.first + place, start, source.length)
+        self._clear(self.first + place, start)
 
     def _move(self, row: int, start: int, place: int, target: int, columns: int) -> None:
         """A row at a time and a layer at a time, so that no copy of the cache is made."""
@@ -150,22 +135,9 @@ class HybridLayer(RunningLayer, PooledLayer):
         PooledLayer.__init__(self, keys, values, first, rows, index)
         RunningLayer.__init__(self, states, first, rows)
 
-    def keep(self, order: Sequence[int]) -> None:
-        RunningLayer.keep(self, order)
-        PooledLayer.keep(self, order)
-
-    def absorb(self, other: PooledLayer) -> None:
-        assert isinstance(other, HybridLayer), type(other)
-        rows = self.batch_size
-        RunningLayer.absorb(self, other)
-        self.batch_size = rows
-        PooledLayer.absorb(self, other)
-
-    def fork(self, sources: Sequence[int]) -> None:
-        rows = self.batch_size
-        RunningLayer.fork(self, sources)
-        self.batch_size = rows
-        PooledLayer.fork(self, sources)
+    def _bring(self, source: Window, row: int, place: int) -> None:
+        RunningLayer._bring(self, source, row, place)
+        PooledLayer._bring(self, source, row, place)
 
 
 @dataclass(frozen=True, slots=True)

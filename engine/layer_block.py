@@ -273,7 +273,8 @@ def _stub(hidden: Tensor, _: Tensor, weights: Tensor) -> Tensor:
     return (hidden * (1 + weights.float().sum(-1, keepdim=True))).to(hidden.dtype)
 
 
-def _nothing(hidden: Tensor, _: Tensor, __: Tensor) -> Tensor:
+def nothing(hidden: Tensor, _: Tensor, __: Tensor) -> Tensor:
+    """Experts that give none."""
     return torch.zeros_like(hidden)
 
 
@@ -307,7 +308,7 @@ def _adds_up(
     with torch.inference_mode():
         _, weights, index = board.strips.of_all(joint.router.forward.inner(flat))
         every = torch.zeros_like(flat) if shared is None else own.shared(shared, flat)  # [B, H]
-        for stub in (_stub, _nothing):
+        for stub in (_stub, nothing):
             with _stubbed(joint, stub):
                 found = _output(parts.feed_forward(x))
             wanted = (stub(flat, index, weights) + every).unsqueeze(1)  # [B, 1, H]

@@ -159,7 +159,7 @@ def plan_memory(card: ModelCard, config: EngineConfig) -> MemoryPlan:
     parts = [*(count * size for count in counts), *(card.geometry.packed if kept else ())]
     slot = sum(-(-part // SLOT_ALIGN) * SLOT_ALIGN for part in parts)
     unpacked = sum(card.geometry.unpacked) if kept else 0
-    states = 2 * config.max_batch * (card.geometry.state_numbers * size + card.geometry.state_bytes)
+    states = 2 * config.max_batch * (card.geometry.states.numbers * size + card.geometry.states.nbytes)
     plan = MemoryPlan(
         budget=config.memory,
         dense_bytes=card.geometry.dense * size,
@@ -255,7 +255,7 @@ def _workspace(card: ModelCard, chunk: int, context: int, batch: int, size: int)
 def _beside_states(card: ModelCard, config: EngineConfig, chunk: int) -> int:
     """What layers with running states work in, as counted on shapes alone, and a quarter more: kernels take memory of
     their own. Most lay each row out in chunks of theirs, so a row counts however short it is."""
-    token, row = card.geometry.working_own if multiplies_itself(card, config) else card.geometry.working
+    token, row = card.geometry.states.working_own if multiplies_itself(card, config) else card.geometry.states.working
     return 5 * (chunk * token + config.max_batch * row) // 4
 
 

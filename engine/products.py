@@ -358,6 +358,11 @@ class Products:
         return y
 
 
+def of_one_kind(first: Tensor, *others: Tensor) -> bool:
+    """Whether all are of the one dtype, that ours take, and on the CPU."""
+    return first.is_cpu and first.dtype in DTYPES and all(each.dtype == first.dtype for each in others)
+
+
 def _heads_in_a_piece(x: Tensor) -> bool:
     """Of [B, S, heads, width], whether a token's numbers follow each other."""
     return x.stride()[2:] == (x.shape[3], 1)
@@ -370,16 +375,20 @@ def converts(stored: torch.dtype, served: torch.dtype) -> bool:
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether `Products.linear` can take these."""
-    return x.is_cpu and x.dtype in DTYPES and weight.dtype == x.dtype and weight.stride(1) == 1
+    return of_one_kind(x, weight) and weight.stride(1) == 1
 
 
 def attends(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
     """Whether `Products.attend` can take these, `q` [B, A, 1, D] and `mask` [B or 1, 1, 1, S]."""
     rows, asking, new, _ = q.shape
     fitting = new == 1 and asking % keys.shape[1] == 0 and len(keys) == len(values) == rows
-    alike = q.is_cpu and q.dtype in DTYPES and q.dtype == keys.dtype == values.dtype
     in_a_piece = keys.stride(3) == values.stride(3) == 1
-    return fitting and alike and in_a_piece and (mask is None or shows_columns(mask, rows, keys.shape[2]))
+    return (
+        fitting
+        and of_one_kind(q, keys, values)
+        and in_a_piece
+        and (mask is None or shows_columns(mask, rows, keys.shape[2]))
+    )
 
 
 def shows_columns(mask: Tensor, rows: int, columns: int) -> bool:

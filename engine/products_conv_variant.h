@@ -3,9 +3,8 @@
 /* To bfloat16 and back, as `put` rounds. */
 static INLINE NAME(floats) NAME(as_half)(NAME(floats) x)
 {
-    const NAME(words) w = (NAME(words))x, none = (NAME(words))(x != x);
-    const NAME(words) nearest = (w + 0x7fff + ((w >> 16) & 1)) & 0xffff0000u;
-    return (NAME(floats))((nearest & ~none) | (w & none));
+    const NAME(halves) h = NAME(rounded_halves)(x);
+    return NAME(weights)((const char *)&h, BFLOAT16);
 }
 
 static INLINE NAME(floats) NAME(convolved)(NAME(floats) x, const int silu, const int dtype)
@@ -20,31 +19,14 @@ static INLINE NAME(floats) NAME(convolved)(NAME(floats) x, const int silu, const
     return x;
 }
 
-static INLINE void NAME(put_vector)(char *to, NAME(floats) x, const int dtype)
-{
-    if (dtype == FLOAT32) {
-        memcpy(to, &x, sizeof x);
-        return;
-    }
-    const NAME(halves) h = __builtin_convertvector((NAME(words))x >> 16, NAME(halves));
-    memcpy(to, &h, sizeof h);
-}
-
 /* Sums of some channels, as many as a vector, or fewer at the end. */
 static INLINE void NAME(end_channels)(const float *sums, long channels, const int silu, const int dtype, char *out)
 {
-    const long size = dtype == FLOAT32 ? 4 : 2;
     for (long i = 0; i < channels; i += LANES) {
         float some[LANES] = {0};
         const long count = channels - i < LANES ? channels - i : LANES;
         memcpy(some, sums + i, count * sizeof(float));
-        const NAME(floats) x = NAME(convolved)(NAME(load)(some), silu, dtype);
-        if (count == LANES) {
-            NAME(put_vector)(out + i * size, x, dtype);
-        } else {
-            for (long lane = 0; lane < count; lane++)
-                put(out + (i + lane) * size, x[lane], dtype);
-        }
+        NAME(give)(NAME(convolved)(NAME(load)(some), silu, dtype), out + i * size_of(dtype), dtype, count, 1);
     }
 }
 

@@ -7,7 +7,7 @@ where it did not (`forget`); a row whose last column is padding keeps what it ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from engine.cache_shape import Kind
+from engine.window import Window
 
 # Of each state what all rows have, and as much memory for what a pass makes of it: twice [max B, ...].
 States = Mapping[tuple[Kind, int], tuple[Tensor, Tensor]]
 
 
-class RunningLayer(LinearAttentionCacheLayerMixin):  # type: ignore[misc]
+class RunningLayer(Window, LinearAttentionCacheLayerMixin):  # type: ignore[misc]
     """One layer's states in a window of the pool: the rows from `first` on, which have been through nothing yet."""
 
     def __init__(self, states: States, first: int, rows: int) -> None:
@@ -94,26 +95,12 @@ class RunningLayer(LinearAttentionCacheLayerMixin):  # type: ignore[misc]
         """The pass failed half-way: the rows have what they had."""
         self._new.clear()
 
-    def keep(self, order: Sequence[int]) -> None:
-        """As PooledLayer.keep."""
-        for place, row in enumerate(order):
-            self._copy(self.first + row, self.first + place)
-        self.batch_size = len(order)
-
-    def absorb(self, other: RunningLayer) -> None:
-        """As PooledLayer.absorb."""
-        for row in range(other.first, other.first + other.batch_size):
-            self._copy(row, self.first + self.batch_size)
-            self.batch_size += 1
+    def absorb(self, other: Window) -> None:
+        assert isinstance(other, RunningLayer), type(other)
+        super().absorb(other)
         self._begun = self._begun or other._begun
 
-    def fork(self, sources: Sequence[int]) -> None:
-        """As PooledLayer.fork."""
-        for row in sources:
-            self._copy(self.first + row, self.first + self.batch_size)
-            self.batch_size += 1
-
-    def _copy(self, row: int, place: int) -> None:
-        if row != place:
-            for held, _ in self._states.values():
-                held[place].copy_(held[row])
+    def _bring(self, source: Window, row: int, place: int) -> None:
+        """Both are windows of one pool."""
+        for held, _ in self._states.values():
+            held[self.first + place].copy_(held[source.first + row])

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.addresses import DTYPES
 from engine.attention import close_enough
-from engine.products import Products
-from engine.substitution import Stand
+from engine.products import Products, of_one_kind
+from engine.substitution import Stand, answer_of, lie_in_one
 
 SHARED = frozenset({"hidden_states", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus"})
 TAKES = SHARED | {"initial_states", "return_final_states", "dt_limit", "chunk_size"}
@@ -78,13 +77,13 @@ def _agrees(own: Products, theirs: Any) -> bool:
             t = _trial(tokens, made)
             before = t["state"] if begun else None
             state = t["state"].clone() if begun else torch.zeros_like(t["state"])
-            try:
-                wanted, left = theirs(
-                    t["x"], t["dt"], t["A"], t["B"], t["C"], chunk_size=CHUNK, D=t["D"], dt_bias=t["dt_bias"],
-                    initial_states=before, dt_softplus=True, dt_limit=(0.01, 0.9), return_final_states=True,
-                )  # fmt: skip
-            except (RuntimeError, TypeError, ValueError, IndexError):
+            answer = answer_of(
+                theirs, t["x"], t["dt"], t["A"], t["B"], t["C"], chunk_size=CHUNK, D=t["D"], dt_bias=t["dt_bias"],
+                initial_states=before, dt_softplus=True, dt_limit=(0.01, 0.9), return_final_states=True,
+            )  # fmt: skip
+            if answer is None:
                 return False
+            wanted, left = answer
             steps = _steps(t["dt"], t["dt_bias"], (0.01, 0.9))
             found = own.scan(t["x"], t["B"], t["C"], steps, t["A"], t["D"], state)
             if not (close_enough(found, wanted) and close_enough(state, left)):
@@ -96,14 +95,12 @@ def _step_agrees(own: Products, theirs: Any) -> bool:
     t = _trial(1, torch.Generator().manual_seed(29))
     state, theirs_after = t["state"].clone(), t["state"].clone()
     heads, values = t["x"].shape[2:]
-    try:
-        wanted = theirs(
-            theirs_after, t["x"][:, 0], t["dt"][:, 0, :, None].expand(-1, -1, values),
-            t["A"][:, None, None].expand(heads, values, t["B"].shape[3]), t["B"][:, 0], t["C"][:, 0],
-            t["D"][:, None].expand(heads, values), dt_bias=t["dt_bias"][:, None].expand(heads, values),
-            dt_softplus=True,
-        )  # fmt: skip
-    except (RuntimeError, TypeError, ValueError, IndexError):
+    wanted = answer_of(
+        theirs, theirs_after, t["x"][:, 0], t["dt"][:, 0, :, None].expand(-1, -1, values),
+        t["A"][:, None, None].expand(heads, values, t["B"].shape[3]), t["B"][:, 0], t["C"][:, 0],
+        t["D"][:, None].expand(heads, values), dt_bias=t["dt_bias"][:, None].expand(heads, values), dt_softplus=True,
+    )  # fmt: skip
+    if wanted is None:
         return False
     steps = _steps(t["dt"], t["dt_bias"], NO_LIMIT)
     found = own.scan(t["x"], t["B"], t["C"], steps, t["A"], t["D"], state)
@@ -124,7 +121,7 @@ def _apply(
     """`hidden_states` [B, S, A, P], `dt` [B, S, A], `A` and `D` [A], `B`, `C` [B, S, G, N] -> f32 [B, S, A, P], and the
     state f32 [B, A, P, N] if it is wanted: `initial_states` itself, written over, where there are any."""
     state = _state(hidden_states, B) if initial_states is None else initial_states
-    odd = any(each is not None for name, each in rest.items() if "seq" in name or name == "z")
+    odd = lie_in_one(rest) or rest.get("z") is not None
     if odd or not dt_softplus or dt_bias is None or not _takes(hidden_states, B, C, state):
         return theirs(
             hidden_states, dt, A, B, C, chunk_size=chunk_size, D=D, dt_bias=dt_bias, initial_states=initial_states,
@@ -143,7 +140,7 @@ def _apply_step(
     the same number for a whole head, spread out."""
     spread = [dt, A[..., 0], *(each for each in (D, dt_bias) if each is not None)]
     alike = A.dim() == 3 and A.stride(2) == 0 and all(each.stride(-1) == 0 for each in spread)
-    odd = z is not None or any(each is not None for name, each in rest.items() if "seq" in name)
+    odd = lie_in_one(rest) or z is not None
     if odd or not alike or not dt_softplus or dt_bias is None or not _takes(hidden_states[:, None], B, C, state):
         found: Tensor = theirs(
             state, hidden_states, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, **rest
@@ -156,5 +153,4 @@ def _apply_step(
 
 
 def _takes(x: Tensor, k: Tensor, q: Tensor, state: Tensor) -> bool:
-    alike = x.is_cpu and x.dtype in DTYPES and x.dtype == k.dtype == q.dtype
-    return alike and state.dtype == torch.float32 and state.is_contiguous()
+    return of_one_kind(x, k, q) and state.dtype == torch.float32 and state.is_contiguous()

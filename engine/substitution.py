@@ -29,6 +29,19 @@ class Stand:
     apply: Callable[..., Any]
 
 
+def answer_of(theirs: Any, *args: Any, **named: Any) -> Any:
+    """What a function gives that is tried; None where it can't be called so."""
+    try:
+        return theirs(*args, **named)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+
+
+def lie_in_one(named: Mapping[str, Any]) -> bool:
+    """Whether rows are handed over one after the other, told apart by numbers beside them, which ours don't take."""
+    return any("seq" in name and each is not None for name, each in named.items())
+
+
 def outlined(takes: frozenset[str], outline: Callable[..., Any]) -> Stand:
     """For a model on shapes alone: `outline`, called as theirs is, returns tensors of the right shapes. Whether ours
     would do the same as theirs is not tried."""

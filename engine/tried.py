@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,14 @@ class Tried:
 def try_layers(folder: Path, dtype: str) -> Tried:
     """Of the model of `folder`, whose config.json is enough, in `dtype`.
 
-    Raises UnsupportedFamily for a model that can't be run on shapes alone.
+    Tried once for what is written there: a command may describe its model many times. Raises UnsupportedFamily for one
+    that can't be run on shapes alone.
     """
+    return _try_layers(folder, dtype, (folder / "config.json").read_bytes())
+
+
+@lru_cache(maxsize=8)
+def _try_layers(folder: Path, dtype: str, _: bytes) -> Tried:
     model = on_meta(folder, getattr(torch, dtype))
     caches, dense = try_caches(model), _dense_numbers(model)
     if not any(shape.states for shape in caches):

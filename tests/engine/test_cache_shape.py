@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
+from engine import tried
 from engine.cache_shape import CacheShape, StateShape
 from engine.card import ModelCard
 from engine.engine import Engine
@@ -70,7 +71,7 @@ def test_a_config_that_names_no_kinds_is_found_out_by_its_tensors(checkpoint: Ch
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("layer_types") == ["linear_attention", "full_attention", "linear_attention"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert ModelCard.read(folder).geometry.state_bytes == 2 * 4 * 8 * 8 * 4
+    assert ModelCard.read(folder).geometry.states.nbytes == 2 * 4 * 8 * 8 * 4
 
 
 def test_the_most_memory_that_is_held_at_once_is_counted() -> None:
@@ -88,10 +89,10 @@ def test_the_most_memory_that_is_held_at_once_is_counted() -> None:
 
 def test_what_a_pass_works_in_grows_with_its_tokens_and_has_a_least(checkpoint: Checkpoint) -> None:
     geometry = ModelCard.read(checkpoint("qwen3_next")).geometry
-    token, row = geometry.working
+    token, row = geometry.states.working
     assert 64 * 4 < token < 100_000  # its convolution alone takes as much
     assert row > token
-    assert ModelCard.read(checkpoint("qwen3_moe")).geometry.working == (0, 0)
+    assert ModelCard.read(checkpoint("qwen3_moe")).geometry.states.working == (0, 0)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid", "kimi_linear", "nemotron_h", "glm_moe_dsa"])
@@ -107,11 +108,25 @@ def test_by_our_own_products_a_pass_works_in_less_and_as_many_modules_call_them_
 ) -> None:
     folder = checkpoint(kind)
     own, torchs = open_engine(folder, max_context=64), open_engine(folder, max_context=64, kernel="torch")
-    geometry = own.card.geometry
-    assert geometry.running >= 1
+    states = own.card.geometry.states
+    assert states.modules >= 1
     assert own.plan.workspace_bytes <= torchs.plan.workspace_bytes
-    assert (own.plan.workspace_bytes < torchs.plan.workspace_bytes) == (geometry.working_own != geometry.working)
-    assert f"running states of {geometry.running}" in own.kernel
+    assert (own.plan.workspace_bytes < torchs.plan.workspace_bytes) == (states.working_own != states.working)
+    assert f"running states of {states.modules}" in own.kernel
+
+
+def test_a_model_is_tried_once_for_what_its_config_says(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+    real = tried.on_meta
+    monkeypatch.setattr(tried, "on_meta", lambda folder, dtype: built.append(folder) or real(folder, dtype))
+    folder = checkpoint("qwen3_next", seed=9)
+    first, again = ModelCard.read(folder), ModelCard.read(folder)
+    assert (first.geometry, built) == (again.geometry, [folder])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"linear_conv_kernel_dim": 3}))
+    assert ModelCard.read(folder).geometry.states != first.geometry.states
 
 
 def test_functions_that_do_something_else_than_ours_are_said_before_anything_is_served(
